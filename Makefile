@@ -1,0 +1,76 @@
+# make demo, test, bench, lint, build, clean. The first call makes .venv; later calls install only what changed.
+# TORCH=2.12.0 (or any pip requirement) and PYTHON=python3.12 choose what .venv is made of; ARGS goes to the program.
+
+TORCH ?= 2.13.0
+PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
+	$$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
+# The sentence a machine without a usable Python gets is in the recipe of .venv/python.
+USABLE := import ensurepip, os, sys, sysconfig, venv; \
+	sys.exit(sys.version_info < (3, 10) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+REQUIREMENT := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TORCH),$(TORCH))
+
+.PHONY: demo test bench lint ruff clang-format mypy build clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+demo: build $(VENV)/demo.txt
+	$(RUN) -m surgery_kernels.reproduce digits $(ARGS)
+
+# One pass per instruction set of this machine, the widest first; what does not depend on it runs in that pass only.
+test: build $(VENV)/test.txt
+	@isas=$$($(RUN) -c 'from surgery_kernels import _C; print(*reversed(_C.isas()))') && \
+	for isa in $$isas; do \
+		echo "SURGERY_KERNELS_ISA=$$isa"; \
+		SURGERY_KERNELS_ISA=$$isa $(RUN) -m pytest -q $${marked:+-m "$$marked"} $(ARGS) || exit 1; \
+		marked="not any_isa"; \
+	done
+
+bench: build $(VENV)/bench.txt
+	$(RUN) -m pytest bench $(ARGS)
+
+lint: ruff clang-format mypy
+
+ruff: $(VENV)/lint.txt
+	$(RUN) -m ruff check --quiet
+	$(RUN) -m ruff format --quiet --check
+
+clang-format: $(VENV)/lint.txt
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+mypy: $(VENV)/lint.txt
+	$(RUN) -m mypy
+
+build: $(VENV)/dev.txt
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) setup.py --quiet build_ext --inplace
+
+clean:
+	rm -rf build dist *.egg-info surgery_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache
+
+# An extra of pyproject.toml; torch comes first and alone, or pip would take another build of it.
+$(VENV)/%.txt: pyproject.toml $(VENV)/torch
+	$(RUN) .ci/extra.py $* > $@
+	$(PIP) -r $@
+
+$(VENV)/torch: $(VENV)/python
+	$(PIP) '$(REQUIREMENT)'
+	@echo '$(TORCH)' > $@
+
+$(VENV)/python:
+	@'$(PYTHON)' -c '$(USABLE)' 2>/dev/null || { echo "$(or $(PYTHON),This machine) must have Python 3.10 or newer," \
+		"its headers, venv and ensurepip (Debian: apt install python3-dev python3-venv), or set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo '$(PYTHON)' > $@
+
+# Made again when they are not what was asked for last time.
+ifneq ($(TORCH),$(shell cat $(VENV)/torch 2>/dev/null))
+.PHONY: $(VENV)/torch
+endif
+ifneq ($(origin PYTHON),file)
+ifneq ($(PYTHON),$(shell cat $(VENV)/python 2>/dev/null))
+.PHONY: $(VENV)/python
+endif
+endif

@@ -1,0 +1,63 @@
+// The tensors that share one threshold per expert, as one flat run of elements cut into chunks.
+// A scope is one tensor or a whole model; chunks never span tensors, and results never depend on who runs which.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../dtype.h"
+
+namespace sk {
+
+constexpr int64_t kChunk = 4096;  // elements; one chunk of the base stays in the first-level cache
+
+struct Part {
+  Dtype dtype;
+  int64_t numel, offset, first_chunk;  // offset: elements of the scope before this tensor
+  const char* base;                    // null: the experts are task vectors
+  std::vector<const char*> experts;    // [num_tasks]
+
+  const char* base_at(int64_t i) const { return base ? base + i * size_of(dtype) : nullptr; }
+  const char* expert_at(int64_t task, int64_t i) const { return experts[task] + i * size_of(dtype); }
+};
+
+struct Chunk {
+  const Part& part;
+  size_t part_index;
+  int64_t index, begin, count;  // begin: within the tensor
+};
+
+struct Scope {
+  std::vector<Part> parts;
+  int64_t num_tasks = 0, numel = 0, num_chunks = 0;
+
+  void add(Dtype dtype, int64_t numel_of_part, const char* base, std::vector<const char*> experts) {
+    parts.push_back({dtype, numel_of_part, numel, num_chunks, base, std::move(experts)});
+    numel += numel_of_part;
+    num_chunks += (numel_of_part + kChunk - 1) / kChunk;
+  }
+
+  // The part that holds element `i` of the scope.
+  const Part& part_of(int64_t i) const {
+    return *(std::upper_bound(parts.begin(), parts.end(), i, [](int64_t e, const Part& p) { return e < p.offset; }) - 1);
+  }
+
+  Chunk chunk(int64_t index) const {
+    const auto after = std::upper_bound(parts.begin(), parts.end(), index,
+                                        [](int64_t c, const Part& p) { return c < p.first_chunk; });
+    const Part& part = *(after - 1);
+    const int64_t begin = (index - part.first_chunk) * kChunk;
+    return {part, size_t(after - 1 - parts.begin()), index, begin, std::min(kChunk, part.numel - begin)};
+  }
+
+  // Runs body(first, last) over contiguous ranges of chunks, one per thread.
+  template <class Body>
+  void parallel(const Body& body) const {
+    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (kChunk * std::max<int64_t>(1, num_tasks)));
+    torch::stable::parallel_for(0, num_chunks, grain, body);
+  }
+};
+
+}  // namespace sk

@@ -1,0 +1,372 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <atomic>
+#include <cstring>
+#include <optional>
+
+#include "../check.h"
+#include "ties_merge_kernel.h"
+#include "trim.h"
+#include "trim_kernel.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kStreamBytes = 8 << 20;  // larger outputs are written past the caches
+
+struct Options {
+  std::vector<double> density;
+  double lam;
+  std::optional<std::vector<double>> weights;
+  Semantics semantics;
+  Rule rule;
+  bool elect_count, divide, rescale;
+  NonFinite nonfinite;
+  std::optional<Tensor> thresholds;
+  std::vector<std::string> names;
+};
+
+Semantics parse_semantics(const std::string& name) {
+  return Semantics(one_of("semantics", name, {"paper", "mergekit", "peft"}));
+}
+NonFinite parse_nonfinite(const std::string& name) {
+  return NonFinite(one_of("nonfinite", name, {"error", "propagate", "drop"}));
+}
+
+Options parse(std::vector<double> density, double lam, std::optional<std::vector<double>> weights, const std::string& semantics_name,
+              const std::string& elect, const std::string& reduce_name, bool normalize, bool rescale, const std::string& nonfinite,
+              std::optional<Tensor> thresholds) {
+  const Semantics semantics = parse_semantics(semantics_name);
+  const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
+  const bool max = reduce == 2, mergekit = semantics == Semantics::mergekit, paper = semantics == Semantics::paper;
+  STD_TORCH_CHECK(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
+  STD_TORCH_CHECK(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='", semantics_name, "', got others");
+  STD_TORCH_CHECK(!paper || !weights, "weights must be None with semantics='paper', got weights");
+  const Rule rule = mergekit ? Rule::mergekit : !paper ? Rule::peft : max ? Rule::paper_max : Rule::paper;
+  return {std::move(density), lam, std::move(weights), semantics, rule, one_of("elect", elect, {"sum", "count"}) == 1,
+          reduce == 0 && normalize, rescale, parse_nonfinite(nonfinite), std::move(thresholds), {}};
+}
+
+// The tensors of a call, contiguous and alive, and the scope that points into them.
+struct Inputs {
+  std::vector<Tensor> alive;
+  Scope scope;
+  bool wide = false;  // float64
+
+  Inputs(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, int64_t num_tasks) {
+    STD_TORCH_CHECK(num_tasks > 0 && experts.size() % size_t(num_tasks) == 0, "experts must be one tensor per density and tensor, got ",
+                    experts.size(), " for ", num_tasks, " densities");
+    const size_t parts = experts.size() / size_t(num_tasks);
+    STD_TORCH_CHECK(base.empty() || base.size() == parts, "base must be one tensor per merged tensor, got ", base.size(), " for ", parts);
+    alive.reserve(experts.size() + base.size());
+    scope.num_tasks = num_tasks;
+    for (size_t p = 0; p < parts; ++p) {
+      const Tensor& first = experts[p * size_t(num_tasks)];
+      const Dtype dtype = dtype_of(first, "experts");
+      wide = p == 0 ? dtype == Dtype::f64 : wide;
+      STD_TORCH_CHECK(wide == (dtype == Dtype::f64), "experts must be all float64 or none within one scope, got both");
+      std::vector<const char*> pointers;
+      for (int64_t t = 0; t < num_tasks; ++t) {
+        const Tensor& expert = experts[p * size_t(num_tasks) + size_t(t)];
+        check_same_shape(expert, first, "experts[" + std::to_string(t) + "]");
+        pointers.push_back(pointer(expert));
+      }
+      const char* base_pointer = nullptr;
+      if (!base.empty()) {
+        check_same_shape(base[p], first, "base");
+        base_pointer = pointer(base[p]);
+      }
+      scope.add(dtype, first.numel(), base_pointer, std::move(pointers));
+    }
+  }
+
+ private:
+  const char* pointer(const Tensor& t) {
+    alive.push_back(torch::stable::contiguous(t));
+    return static_cast<const char*>(alive.back().data_ptr());
+  }
+};
+
+template <class C>
+C round_to(double x, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f16:
+      return C(float(torch::headeronly::Half(float(x))));
+    case Dtype::bf16:
+      return C(float(torch::headeronly::BFloat16(float(x))));
+    case Dtype::f32:
+      return C(float(x));
+    default:
+      return C(x);
+  }
+}
+
+template <class Key>
+class Merger {
+  using C = typename TiesArgs<Key>::C;
+
+ public:
+  Merger(const Scope& scope, const Options& options) : scope_(scope), options_(options) {
+    limits_ = options.thresholds ? given_limits() : trimmed_limits();
+    if (options.weights)
+      for (const Part& part : scope.parts)
+        for (const double w : *options.weights)
+          weights_.push_back(options.rule == Rule::mergekit ? round_to<C>(w, part.dtype) : C(float(w)));
+    if (options.rescale) set_rescales();
+  }
+
+  // call(kernel, args, chunk, begin of the run within the tensor) merges one run of elements.
+  template <class Call>
+  void run(const Call& call) const {
+    // A drawn election takes the sign of the sum of all elected signs, known at the end only: every chunk goes by the
+    // running sum, and those that held a draw and guessed wrong are merged once more.
+    constexpr int8_t kSettled = 2;
+    std::atomic<int64_t> sign_sum{0};
+    std::vector<int8_t> guesses(scope_.num_chunks, kSettled);
+    scope_.parallel([&](int64_t first, int64_t last) {
+      Scratch scratch(scope_.num_tasks);
+      for (int64_t c = first; c < last; ++c) {
+        const int8_t guess = sign_sum.load(std::memory_order_relaxed) >= 0 ? 1 : -1;
+        const TiesResult result = merge_chunk(c, guess, scratch, call);
+        if (result.sign_sum) sign_sum.fetch_add(result.sign_sum, std::memory_order_relaxed);
+        if (result.drawn) guesses[c] = guess;
+      }
+    });
+    const int64_t sum = sign_sum.load();
+    const int8_t sign = int8_t((sum > 0) - (sum < 0));
+    scope_.parallel([&](int64_t first, int64_t last) {
+      Scratch scratch(scope_.num_tasks);
+      for (int64_t c = first; c < last; ++c)
+        if (guesses[c] != kSettled && guesses[c] != sign) merge_chunk(c, sign, scratch, call);
+    });
+  }
+
+ private:
+  struct Scratch {
+    std::vector<const void*> experts;
+    std::vector<Key> limits;
+    std::vector<int64_t> ends;
+
+    explicit Scratch(int64_t num_tasks) : experts(num_tasks), limits(num_tasks) {}
+  };
+
+  std::vector<Limit<Key>> given_limits() const {
+    if (options_.nonfinite == NonFinite::error) check_finite<Key>(scope_, options_.names);
+    const Tensor given = torch::stable::contiguous(*options_.thresholds);
+    STD_TORCH_CHECK(given.is_cpu() && given.numel() == scope_.num_tasks, "thresholds must be one value per expert on the CPU, got ", given.numel());
+    const Dtype dtype = dtype_of(given, "thresholds");
+    STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, "thresholds must be float32 or float64, got another dtype");
+    std::vector<Limit<Key>> limits;
+    for (int64_t t = 0; t < scope_.num_tasks; ++t) {
+      const C threshold = dtype == Dtype::f32 ? C(static_cast<const float*>(given.data_ptr())[t]) : C(static_cast<const double*>(given.data_ptr())[t]);
+      STD_TORCH_CHECK(threshold >= 0, "thresholds must be 0 or greater, got ", threshold);
+      Limit<Key> limit{0, scope_.numel};
+      const C magnitude = threshold == 0 ? C(0) : threshold;  // -0 has the sign bit
+      memcpy(&limit.threshold, &magnitude, sizeof magnitude);
+      limits.push_back(limit);
+    }
+    return limits;
+  }
+
+  std::vector<Limit<Key>> trimmed_limits() const {
+    std::vector<int64_t> keep;
+    for (const double density : options_.density) keep.push_back(keep_count(density, scope_.numel, options_.semantics));
+    return trim<Key>(scope_, keep, options_.semantics, options_.nonfinite, options_.names);
+  }
+
+  // Runs of a chunk within which every expert keeps or drops all its ties. body(begin, count); scratch.limits is set.
+  template <class Body>
+  void for_runs(const Chunk& chunk, Scratch& scratch, const Body& body) const {
+    const int64_t flat = chunk.part.offset + chunk.begin, flat_end = flat + chunk.count;
+    scratch.ends.clear();
+    for (const auto& limit : limits_)
+      if (limit.cut > flat && limit.cut < flat_end) scratch.ends.push_back(limit.cut);
+    std::sort(scratch.ends.begin(), scratch.ends.end());
+    scratch.ends.push_back(flat_end);
+    int64_t at = flat;
+    for (const int64_t end : scratch.ends) {
+      if (end == at) continue;
+      for (size_t t = 0; t < limits_.size(); ++t) {
+        const Key limit = at < limits_[t].cut ? limits_[t].threshold - 1 : limits_[t].threshold;
+        scratch.limits[t] = std::min(limit, kInfinityKey<Key>);  // NaN is never trimmed away
+      }
+      body(at - chunk.part.offset, end - at);
+      at = end;
+    }
+  }
+
+  template <class Call>
+  TiesResult merge_chunk(int64_t index, int8_t zero_sign, Scratch& scratch, const Call& call) const {
+    const Chunk chunk = scope_.chunk(index);
+    const Part& part = chunk.part;
+    const size_t first = chunk.part_index * size_t(scope_.num_tasks);
+    TiesResult total = {0, false};
+    for_runs(chunk, scratch, [&](int64_t begin, int64_t count) {
+      for (int64_t t = 0; t < scope_.num_tasks; ++t) scratch.experts[t] = part.expert_at(t, begin);
+      TiesArgs<Key> args;
+      args.base = part.base_at(begin);
+      args.experts = scratch.experts.data();
+      args.limits = scratch.limits.data();
+      args.weights = weights_.empty() ? nullptr : weights_.data() + first;
+      args.rescales = rescales_.empty() ? nullptr : rescales_.data() + first;
+      args.num_tasks = int(scope_.num_tasks);
+      args.n = count;
+      args.lam = C(options_.lam);
+      args.elect_count = options_.elect_count;
+      args.divide = options_.divide;
+      args.drop = options_.nonfinite == NonFinite::drop;
+      args.stream = scope_.numel * size_of(part.dtype) > kStreamBytes;
+      args.zero_sign = zero_sign;
+      const TiesResult result = call(args, chunk.part_index, begin);
+      total.sign_sum += result.sign_sum;
+      total.drawn |= result.drawn;
+    });
+    return total;
+  }
+
+  // mergekit's `rescale`: every trimmed task vector is scaled back to its L1 norm, tensor by tensor.
+  void set_rescales() {
+    const size_t tasks = size_t(scope_.num_tasks);
+    std::vector<L1Norms> chunk_norms(size_t(scope_.num_chunks) * tasks, L1Norms{0, 0});
+    const bool drop = options_.nonfinite == NonFinite::drop;
+    scope_.parallel([&](int64_t first, int64_t last) {
+      Scratch scratch(scope_.num_tasks);
+      for (int64_t c = first; c < last; ++c) {
+        const Chunk chunk = scope_.chunk(c);
+        for_runs(chunk, scratch, [&](int64_t begin, int64_t count) {
+          for (size_t t = 0; t < tasks; ++t) {
+            const L1Norms norms = SK_KERNELS(trim_kernels).get<Key>(chunk.part.dtype).l1_norms(
+                chunk.part.base_at(begin), chunk.part.expert_at(int64_t(t), begin), count, scratch.limits[t], drop);
+            chunk_norms[size_t(c) * tasks + t].all += norms.all;
+            chunk_norms[size_t(c) * tasks + t].kept += norms.kept;
+          }
+        });
+      }
+    });
+    std::vector<L1Norms> norms(scope_.parts.size() * tasks, L1Norms{0, 0});
+    for (int64_t c = 0; c < scope_.num_chunks; ++c)
+      for (size_t t = 0; t < tasks; ++t) {
+        norms[scope_.chunk(c).part_index * tasks + t].all += chunk_norms[size_t(c) * tasks + t].all;
+        norms[scope_.chunk(c).part_index * tasks + t].kept += chunk_norms[size_t(c) * tasks + t].kept;
+      }
+    for (size_t i = 0; i < norms.size(); ++i) rescales_.push_back(rescale(norms[i], scope_.parts[i / tasks].dtype));
+  }
+
+  static C rescale(L1Norms norms, Dtype dtype) {
+    const C all = round_to<C>(norms.all, dtype), kept = round_to<C>(norms.kept, dtype);
+    if (all < C(1e-7) || kept < C(1e-7)) return 1;
+    // A norm past the dtype's range would make mergekit's ratio NaN; the norms themselves are fine.
+    if (std::isinf(all) || std::isinf(kept)) return round_to<C>(norms.all / norms.kept, dtype);
+    return round_to<C>(double(all / kept), dtype);
+  }
+
+  const Scope& scope_;
+  const Options& options_;
+  std::vector<Limit<Key>> limits_;
+  std::vector<C> weights_, rescales_;  // [parts, num_tasks], or empty
+};
+
+std::vector<Tensor> as_list(const std::optional<Tensor>& base) {
+  return base ? std::vector<Tensor>{*base} : std::vector<Tensor>{};
+}
+
+template <class Key>
+void merge_scope(const Scope& scope, const Options& options, const std::vector<Tensor>& out) {
+  const Merger<Key> merger(scope, options);
+  merger.run([&](const TiesArgs<Key>& args, size_t part, int64_t begin) {
+    const Dtype dtype = scope.parts[part].dtype;
+    char* target = static_cast<char*>(out[part].data_ptr()) + begin * size_of(dtype);
+    return SK_KERNELS(ties_kernels).get<Key>(dtype).merge[int(options.rule)](args, target);
+  });
+}
+
+void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, Options options, const std::vector<Tensor>& out) {
+  const Inputs inputs(base, experts, int64_t(options.density.size()));
+  STD_TORCH_CHECK(out.size() == inputs.scope.parts.size(), "out must be one tensor per merged tensor, got ", out.size());
+  STD_TORCH_CHECK(!options.weights || options.weights->size() == options.density.size(), "weights must be one per expert, got ", options.weights->size());
+  std::vector<Tensor> targets;
+  for (size_t p = 0; p < out.size(); ++p) {
+    check_same_shape(out[p], experts[p * options.density.size()], "out");
+    for (const auto* list : {&base, &experts})
+      for (const Tensor& input : *list) STD_TORCH_CHECK(!overlap(out[p], input), "out must be apart from every input, got memory that overlaps one");
+    targets.push_back(out[p].is_contiguous() ? out[p] : torch::stable::new_empty(out[p], out[p].sizes()));
+  }
+  inputs.wide ? merge_scope<int64_t>(inputs.scope, options, targets) : merge_scope<int32_t>(inputs.scope, options, targets);
+  for (size_t p = 0; p < out.size(); ++p)
+    if (!out[p].is_contiguous()) {
+      Tensor target = out[p];
+      torch::stable::copy_(target, targets[p]);
+    }
+}
+
+Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, std::string semantics_name,
+                       std::string nonfinite) {
+  const Semantics semantics = parse_semantics(semantics_name);
+  const Inputs inputs(as_list(base), experts, int64_t(density.size()));
+  std::vector<int64_t> keep;
+  for (const double d : density) keep.push_back(keep_count(d, inputs.scope.numel, semantics));
+  const std::vector<int64_t> shape{int64_t(density.size())};
+  Tensor thresholds = torch::stable::new_empty(experts[0], shape, inputs.wide ? ScalarType::Double : ScalarType::Float);
+  const auto fill = [&](auto key) {
+    const auto limits = trim<decltype(key)>(inputs.scope, keep, semantics, parse_nonfinite(nonfinite), {});
+    for (size_t t = 0; t < limits.size(); ++t)
+      memcpy(static_cast<char*>(thresholds.data_ptr()) + t * sizeof key, &limits[t].threshold, sizeof key);
+  };
+  inputs.wide ? fill(int64_t()) : fill(int32_t());
+  return thresholds;
+}
+
+Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
+                  std::optional<std::vector<double>> weights, std::string semantics, std::string elect, std::string reduce, bool normalize,
+                  bool rescale, std::string nonfinite, std::optional<Tensor> thresholds) {
+  STD_TORCH_CHECK(!experts.empty(), "experts must be at least one tensor, got none");
+  const Tensor out = torch::stable::new_empty(experts[0], experts[0].sizes());
+  merge_into(as_list(base), experts, parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds), {out});
+  return out;
+}
+
+void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
+                    std::optional<std::vector<double>> weights, std::string semantics, std::string elect, std::string reduce, bool normalize,
+                    bool rescale, std::string nonfinite, std::optional<Tensor> thresholds, std::optional<std::vector<std::string>> names,
+                    std::vector<Tensor> out) {
+  Options options = parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
+  if (names) options.names = std::move(*names);
+  merge_into(base, experts, std::move(options), out);
+}
+
+template <class Key>
+void split_scope(const Scope& scope, const Options& options, const Tensor& out) {
+  const Merger<Key> merger(scope, options);
+  merger.run([&](const TiesArgs<Key>& args, size_t part, int64_t begin) {
+    const Dtype dtype = scope.parts[part].dtype;
+    std::vector<void*> targets;
+    for (int64_t t = 0; t < scope.num_tasks; ++t)
+      targets.push_back(static_cast<char*>(out.data_ptr()) + (t * scope.numel + begin) * size_of(dtype));
+    return SK_KERNELS(ties_kernels).get<Key>(dtype).split[int(options.rule)](args, targets.data());
+  });
+}
+
+Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
+                  std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale, std::string nonfinite,
+                  std::optional<Tensor> thresholds) {
+  const Options options = parse(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds);
+  const Inputs inputs(as_list(base), experts, int64_t(density.size()));
+  std::vector<int64_t> shape{int64_t(density.size())};
+  for (int64_t d = 0; d < experts[0].dim(); ++d) shape.push_back(experts[0].size(d));
+  const Tensor out = torch::stable::new_empty(experts[0], shape);
+  inputs.wide ? split_scope<int64_t>(inputs.scope, options, out) : split_scope<int32_t>(inputs.scope, options, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(surgery_kernels, CPU, m) {
+  m.impl("trim_thresholds", TORCH_BOX(&trim_thresholds));
+  m.impl("ties_merge", TORCH_BOX(&ties_merge));
+  m.impl("ties_merge_out", TORCH_BOX(&ties_merge_out));
+  m.impl("ties_split", TORCH_BOX(&ties_split));
+}
+
+}  // namespace sk

@@ -1,0 +1,63 @@
+// Trim, elect, disjoint merge, scale, add to base and round, over raw pointers: each input is read once, no task vector
+// is ever stored. Sums over experts run in order; the sums of the positive and of the negative entries are kept side by
+// side, so the election needs no second look at the experts.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "../dtype.h"
+#include "isa.h"
+
+namespace sk {
+
+enum class Rule { paper, paper_max, mergekit, peft };
+
+template <class Key>
+struct TiesArgs {
+  using C = typename std::conditional<sizeof(Key) == 8, double, float>::type;
+
+  const void* base;            // may be null: the experts are task vectors, and so is the result
+  const void* const* experts;  // [num_tasks]
+  const Key* limits;           // [num_tasks] keep key > limit
+  const C* weights;            // [num_tasks] or null: all one
+  const C* rescales;           // [num_tasks] or null: all one
+  int num_tasks;
+  int64_t n;
+  C lam;
+  bool elect_count;  // elect by the number of signs, not by their mass
+  bool divide;       // mean, not sum
+  bool drop;         // a non-finite entry of a task vector counts as 0
+  bool stream;       // write past the caches
+  int zero_sign;     // paper: the sign where the election is a draw
+};
+
+struct TiesResult {
+  int64_t sign_sum;  // sum of the elected signs, draws as 0
+  bool drawn;        // some draw had entries to choose from: the output depends on zero_sign
+};
+
+template <class Key>
+struct TiesKernel {
+  // out: n elements.
+  TiesResult (*merge[4])(const TiesArgs<Key>& args, void* out);  // by Rule
+  // outs: for every expert n elements, its entries that agree with the elected sign, else 0.
+  TiesResult (*split[4])(const TiesArgs<Key>& args, void* const* outs);
+};
+
+struct TiesKernels {
+  TiesKernel<int32_t> f32, f16, bf16;
+  TiesKernel<int64_t> f64;
+
+  template <class Key>
+  const TiesKernel<Key>& get(Dtype dtype) const {
+    if constexpr (sizeof(Key) == 8) {
+      return f64;
+    } else {
+      return dtype == Dtype::f32 ? f32 : dtype == Dtype::f16 ? f16 : bf16;
+    }
+  }
+};
+
+SK_DECLARE_KERNELS(TiesKernels, ties_kernels);
+
+}  // namespace sk

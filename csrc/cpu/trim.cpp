@@ -1,0 +1,338 @@
+#include "trim.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <numeric>
+
+#include "isa.h"
+#include "select.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kDirect = 1 << 15;     // up to here every key is a candidate: no sample is worth its time
+constexpr int64_t kCluster = 16;         // neighbouring elements per sampled place: one cache line of float32
+constexpr int64_t kMaxInside = 1 << 20;  // candidates one thread stores per expert, beyond a share of its elements
+
+std::atomic<bool> forced_histogram{false};
+
+// Keys appended chunk by chunk, never initialised.
+template <class Key>
+struct KeyBuffer {
+  std::unique_ptr<Key[]> data;
+  int64_t size = 0, capacity = 0;
+
+  Key* room(int64_t count) {
+    if (size + count > capacity) {
+      capacity = std::max(2 * capacity, size + count);
+      std::unique_ptr<Key[]> larger(new Key[capacity]);
+      std::copy_n(data.get(), size, larger.get());
+      data = std::move(larger);
+    }
+    return data.get() + size;
+  }
+};
+
+struct ChunkTies {
+  uint16_t at_hi, inside, at_lo;
+};
+
+// What one read says of some experts; slot s of everything belongs to tasks[s].
+template <class Key>
+struct Tally {
+  struct Range {
+    int64_t first, last;                  // chunks
+    std::vector<KeyBuffer<Key>> inside;   // [slots]
+    std::vector<char> overflowed;         // [slots]
+  };
+  std::vector<int64_t> tasks;
+  std::vector<Bracket<Key>> brackets;
+  std::vector<Counts<Key>> totals;
+  std::vector<Range> ranges;              // in chunk order
+  std::vector<ChunkTies> ties;            // [num_chunks, slots], empty unless wanted
+};
+
+template <class Key>
+Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bracket<Key>> brackets, bool drop, bool want_ties) {
+  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
+  const size_t slots = tasks.size();
+  Tally<Key> tally{std::move(tasks), std::move(brackets), std::vector<Counts<Key>>(slots), {}, {}};
+  if (want_ties) tally.ties.resize(size_t(scope.num_chunks) * slots);
+  std::mutex mutex;
+  scope.parallel([&](int64_t first, int64_t last) {
+    typename Tally<Key>::Range range{first, last, std::vector<KeyBuffer<Key>>(slots), std::vector<char>(slots)};
+    std::vector<Counts<Key>> totals(slots);
+    const int64_t most = kMaxInside + (last - first) * (kChunk / 16);
+    for (int64_t c = first; c < last; ++c) {
+      const Chunk chunk = scope.chunk(c);
+      const TrimKernel<Key>& kernel = kernels.get<Key>(chunk.part.dtype);
+      const char* base = chunk.part.base_at(chunk.begin);
+      for (size_t s = 0; s < slots; ++s) {
+        KeyBuffer<Key>& inside = range.inside[s];
+        const Counts<Key> n = kernel.count(base, chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count,
+                                           tally.brackets[s], drop, inside.room(chunk.count + kSlack));
+        inside.size += n.inside;
+        if (inside.size > most) {
+          range.overflowed[s] = true;
+          inside.size = 0;
+        }
+        totals[s].above += n.above;
+        totals[s].at_hi += n.at_hi;
+        totals[s].inside += n.inside;
+        totals[s].at_lo += n.at_lo;
+        totals[s].largest = std::max(totals[s].largest, n.largest);
+        if (want_ties) tally.ties[c * slots + s] = {uint16_t(n.at_hi), uint16_t(n.inside), uint16_t(n.at_lo)};
+      }
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t s = 0; s < slots; ++s) {
+      tally.totals[s].above += totals[s].above;
+      tally.totals[s].at_hi += totals[s].at_hi;
+      tally.totals[s].inside += totals[s].inside;
+      tally.totals[s].at_lo += totals[s].at_lo;
+      tally.totals[s].largest = std::max(tally.totals[s].largest, totals[s].largest);
+    }
+    tally.ranges.push_back(std::move(range));
+  });
+  std::sort(tally.ranges.begin(), tally.ranges.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  return tally;
+}
+
+// Places spread evenly over the scope, each at a pseudo-random point of its stride.
+template <class Key>
+std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks, const std::vector<int64_t>& keep,
+                                   bool drop) {
+  if (scope.numel <= kDirect) return std::vector<Bracket<Key>>(tasks.size(), {0, kMaxKey<Key>});
+  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
+  // The sample costs its size, the candidates cost numel / sqrt(size): the sum is least near numel^(2/3).
+  const int64_t places = int64_t(std::cbrt(double(scope.numel) * double(scope.numel))) / kCluster;
+  std::vector<int64_t> position(places);
+  uint64_t random = 0x9E3779B97F4A7C15;
+  for (int64_t j = 0; j < places; ++j) {
+    random = random * 6364136223846793005 + 1442695040888963407;
+    const double stride = double(scope.numel) / double(places);
+    position[j] = std::min(scope.numel - 1, int64_t((double(j) + double(random >> 11) * 0x1p-53) * stride));
+  }
+  std::vector<Bracket<Key>> found(tasks.size());
+  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
+    std::vector<Key> sample;
+    std::vector<int64_t> ends(places);
+    for (int64_t s = first; s < last; ++s) {
+      sample.resize(places * kCluster + kSlack);
+      int64_t size = 0;
+      for (int64_t j = 0; j < places; ++j) {
+        const Part& part = scope.part_of(position[j]);
+        const int64_t begin = std::max<int64_t>(0, std::min(position[j] - part.offset, part.numel - kCluster));
+        const int64_t n = std::min(kCluster, part.numel - begin);
+        kernels.get<Key>(part.dtype)
+            .keys(part.base_at(begin), part.expert_at(tasks[s], begin), n, drop, sample.data() + size);
+        ends[j] = size += n;
+      }
+      sample.resize(size);
+      found[s] = sampled_bracket(sample, ends, keep[tasks[s]], scope.numel);
+    }
+  });
+  return found;
+}
+
+// The exact thresholds by histograms of ever fewer bits: three reads for float32. Needs no luck and no candidates.
+template <class Key>
+std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int64_t>& tasks, std::vector<int64_t> rank, bool drop) {
+  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
+  const size_t slots = tasks.size();
+  std::vector<Radix<Key>> range(slots, Radix<Key>(0, kMaxKey<Key>));
+  const auto open = [](const Radix<Key>& r) { return r.lo != r.hi; };
+  while (std::any_of(range.begin(), range.end(), open)) {
+    std::vector<std::vector<int64_t>> histogram(slots, std::vector<int64_t>(size_t(1) << kRadixBits));
+    std::mutex mutex;
+    scope.parallel([&](int64_t first, int64_t last) {
+      std::vector<std::vector<int64_t>> mine(slots, std::vector<int64_t>(size_t(1) << kRadixBits));
+      std::vector<Key> keys(kChunk + kSlack);
+      for (int64_t c = first; c < last; ++c) {
+        const Chunk chunk = scope.chunk(c);
+        for (size_t s = 0; s < slots; ++s) {
+          kernels.get<Key>(chunk.part.dtype)
+              .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tasks[s], chunk.begin), chunk.count, drop, keys.data());
+          for (int64_t i = 0; i < chunk.count; ++i)
+            if (keys[i] >= range[s].lo && keys[i] <= range[s].hi) ++mine[s][range[s].bin(keys[i])];
+        }
+      }
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (size_t s = 0; s < slots; ++s)
+        for (size_t b = 0; b < mine[s].size(); ++b) histogram[s][b] += mine[s][b];
+    });
+    for (size_t s = 0; s < slots; ++s)
+      if (open(range[s])) range[s] = range[s].descend(histogram[s].data(), rank[s]);
+  }
+  std::vector<Key> thresholds;
+  for (const auto& r : range) thresholds.push_back(r.lo);
+  return thresholds;
+}
+
+// The keep-th largest key of slot s, if the bracket holds it and its candidates were stored.
+template <class Key>
+bool select(const Tally<Key>& tally, size_t s, int64_t keep, Key* threshold) {
+  const Counts<Key>& n = tally.totals[s];
+  int64_t rank = keep - n.above;
+  if (rank <= 0) return false;
+  if (rank <= n.at_hi) return *threshold = tally.brackets[s].hi, true;
+  rank -= n.at_hi;
+  if (rank > n.inside) {
+    *threshold = tally.brackets[s].lo;
+    return rank - n.inside <= n.at_lo;
+  }
+  std::vector<Key> candidates;
+  candidates.reserve(n.inside);
+  for (const auto& range : tally.ranges) {
+    if (range.overflowed[s]) return false;
+    candidates.insert(candidates.end(), range.inside[s].data.get(), range.inside[s].data.get() + range.inside[s].size);
+  }
+  *threshold = kth_largest(candidates, rank);
+  return true;
+}
+
+// The flat index before which the ties of slot s are kept, so that exactly `keep` entries stay.
+template <class Key>
+int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t keep, Key threshold, bool drop) {
+  const Bracket<Key> bracket = tally.brackets[s];
+  const size_t slots = tally.tasks.size();
+  const auto stored = [&](const auto& range, const auto& predicate) {
+    const Key* keys = range.inside[s].data.get();
+    return std::count_if(keys, keys + range.inside[s].size, predicate);
+  };
+  int64_t budget = keep - tally.totals[s].above;
+  if (threshold != bracket.hi) {
+    budget -= tally.totals[s].at_hi;
+    for (const auto& range : tally.ranges) budget -= stored(range, [&](Key key) { return key > threshold; });
+  }
+  for (const auto& range : tally.ranges) {
+    const Key* inside = range.inside[s].data.get();
+    for (int64_t c = range.first; c < range.last; ++c) {
+      const ChunkTies& n = tally.ties[c * slots + s];
+      const int64_t ties = threshold == bracket.hi   ? n.at_hi
+                           : threshold == bracket.lo ? n.at_lo
+                                                     : std::count(inside, inside + n.inside, threshold);
+      inside += n.inside;
+      if (ties < budget) {
+        budget -= ties;
+        continue;
+      }
+      const Chunk chunk = scope.chunk(c);
+      Key keys[kChunk + kSlack];
+      SK_KERNELS(trim_kernels)
+          .get<Key>(chunk.part.dtype)
+          .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop, keys);
+      int64_t i = 0;
+      for (; budget > 0; ++i) budget -= keys[i] == threshold;
+      return chunk.part.offset + chunk.begin + i;
+    }
+  }
+  return scope.numel;
+}
+
+std::string where(const std::vector<std::string>& names, size_t part) {
+  return part < names.size() ? " in tensor '" + names[part] + "'" : "";
+}
+
+}  // namespace
+
+void force_histogram(bool on) { forced_histogram = on; }
+
+int64_t keep_count(double density, int64_t numel, Semantics semantics) {
+  if (density >= 1) return numel;
+  const int64_t floor = int64_t(density * double(numel));
+  if (semantics == Semantics::paper) return std::min(floor + 1, numel);
+  return semantics == Semantics::mergekit ? std::max<int64_t>(1, floor) : floor;
+}
+
+template <class Key>
+void check_finite(const Scope& scope, const std::vector<std::string>& names) {
+  std::vector<int64_t> tasks(scope.num_tasks);
+  std::iota(tasks.begin(), tasks.end(), 0);
+  const std::vector<Bracket<Key>> nothing(tasks.size(), {kMaxKey<Key>, kMaxKey<Key>});
+  const Tally<Key> tally = count(scope, tasks, nothing, /*drop=*/false, /*want_ties=*/false);
+  const bool finite = std::all_of(tally.totals.begin(), tally.totals.end(),
+                                  [](const Counts<Key>& n) { return n.largest < kInfinityKey<Key>; });
+  if (finite) return;
+
+  const auto nonfinite = [&](const Part& part, const char* base, const char* tensor) {
+    int64_t found = 0;
+    std::vector<Key> keys(kChunk + kSlack);
+    for (int64_t i = 0; i < part.numel; i += kChunk) {
+      const int64_t n = std::min(kChunk, part.numel - i), at = i * size_of(part.dtype);
+      SK_KERNELS(trim_kernels).get<Key>(part.dtype).keys(base ? base + at : nullptr, tensor + at, n, false, keys.data());
+      found += std::count_if(keys.begin(), keys.begin() + n, [](Key key) { return key >= kInfinityKey<Key>; });
+    }
+    return found;
+  };
+  for (size_t p = 0; p < scope.parts.size(); ++p) {
+    const Part& part = scope.parts[p];
+    if (part.base) {
+      const int64_t n = nonfinite(part, nullptr, part.base);
+      STD_TORCH_CHECK(n == 0, "base must be finite, got ", n, " NaN or infinite values", where(names, p));
+    }
+    for (int64_t t = 0; t < scope.num_tasks; ++t) {
+      int64_t n = nonfinite(part, nullptr, part.experts[t]);
+      STD_TORCH_CHECK(n == 0, "experts[", t, "] must be finite, got ", n, " NaN or infinite values", where(names, p));
+      n = nonfinite(part, part.base, part.experts[t]);
+      STD_TORCH_CHECK(n == 0, "experts[", t, "] - base must be finite, got ", n, " overflows", where(names, p));
+    }
+  }
+}
+
+template <class Key>
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics, NonFinite nonfinite,
+                             const std::vector<std::string>& names) {
+  const bool drop = nonfinite == NonFinite::drop, all_ties = semantics == Semantics::paper;
+  std::vector<Limit<Key>> limits(scope.num_tasks, {0, scope.numel});
+  std::vector<int64_t> tasks;
+  for (int64_t t = 0; t < scope.num_tasks; ++t) {
+    if (keep[t] <= 0) limits[t] = {kInfinityKey<Key>, 0};
+    if (keep[t] > 0 && keep[t] < scope.numel) tasks.push_back(t);
+  }
+  if (nonfinite == NonFinite::error && int64_t(tasks.size()) < scope.num_tasks) check_finite<Key>(scope, names);
+  if (tasks.empty()) return limits;
+
+  const Tally<Key> tally = count(scope, tasks, brackets<Key>(scope, tasks, keep, drop), drop, !all_ties);
+  if (nonfinite == NonFinite::error)
+    for (const auto& n : tally.totals)
+      if (n.largest >= kInfinityKey<Key>) check_finite<Key>(scope, names);
+
+  std::vector<char> found(tasks.size());
+  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      Limit<Key>& limit = limits[tasks[s]];
+      found[s] = !forced_histogram && select(tally, s, keep[tasks[s]], &limit.threshold);
+      if (found[s] && !all_ties) limit.cut = cut_of(scope, tally, s, keep[tasks[s]], limit.threshold, drop);
+    }
+  });
+
+  std::vector<int64_t> missed, rank;
+  for (size_t s = 0; s < tasks.size(); ++s)
+    if (!found[s]) missed.push_back(tasks[s]), rank.push_back(keep[tasks[s]]);
+  if (missed.empty()) return limits;
+  const std::vector<Key> thresholds = histogram_thresholds<Key>(scope, missed, rank, drop);
+  for (size_t s = 0; s < missed.size(); ++s) limits[missed[s]].threshold = thresholds[s];
+  if (all_ties) return limits;
+  std::vector<Bracket<Key>> exact;
+  for (const Key threshold : thresholds) exact.push_back({threshold, threshold});
+  const Tally<Key> at_threshold = count(scope, missed, exact, drop, /*want_ties=*/true);
+  for (size_t s = 0; s < missed.size(); ++s)
+    limits[missed[s]].cut = cut_of(scope, at_threshold, s, rank[s], thresholds[s], drop);
+  return limits;
+}
+
+#define SK_INSTANTIATE(Key)                                                                                 \
+  template void check_finite<Key>(const Scope&, const std::vector<std::string>&);                           \
+  template std::vector<Limit<Key>> trim<Key>(const Scope&, const std::vector<int64_t>&, Semantics, NonFinite, \
+                                             const std::vector<std::string>&);
+SK_INSTANTIATE(int32_t)
+SK_INSTANTIATE(int64_t)
+#undef SK_INSTANTIATE
+
+}  // namespace sk

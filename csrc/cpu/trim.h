@@ -1,0 +1,34 @@
+// Exact per-expert thresholds over a scope, in one read of its tensors.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "scope.h"
+
+namespace sk {
+
+enum class Semantics { paper, mergekit, peft };
+enum class NonFinite { error, propagate, drop };
+
+// An entry is kept when its key is above the threshold, or equals it and lies before `cut` in the scope's flat order.
+template <class Key>
+struct Limit {
+  Key threshold;
+  int64_t cut;
+};
+
+// keep[t]: how many entries of expert t stay; at least numel: all of them.
+template <class Key>
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics, NonFinite nonfinite,
+                             const std::vector<std::string>& names);
+
+// Raises when a task vector of the scope holds NaN or infinity, naming the first.
+template <class Key>
+void check_finite(const Scope& scope, const std::vector<std::string>& names);
+
+int64_t keep_count(double density, int64_t numel, Semantics semantics);
+
+// Test only: every bracket misses, so the radix histogram decides.
+void force_histogram(bool on);
+
+}  // namespace sk

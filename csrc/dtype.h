@@ -1,0 +1,39 @@
+// Storage dtypes as the kernels see them: no torch type crosses into a kernel file.
+#pragma once
+#include <cstdint>
+
+namespace sk {
+
+enum class Dtype { f32, f16, bf16, f64 };
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// Arithmetic runs in the compute type; a key is the magnitude of a compute value as a signed integer, which orders
+// like the magnitude and puts infinity and then NaN on top.
+template <class Storage>
+struct Compute {
+  using type = float;
+  using Key = int32_t;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+  using Key = int64_t;
+};
+
+template <class Key>
+constexpr Key kInfinityKey = Key(0x7F800000);
+template <>
+inline constexpr int64_t kInfinityKey<int64_t> = 0x7FF0000000000000;
+
+template <class Key>
+constexpr Key kMaxKey = Key((uint64_t(1) << (8 * sizeof(Key) - 1)) - 1);
+
+}  // namespace sk

@@ -1,0 +1,36 @@
+// The importable module. Loading the library registers the ops (ops.cpp); no Tensor crosses pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+py::dict build_info() {
+  using namespace py::literals;
+  return py::dict("version"_a = SK_VERSION, "compiler"_a = kCompiler, "torch"_a = SK_TORCH_VERSION,
+                  "isas"_a = sk::compiled_isas(), "cuda"_a = false);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  const char* wanted = std::getenv("SURGERY_KERNELS_ISA");
+  if (wanted && *wanted) sk::set_isa(wanted, "SURGERY_KERNELS_ISA");
+
+  m.def("build_info", &build_info, "Version, compiler, torch compiled against, instruction sets compiled in, CUDA or not.");
+  m.def("isas", &sk::machine_isas, "The instruction sets this machine runs, narrowest first.");
+  m.def("isa", [] { return sk::isa_name(sk::current_isa()); }, "The instruction set the CPU kernels use now.");
+  m.def("set_isa", [](const std::string& name) { sk::set_isa(name, "name"); }, py::arg("name"),
+        "Chooses the instruction set of every later call; results do not depend on it.");
+}

@@ -1,0 +1,13 @@
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    torch: str
+    isas: list[str]
+    cuda: bool
+
+def build_info() -> BuildInfo: ...
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...

@@ -1,0 +1,17 @@
+"""Exact and fast model merging: TIES and its relatives as fused torch ops."""
+
+import torch  # noqa: F401  # the native module resolves its symbols against torch's libraries
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        "surgery_kernels must be built for this Python and torch, got no loadable surgery_kernels._C: "
+        f"run `pip install --no-build-isolation .` or `make build` ({error})"
+    ) from error
+
+from .ops import ties_merge, ties_split, trim_thresholds
+
+__version__: str = _C.build_info()["version"]
+
+__all__ = ["ties_merge", "ties_split", "trim_thresholds"]

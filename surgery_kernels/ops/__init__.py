@@ -1,0 +1,6 @@
+"""The public ops: checks in Python, work in torch.ops.surgery_kernels."""
+
+from .ties_merge import ties_merge, ties_split
+from .trim import trim_thresholds
+
+__all__ = ["ties_merge", "ties_split", "trim_thresholds"]

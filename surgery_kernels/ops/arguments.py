@@ -1,0 +1,84 @@
+"""What every op asks of its arguments, in one wording: "<argument> must be <requirement>, got <value>"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SEMANTICS = ("paper", "mergekit", "peft")
+ELECT = ("sum", "count")
+REDUCE = ("mean", "sum", "max")
+NONFINITE = ("error", "propagate", "drop")
+
+Experts = Tensor | Sequence[Tensor]
+PerExpert = float | Sequence[float]
+
+
+def check_one_of(argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_like(argument: str, tensor: object, first: Tensor, first_name: str) -> None:
+    """`tensor` is a tensor with the shape, dtype and device of `first`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != first.shape:
+        raise ValueError(
+            f"{argument} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype != first.dtype:
+        raise ValueError(f"{argument} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+    if tensor.device != first.device:
+        raise ValueError(f"{argument} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def check_experts(base: Tensor | None, experts: Experts) -> tuple[Tensor | None, list[Tensor]]:
+    """The base and the list of experts, detached; one stacked tensor [num_tasks, ...] is taken apart."""
+    if isinstance(experts, Tensor):
+        if experts.dim() == 0:
+            raise ValueError("experts must be a list of tensors or one tensor [num_tasks, ...], got a 0-d tensor")
+        experts = experts.unbind(0)
+    experts = list(experts)
+    if not experts:
+        raise ValueError("experts must be at least one tensor, got none")
+    first, name = (experts[0], "experts[0]") if base is None else (base, "base")
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
+    if first.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {first.dtype}")
+    for i, expert in enumerate(experts):
+        check_like(f"experts[{i}]", expert, first, name)
+    return None if base is None else base.detach(), [expert.detach() for expert in experts]
+
+
+def per_expert(argument: str, value: PerExpert, num_tasks: int) -> list[float]:
+    """One finite number per expert, from one for all or a list."""
+    if isinstance(value, Sequence):
+        values = [float(v) for v in value]
+        if len(values) != num_tasks:
+            raise ValueError(f"{argument} must be one number or one per expert ({num_tasks}), got {len(values)}")
+    else:
+        values = [float(value)] * num_tasks
+    for v in values:
+        if not math.isfinite(v):
+            raise ValueError(f"{argument} must be finite, got {v}")
+    return values
+
+
+def check_density(density: PerExpert, num_tasks: int) -> list[float]:
+    values = per_expert("density", density, num_tasks)
+    for v in values:
+        if not 0 < v <= 1:
+            raise ValueError(f"density must be in (0, 1], got {v}")
+    return values
+
+
+def check_lam(lam: float) -> float:
+    if not math.isfinite(lam):
+        raise ValueError(f"lam must be finite, got {lam}")
+    return float(lam)

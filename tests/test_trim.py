@@ -1,0 +1,149 @@
+"""trim_thresholds against the oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    KINDS,
+    NUM_TASKS,
+    SEMANTICS,
+    SHAPES,
+    assert_same,
+    densities_of,
+    equal,
+    gaussian,
+    grid,
+    inputs,
+    option_id,
+    rising,
+    rows,
+    sparse,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surgery_kernels import _C, reference, ties_merge, trim_thresholds
+
+LARGE = 300_001
+LARGE_KINDS = [gaussian, grid, sparse, equal, rows, rising]
+
+
+def check(base: torch.Tensor | None, experts: list[torch.Tensor], **options: Any) -> None:
+    assert_same(
+        trim_thresholds(base, experts, **options), reference.trim_thresholds(base, experts, **options), str(options)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("kind", KINDS, ids=option_id)
+def test_every_kind_of_data(kind: Any, dtype: torch.dtype) -> None:
+    base, experts = inputs(kind, 1_000, 3, dtype)
+    for semantics in SEMANTICS:
+        for density in (1e-6, 0.05, 0.2, 0.5, 0.999, 1.0, [0.3, 1e-9, 1.0]):
+            check(base, experts, density=density, semantics=semantics)
+            check(None, experts, density=density, semantics=semantics)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    base, experts = inputs(gaussian, shape, 2, dtype)
+    for semantics in SEMANTICS:
+        for density in (0.2, 1.0):
+            check(base, experts, density=density, semantics=semantics)
+
+
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_every_number_of_experts(num_tasks: int) -> None:
+    base, experts = inputs(grid, 257, num_tasks, torch.bfloat16)
+    check(base, experts, density=densities_of(num_tasks), semantics="mergekit")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("kind", LARGE_KINDS, ids=option_id)
+def test_sampled_bracket(kind: Any, dtype: torch.dtype) -> None:
+    base, experts = inputs(kind, LARGE, 2, dtype)
+    for density in (1e-6, 0.2, 0.97):
+        check(base, experts, density=density)
+
+
+@pytest.mark.parametrize("count", [32_767, 32_768, 32_769, 65_536, 131_071, 1_000_003])
+def test_around_the_sizes_where_the_method_changes(count: int) -> None:
+    base, experts = inputs(gaussian, count, 1, torch.float32)
+    for density in (1 / count, 0.2, 1 - 1 / count):
+        check(base, experts, density=density, semantics="peft")
+
+
+def test_a_million_elements_of_each_dtype() -> None:
+    for dtype in DTYPES:
+        base, experts = inputs(rows, 1_000_003, 2, dtype)
+        check(base, experts, density=[0.2, 0.6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=option_id)
+def test_a_sample_that_misjudges_the_data(dtype: torch.dtype) -> None:
+    # all that matters lies in a few places that a sample spread over the tensor can hardly meet
+    x = torch.full((LARGE,), 1e-3)
+    x[123_456 : 123_456 + 700] = torch.linspace(1, 2, 700)
+    y = torch.where(torch.arange(LARGE) % 64 < 3, torch.linspace(0, 1, LARGE), torch.linspace(1, 0, LARGE))
+    for density in (700 / LARGE, 350 / LARGE, 0.001, 0.05, 0.5):
+        check(None, [x.to(dtype), y.to(dtype), x.flip(0).to(dtype)], density=density)
+
+
+@pytest.fixture
+def forced_histogram() -> Iterator[None]:
+    """Every bracket counts as missed."""
+    _C.force_histogram(True)
+    yield
+    _C.force_histogram(False)
+
+
+@pytest.mark.usefixtures("forced_histogram")
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("kind", [gaussian, grid, sparse, rows], ids=option_id)
+def test_histogram_fallback(kind: Any, dtype: torch.dtype) -> None:
+    for count in (1, 65, 5_000, 100_003):
+        base, experts = inputs(kind, count, 3, dtype)
+        for semantics in SEMANTICS:
+            options = {"density": [0.2, 0.7, 1e-4], "semantics": semantics}
+            check(base, experts, **options)
+            assert_same(ties_merge(base, experts, **options), reference.ties_merge(base, experts, **options))
+
+
+@given(
+    keys=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=200),
+    density=st.floats(0, 1, exclude_min=True),
+    semantics=st.sampled_from(SEMANTICS),
+)
+def test_any_numbers(keys: list[float], density: float, semantics: str) -> None:
+    check(None, [torch.tensor(keys)], density=density, semantics=semantics)
+    check(None, [torch.tensor(keys, dtype=torch.float64)], density=density, semantics=semantics)
+
+
+def test_nothing_kept_and_everything_kept() -> None:
+    x = torch.tensor([3.0, -1.0, 2.0])
+    assert trim_thresholds(None, [x], density=0.2, semantics="peft").tolist() == [math.inf]
+    assert trim_thresholds(None, [x], density=1.0, semantics="peft").tolist() == [0.0]
+    assert trim_thresholds(None, [x], density=0.34).tolist() == [2.0]
+    assert trim_thresholds(None, [x[:0]], density=0.34).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("count", [1_000, LARGE])
+def test_nonfinite(count: int) -> None:
+    base, experts = inputs(gaussian, count, 3, torch.float32)
+    experts[1][[5, 77, 500]] = torch.tensor([math.nan, math.inf, -math.inf])
+    for nonfinite in ("drop", "propagate"):
+        for density in (1e-9, 2.5 / count, 0.2):
+            check(base, experts, density=density, nonfinite=nonfinite)
+
+
+def test_thresholds_reproduce_the_merge() -> None:
+    base, experts = inputs(gaussian, LARGE, 3, torch.float32)
+    thresholds = trim_thresholds(base, experts, density=[0.2, 0.5, 0.9])
+    assert_same(ties_merge(base, experts, thresholds=thresholds), ties_merge(base, experts, density=[0.2, 0.5, 0.9]))
