@@ -1,4 +1,4 @@
-# make demo, test, bench, lint, build, clean. The first call makes .venv; later calls install only what changed.
+# make demo, test, bench, lint, format, build, clean. The first call makes .venv; later calls install only what changed.
 # TORCH=2.12.0 (or any pip requirement) and PYTHON=python3.12 choose what .venv is made of; ARGS goes to the program.
 
 TORCH ?= 2.13.0
@@ -13,7 +13,9 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 REQUIREMENT := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TORCH),$(TORCH))
 
-.PHONY: demo test bench lint ruff clang-format mypy build clean
+CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp")
+
+.PHONY: demo test bench lint ruff clang-format mypy format build clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -39,10 +41,15 @@ ruff: $(VENV)/lint.txt
 	$(RUN) -m ruff format --quiet --check
 
 clang-format: $(VENV)/lint.txt
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 mypy: $(VENV)/lint.txt
 	$(RUN) -m mypy
+
+format: $(VENV)/lint.txt
+	$(RUN) -m ruff check --quiet --fix
+	$(RUN) -m ruff format --quiet
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 build: $(VENV)/dev.txt
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) setup.py --quiet build_ext --inplace

@@ -4,8 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 
@@ -13,6 +17,15 @@ namespace sk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// torch's own check would put the source file's path in front of the sentence.
+template <class... Message>
+void require(bool condition, const Message&... message) {
+  if (condition) return;
+  std::ostringstream sentence;
+  (sentence << ... << message);
+  throw std::runtime_error(sentence.str());
+}
 
 inline Dtype dtype_of(const Tensor& t, const std::string& argument) {
   switch (t.scalar_type()) {
@@ -25,7 +38,7 @@ inline Dtype dtype_of(const Tensor& t, const std::string& argument) {
     case ScalarType::Double:
       return Dtype::f64;
     default:
-      STD_TORCH_CHECK(false, argument, " must be float64, float32, float16 or bfloat16, got another dtype");
+      throw std::runtime_error(argument + " must be float64, float32, float16 or bfloat16, got another dtype");
   }
 }
 
@@ -37,25 +50,45 @@ inline int one_of(const char* argument, const std::string& value, std::initializ
     if (value == choice) return i;
     list += (i++ ? ", '" : "'") + std::string(choice) + "'";
   }
-  STD_TORCH_CHECK(false, argument, " must be one of ", list, ", got '", value, "'");
+  throw std::runtime_error(std::string(argument) + " must be one of " + list + ", got '" + value + "'");
 }
 
 inline void check_same_shape(const Tensor& t, const Tensor& like, const std::string& argument) {
-  STD_TORCH_CHECK(t.is_cpu() && like.is_cpu(), argument, " must be on the CPU like every other tensor, got another device");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), argument, " must have the dtype of experts[0], got another");
+  require(t.is_cpu() && like.is_cpu(), argument, " must be on the CPU like every other tensor, got another device");
+  require(t.scalar_type() == like.scalar_type(), argument, " must have the dtype of experts[0], got another");
   bool same = t.dim() == like.dim();
   for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
-  STD_TORCH_CHECK(same, argument, " must have the shape of experts[0], got another");
+  require(same, argument, " must have the shape of experts[0], got another");
 }
 
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0 || b.numel() == 0) return false;
-  const auto last = [](const Tensor& t) {
-    int64_t i = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) i += (t.size(d) - 1) * t.stride(d);
-    return static_cast<const char*>(t.data_ptr()) + (i + 1) * int64_t(t.element_size());
-  };
-  return a.data_ptr() < last(b) && b.data_ptr() < last(a);
+// The bytes from the first to the last element, holes included.
+struct Extent {
+  const char *begin, *end;
+};
+inline Extent extent(const Tensor& t) {
+  const char* begin = static_cast<const char*>(t.data_ptr());
+  if (t.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  return {begin, begin + (last + 1) * int64_t(t.element_size())};
+}
+
+// Every out tensor is apart from the inputs and from the other out tensors.
+inline void check_apart(const std::vector<Tensor>& out, std::initializer_list<const std::vector<Tensor>*> inputs) {
+  std::vector<Extent> taken;
+  for (const Tensor& t : out)
+    if (t.numel() > 0) taken.push_back(extent(t));
+  std::sort(taken.begin(), taken.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < taken.size(); ++i)
+    require(taken[i - 1].end <= taken[i].begin, "out must be apart from every other out, got memory that overlaps one");
+  for (const auto* list : inputs)
+    for (const Tensor& t : *list) {
+      const Extent input = extent(t);
+      const auto after = std::upper_bound(taken.begin(), taken.end(), input.begin,
+                                          [](const char* p, const Extent& e) { return p < e.end; });
+      require(input.begin == input.end || after == taken.end() || after->begin >= input.end,
+              "out must be apart from every input, got memory that overlaps one");
+    }
 }
 
 }  // namespace sk

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "cpu/isa.h"
+#include "cpu/trim.h"
 
 namespace py = pybind11;
 
@@ -28,9 +29,12 @@ PYBIND11_MODULE(_C, m) {
   const char* wanted = std::getenv("SURGERY_KERNELS_ISA");
   if (wanted && *wanted) sk::set_isa(wanted, "SURGERY_KERNELS_ISA");
 
-  m.def("build_info", &build_info, "Version, compiler, torch compiled against, instruction sets compiled in, CUDA or not.");
+  m.def("build_info", &build_info,
+        "Version, compiler, torch compiled against, instruction sets compiled in, CUDA or not.");
   m.def("isas", &sk::machine_isas, "The instruction sets this machine runs, narrowest first.");
   m.def("isa", [] { return sk::isa_name(sk::current_isa()); }, "The instruction set the CPU kernels use now.");
-  m.def("set_isa", [](const std::string& name) { sk::set_isa(name, "name"); }, py::arg("name"),
-        "Chooses the instruction set of every later call; results do not depend on it.");
+  m.def(
+      "set_isa", [](const std::string& name) { sk::set_isa(name, "name"); }, py::arg("name"),
+      "Chooses the instruction set of every later call; results do not depend on it.");
+  m.def("force_histogram", &sk::force_histogram, py::arg("on"), "Tests only: finds thresholds by the fallback.");
 }

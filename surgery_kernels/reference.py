@@ -33,7 +33,7 @@ class Entry:
         return x.to(self.dtype).to(x.dtype)
 
     def store(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype).reshape(*x.shape[:-1], *self.shape)
+        return x.to(self.dtype).reshape(x.shape[:-1] + self.shape)
 
 
 @dataclass

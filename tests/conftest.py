@@ -6,12 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+from surgery_kernels import _C
+
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
 hypothesis.settings.load_profile("fixed")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "any_isa: does not depend on the instruction set chosen for the run")
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +22,14 @@ def nan_filled_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Gives torch its threads back after a test that changes their number."""
+def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def restored_isa() -> Iterator[None]:
+    before = _C.isa()
+    yield
+    _C.set_isa(before)

@@ -63,7 +63,8 @@ void set_isa(const std::string& name, const char* argument) {
     if (name == isa_name(isa)) return current.store(isa, std::memory_order_relaxed);
     choices += (choices.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  throw std::invalid_argument(std::string(argument) + " must be one of " + choices + " on this machine, got '" + name + "'");
+  throw std::invalid_argument(std::string(argument) + " must be one of " + choices + " on this machine, got '" + name +
+                              "'");
 }
 
 }  // namespace sk

@@ -22,7 +22,7 @@
   extern const type table;                 \
   }
 
-// In a host file, once per call of an op: const TrimKernels& kernels = SK_KERNELS(trim_kernels);
+// In a host file: const TrimKernels& kernels = SK_KERNELS(trim_kernels);
 #define SK_KERNELS(table) \
   (*std::array{SK_EACH_ISA(SK_TABLE_ADDRESS, table)}[static_cast<std::size_t>(sk::current_isa())])
 #define SK_TABLE_ADDRESS(isa, table) &sk::isa::table,
@@ -39,7 +39,7 @@ const char* isa_name(Isa isa);
 std::vector<std::string> compiled_isas();
 std::vector<std::string> machine_isas();  // those compiled in that this machine runs
 
-// Throws std::invalid_argument, naming `argument`, when this machine does not run the ISA. Calls under way keep theirs.
+// Safe while ops run: results do not depend on it. Throws std::invalid_argument that names `argument`.
 void set_isa(const std::string& name, const char* argument);
 
 }  // namespace sk

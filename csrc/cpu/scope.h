@@ -32,8 +32,10 @@ struct Chunk {
 struct Scope {
   std::vector<Part> parts;
   int64_t num_tasks = 0, numel = 0, num_chunks = 0;
+  bool mixed = false;  // tensors of several dtypes
 
   void add(Dtype dtype, int64_t numel_of_part, const char* base, std::vector<const char*> experts) {
+    mixed |= !parts.empty() && parts[0].dtype != dtype;
     parts.push_back({dtype, numel_of_part, numel, num_chunks, base, std::move(experts)});
     numel += numel_of_part;
     num_chunks += (numel_of_part + kChunk - 1) / kChunk;

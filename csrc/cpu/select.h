@@ -3,13 +3,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "trim_kernel.h"
+#include "../dtype.h"
 
 namespace sk {
-
-// The rank-th largest key, 1 <= rank <= keys.size(). Leaves `keys` in any state.
-template <class Key>
-Key kth_largest(std::vector<Key>& keys, int64_t rank);
 
 constexpr int kRadixBits = 11;
 
@@ -17,26 +13,53 @@ constexpr int kRadixBits = 11;
 template <class Key>
 struct Radix {
   Key lo, hi;
-  int shift;
+  int shift = 0;
 
-  Radix(Key lo, Key hi);
-  int bins() const { return int((hi - lo) >> shift) + 1; }
+  Radix(Key lo, Key hi) : lo(lo), hi(hi) {
+    while ((hi - lo) >> shift >> kRadixBits) ++shift;
+  }
+  bool holds(Key key) const { return key >= lo && key <= hi; }
   int bin(Key key) const { return int((key - lo) >> shift); }
   // The bin that holds the rank-th largest; `rank` becomes its rank within that bin.
   template <class Count>
-  Radix<Key> descend(const Count* histogram, int64_t& rank) const {
-    int b = bins() - 1;
+  Radix descend(const Count* histogram, int64_t& rank) const {
+    int b = bin(hi);
     for (; b > 0 && rank > int64_t(histogram[b]); --b) rank -= int64_t(histogram[b]);
     const Key first = lo + (Key(b) << shift), width = (Key(1) << shift) - 1;
     return {first, hi - first < width ? hi : first + width};
   }
 };
 
-// A bracket that holds the rank-th largest of `population` keys with overwhelming probability, from samples drawn in
-// clusters of neighbours: cluster c is sample[ends[c - 1], ends[c]). Neighbours may be alike (rows of one layer), so
-// the spread is estimated between clusters.
 template <class Key>
-Bracket<Key> sampled_bracket(const std::vector<Key>& sample, const std::vector<int64_t>& ends, int64_t rank,
-                             int64_t population);
+struct Span {
+  const Key* data;
+  int64_t size;
+};
+
+// Order statistics of the keys of some spans, all in [lo, hi]. One histogram serves every question.
+template <class Key>
+class OrderStatistics {
+ public:
+  OrderStatistics(std::vector<Span<Key>> spans, Key lo, Key hi);
+  Key kth_largest(int64_t rank) const;  // 1 <= rank <= number of keys
+
+ private:
+  std::vector<Span<Key>> spans_;
+  Radix<Key> range_;
+  std::vector<int64_t> histogram_;
+};
+
+// A range that holds the rank-th largest of `population` keys with overwhelming probability.
+template <class Key>
+struct SampledRange {
+  Key lo, hi;
+  bool crowded_ends;  // many keys equal lo or hi
+};
+
+// From samples drawn in clusters of neighbours: cluster c is sample[ends[c - 1], ends[c]). Neighbours may be alike (rows
+// of one layer), so the spread is estimated between clusters.
+template <class Key>
+SampledRange<Key> sampled_range(const std::vector<Key>& sample, const std::vector<int64_t>& ends, int64_t rank,
+                                int64_t population);
 
 }  // namespace sk

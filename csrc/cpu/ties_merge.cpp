@@ -1,12 +1,16 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <deque>
+#include <mutex>
 #include <optional>
 
 #include "../check.h"
+#include "rounding.h"
 #include "ties_merge_kernel.h"
 #include "trim.h"
 #include "trim_kernel.h"
@@ -14,6 +18,7 @@
 namespace sk {
 namespace {
 
+constexpr int kMaxDraws = 128;  // recorded per chunk
 constexpr int64_t kStreamBytes = 8 << 20;  // larger outputs are written past the caches
 
 struct Options {
@@ -41,9 +46,10 @@ Options parse(std::vector<double> density, double lam, std::optional<std::vector
   const Semantics semantics = parse_semantics(semantics_name);
   const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
   const bool max = reduce == 2, mergekit = semantics == Semantics::mergekit, paper = semantics == Semantics::paper;
-  STD_TORCH_CHECK(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
-  STD_TORCH_CHECK(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='", semantics_name, "', got others");
-  STD_TORCH_CHECK(!paper || !weights, "weights must be None with semantics='paper', got weights");
+  require(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
+  require(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='", semantics_name, "', got others");
+  require(!weights || weights->size() == density.size(), "weights must be one per expert, got ", weights ? weights->size() : 0);
+  require(!paper || !weights, "weights must be None with semantics='paper', got weights");
   const Rule rule = mergekit ? Rule::mergekit : !paper ? Rule::peft : max ? Rule::paper_max : Rule::paper;
   return {std::move(density), lam, std::move(weights), semantics, rule, one_of("elect", elect, {"sum", "count"}) == 1,
           reduce == 0 && normalize, rescale, parse_nonfinite(nonfinite), std::move(thresholds), {}};
@@ -56,17 +62,17 @@ struct Inputs {
   bool wide = false;  // float64
 
   Inputs(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, int64_t num_tasks) {
-    STD_TORCH_CHECK(num_tasks > 0 && experts.size() % size_t(num_tasks) == 0, "experts must be one tensor per density and tensor, got ",
+    require(num_tasks > 0 && experts.size() % size_t(num_tasks) == 0, "experts must be one tensor per density and tensor, got ",
                     experts.size(), " for ", num_tasks, " densities");
     const size_t parts = experts.size() / size_t(num_tasks);
-    STD_TORCH_CHECK(base.empty() || base.size() == parts, "base must be one tensor per merged tensor, got ", base.size(), " for ", parts);
+    require(base.empty() || base.size() == parts, "base must be one tensor per merged tensor, got ", base.size(), " for ", parts);
     alive.reserve(experts.size() + base.size());
     scope.num_tasks = num_tasks;
     for (size_t p = 0; p < parts; ++p) {
       const Tensor& first = experts[p * size_t(num_tasks)];
       const Dtype dtype = dtype_of(first, "experts");
       wide = p == 0 ? dtype == Dtype::f64 : wide;
-      STD_TORCH_CHECK(wide == (dtype == Dtype::f64), "experts must be all float64 or none within one scope, got both");
+      require(wide == (dtype == Dtype::f64), "experts must be all float64 or none within one scope, got both");
       std::vector<const char*> pointers;
       for (int64_t t = 0; t < num_tasks; ++t) {
         const Tensor& expert = experts[p * size_t(num_tasks) + size_t(t)];
@@ -90,17 +96,8 @@ struct Inputs {
 };
 
 template <class C>
-C round_to(double x, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f16:
-      return C(float(torch::headeronly::Half(float(x))));
-    case Dtype::bf16:
-      return C(float(torch::headeronly::BFloat16(float(x))));
-    case Dtype::f32:
-      return C(float(x));
-    default:
-      return C(x);
-  }
+C stored(double x, Dtype dtype) {
+  return dtype == Dtype::f64 ? C(x) : C(round_to(float(x), dtype));
 }
 
 template <class Key>
@@ -113,33 +110,57 @@ class Merger {
     if (options.weights)
       for (const Part& part : scope.parts)
         for (const double w : *options.weights)
-          weights_.push_back(options.rule == Rule::mergekit ? round_to<C>(w, part.dtype) : C(float(w)));
+          weights_.push_back(options.rule == Rule::mergekit ? stored<C>(w, part.dtype) : C(float(w)));
     if (options.rescale) set_rescales();
   }
 
-  // call(kernel, args, chunk, begin of the run within the tensor) merges one run of elements.
-  template <class Call>
-  void run(const Call& call) const {
-    // A drawn election takes the sign of the sum of all elected signs, known at the end only: every chunk goes by the
-    // running sum, and those that held a draw and guessed wrong are merged once more.
-    constexpr int8_t kSettled = 2;
+  // merge(args, part, begin) merges one run of elements of one tensor and records up to max_draws draws of a chunk;
+  // patch(part, begin, draws, count) overwrites some elements.
+  template <class Merge, class Patch>
+  void run(int max_draws, const Merge& merge, const Patch& patch) const {
+    // A drawn election takes the sign of the sum of all elected signs, known at the end only. Every chunk goes by the
+    // running sum and records its draws under the other sign; at the end wrong guesses are overwritten. A chunk with
+    // more draws than it may record is merged once more.
+    struct Guess {
+      int8_t sign = 0;  // 0: no draws
+      int32_t num_draws = 0, first = 0;
+      const std::vector<Draw>* draws = nullptr;
+    };
+    std::vector<Guess> guesses(rule_is_paper() ? scope_.num_chunks : 0);
+    std::deque<std::vector<Draw>> lists;  // one per range of chunks
+    std::mutex mutex;
     std::atomic<int64_t> sign_sum{0};
-    std::vector<int8_t> guesses(scope_.num_chunks, kSettled);
     scope_.parallel([&](int64_t first, int64_t last) {
       Scratch scratch(scope_.num_tasks);
+      std::vector<Draw>* list;
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        list = &lists.emplace_back();
+      }
       for (int64_t c = first; c < last; ++c) {
-        const int8_t guess = sign_sum.load(std::memory_order_relaxed) >= 0 ? 1 : -1;
-        const TiesResult result = merge_chunk(c, guess, scratch, call);
-        if (result.sign_sum) sign_sum.fetch_add(result.sign_sum, std::memory_order_relaxed);
-        if (result.drawn) guesses[c] = guess;
+        const int8_t sign = sign_sum.load(std::memory_order_relaxed) >= 0 ? 1 : -1;
+        const TiesResult result = merge_chunk(c, sign, scratch, max_draws, merge);
+        if (guesses.empty()) continue;
+        sign_sum.fetch_add(result.sign_sum, std::memory_order_relaxed);
+        if (result.num_draws == 0) continue;
+        guesses[c] = {sign, int32_t(result.num_draws), int32_t(list->size()), list};
+        if (result.num_draws <= max_draws) list->insert(list->end(), scratch.draws.begin(), scratch.draws.begin() + result.num_draws);
       }
     });
     const int64_t sum = sign_sum.load();
     const int8_t sign = int8_t((sum > 0) - (sum < 0));
     scope_.parallel([&](int64_t first, int64_t last) {
       Scratch scratch(scope_.num_tasks);
-      for (int64_t c = first; c < last; ++c)
-        if (guesses[c] != kSettled && guesses[c] != sign) merge_chunk(c, sign, scratch, call);
+      for (int64_t c = first; c < last && !guesses.empty(); ++c) {
+        const Guess& guess = guesses[c];
+        if (guess.sign == 0 || guess.sign == sign) continue;
+        if (sign == 0 || guess.num_draws > max_draws) {
+          merge_chunk(c, sign, scratch, max_draws, merge);
+        } else {
+          const Chunk chunk = scope_.chunk(c);
+          patch(chunk.part_index, chunk.begin, guess.draws->data() + guess.first, guess.num_draws);
+        }
+      }
     });
   }
 
@@ -148,6 +169,7 @@ class Merger {
     std::vector<const void*> experts;
     std::vector<Key> limits;
     std::vector<int64_t> ends;
+    std::array<Draw, kMaxDraws> draws;
 
     explicit Scratch(int64_t num_tasks) : experts(num_tasks), limits(num_tasks) {}
   };
@@ -155,13 +177,13 @@ class Merger {
   std::vector<Limit<Key>> given_limits() const {
     if (options_.nonfinite == NonFinite::error) check_finite<Key>(scope_, options_.names);
     const Tensor given = torch::stable::contiguous(*options_.thresholds);
-    STD_TORCH_CHECK(given.is_cpu() && given.numel() == scope_.num_tasks, "thresholds must be one value per expert on the CPU, got ", given.numel());
+    require(given.is_cpu() && given.numel() == scope_.num_tasks, "thresholds must be one value per expert on the CPU, got ", given.numel());
     const Dtype dtype = dtype_of(given, "thresholds");
-    STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, "thresholds must be float32 or float64, got another dtype");
+    require(dtype == Dtype::f32 || dtype == Dtype::f64, "thresholds must be float32 or float64, got another dtype");
     std::vector<Limit<Key>> limits;
     for (int64_t t = 0; t < scope_.num_tasks; ++t) {
       const C threshold = dtype == Dtype::f32 ? C(static_cast<const float*>(given.data_ptr())[t]) : C(static_cast<const double*>(given.data_ptr())[t]);
-      STD_TORCH_CHECK(threshold >= 0, "thresholds must be 0 or greater, got ", threshold);
+      require(threshold >= 0, "thresholds must be 0 or greater, got ", threshold);
       Limit<Key> limit{0, scope_.numel};
       const C magnitude = threshold == 0 ? C(0) : threshold;  // -0 has the sign bit
       memcpy(&limit.threshold, &magnitude, sizeof magnitude);
@@ -190,19 +212,19 @@ class Merger {
       if (end == at) continue;
       for (size_t t = 0; t < limits_.size(); ++t) {
         const Key limit = at < limits_[t].cut ? limits_[t].threshold - 1 : limits_[t].threshold;
-        scratch.limits[t] = std::min(limit, kInfinityKey<Key>);  // NaN is never trimmed away
+        scratch.limits[t] = std::clamp<Key>(limit, 0, kInfinityKey<Key>);  // 0 adds nothing; NaN is never trimmed away
       }
       body(at - chunk.part.offset, end - at);
       at = end;
     }
   }
 
-  template <class Call>
-  TiesResult merge_chunk(int64_t index, int8_t zero_sign, Scratch& scratch, const Call& call) const {
+  template <class Merge>
+  TiesResult merge_chunk(int64_t index, int8_t zero_sign, Scratch& scratch, int max_draws, const Merge& merge) const {
     const Chunk chunk = scope_.chunk(index);
     const Part& part = chunk.part;
     const size_t first = chunk.part_index * size_t(scope_.num_tasks);
-    TiesResult total = {0, false};
+    TiesResult total = {0, 0};
     for_runs(chunk, scratch, [&](int64_t begin, int64_t count) {
       for (int64_t t = 0; t < scope_.num_tasks; ++t) scratch.experts[t] = part.expert_at(t, begin);
       TiesArgs<Key> args;
@@ -219,9 +241,14 @@ class Merger {
       args.drop = options_.nonfinite == NonFinite::drop;
       args.stream = scope_.numel * size_of(part.dtype) > kStreamBytes;
       args.zero_sign = zero_sign;
-      const TiesResult result = call(args, chunk.part_index, begin);
+      const int recorded = int(std::min<int64_t>(total.num_draws, max_draws));
+      args.draws = scratch.draws.data() + recorded;
+      args.max_draws = max_draws - recorded;
+      const TiesResult result = merge(args, chunk.part_index, begin);
+      for (int d = recorded; d < std::min<int64_t>(recorded + result.num_draws, max_draws); ++d)
+        scratch.draws[d].index += begin - chunk.begin;  // from the run to the chunk
       total.sign_sum += result.sign_sum;
-      total.drawn |= result.drawn;
+      total.num_draws += result.num_draws;
     });
     return total;
   }
@@ -255,12 +282,14 @@ class Merger {
   }
 
   static C rescale(L1Norms norms, Dtype dtype) {
-    const C all = round_to<C>(norms.all, dtype), kept = round_to<C>(norms.kept, dtype);
+    const C all = stored<C>(norms.all, dtype), kept = stored<C>(norms.kept, dtype);
     if (all < C(1e-7) || kept < C(1e-7)) return 1;
     // A norm past the dtype's range would make mergekit's ratio NaN; the norms themselves are fine.
-    if (std::isinf(all) || std::isinf(kept)) return round_to<C>(norms.all / norms.kept, dtype);
-    return round_to<C>(double(all / kept), dtype);
+    if (std::isinf(all) || std::isinf(kept)) return stored<C>(norms.all / norms.kept, dtype);
+    return stored<C>(double(all / kept), dtype);
   }
+
+  bool rule_is_paper() const { return options_.rule == Rule::paper || options_.rule == Rule::paper_max; }
 
   const Scope& scope_;
   const Options& options_;
@@ -274,25 +303,29 @@ std::vector<Tensor> as_list(const std::optional<Tensor>& base) {
 
 template <class Key>
 void merge_scope(const Scope& scope, const Options& options, const std::vector<Tensor>& out) {
-  const Merger<Key> merger(scope, options);
-  merger.run([&](const TiesArgs<Key>& args, size_t part, int64_t begin) {
-    const Dtype dtype = scope.parts[part].dtype;
-    char* target = static_cast<char*>(out[part].data_ptr()) + begin * size_of(dtype);
-    return SK_KERNELS(ties_kernels).get<Key>(dtype).merge[int(options.rule)](args, target);
-  });
+  const auto target = [&](size_t part, int64_t i) {
+    return static_cast<char*>(out[part].data_ptr()) + i * size_of(scope.parts[part].dtype);
+  };
+  Merger<Key>(scope, options)
+      .run(
+          kMaxDraws,
+          [&](const TiesArgs<Key>& args, size_t part, int64_t begin) {
+            const TiesKernel<Key>& kernel = SK_KERNELS(ties_kernels).get<Key>(scope.parts[part].dtype);
+            return kernel.merge[int(options.rule)](args, target(part, begin));
+          },
+          [&](size_t part, int64_t begin, const Draw* draws, int count) {
+            for (int d = 0; d < count; ++d)
+              memcpy(target(part, begin + draws[d].index), draws[d].value, size_t(size_of(scope.parts[part].dtype)));
+          });
 }
 
 void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, Options options, const std::vector<Tensor>& out) {
   const Inputs inputs(base, experts, int64_t(options.density.size()));
-  STD_TORCH_CHECK(out.size() == inputs.scope.parts.size(), "out must be one tensor per merged tensor, got ", out.size());
-  STD_TORCH_CHECK(!options.weights || options.weights->size() == options.density.size(), "weights must be one per expert, got ", options.weights->size());
+  require(out.size() == inputs.scope.parts.size(), "out must be one tensor per merged tensor, got ", out.size());
+  for (size_t p = 0; p < out.size(); ++p) check_same_shape(out[p], experts[p * options.density.size()], "out");
+  check_apart(out, {&base, &experts});
   std::vector<Tensor> targets;
-  for (size_t p = 0; p < out.size(); ++p) {
-    check_same_shape(out[p], experts[p * options.density.size()], "out");
-    for (const auto* list : {&base, &experts})
-      for (const Tensor& input : *list) STD_TORCH_CHECK(!overlap(out[p], input), "out must be apart from every input, got memory that overlaps one");
-    targets.push_back(out[p].is_contiguous() ? out[p] : torch::stable::new_empty(out[p], out[p].sizes()));
-  }
+  for (const Tensor& t : out) targets.push_back(t.is_contiguous() ? t : torch::stable::new_empty(t, t.sizes()));
   inputs.wide ? merge_scope<int64_t>(inputs.scope, options, targets) : merge_scope<int32_t>(inputs.scope, options, targets);
   for (size_t p = 0; p < out.size(); ++p)
     if (!out[p].is_contiguous()) {
@@ -321,7 +354,7 @@ Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, 
 Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect, std::string reduce, bool normalize,
                   bool rescale, std::string nonfinite, std::optional<Tensor> thresholds) {
-  STD_TORCH_CHECK(!experts.empty(), "experts must be at least one tensor, got none");
+  require(!experts.empty(), "experts must be at least one tensor, got none");
   const Tensor out = torch::stable::new_empty(experts[0], experts[0].sizes());
   merge_into(as_list(base), experts, parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds), {out});
   return out;
@@ -338,14 +371,19 @@ void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::
 
 template <class Key>
 void split_scope(const Scope& scope, const Options& options, const Tensor& out) {
-  const Merger<Key> merger(scope, options);
-  merger.run([&](const TiesArgs<Key>& args, size_t part, int64_t begin) {
-    const Dtype dtype = scope.parts[part].dtype;
-    std::vector<void*> targets;
+  const auto targets = [&](int64_t i) {
+    std::vector<void*> rows;
     for (int64_t t = 0; t < scope.num_tasks; ++t)
-      targets.push_back(static_cast<char*>(out.data_ptr()) + (t * scope.numel + begin) * size_of(dtype));
-    return SK_KERNELS(ties_kernels).get<Key>(dtype).split[int(options.rule)](args, targets.data());
-  });
+      rows.push_back(static_cast<char*>(out.data_ptr()) + (t * scope.numel + i) * size_of(scope.parts[0].dtype));
+    return rows;
+  };
+  Merger<Key>(scope, options)
+      .run(
+          /*max_draws=*/0,
+          [&](const TiesArgs<Key>& args, size_t, int64_t begin) {
+            return SK_KERNELS(ties_kernels).get<Key>(scope.parts[0].dtype).split[int(options.rule)](args, targets(begin).data());
+          },
+          [](size_t, int64_t, const Draw*, int) {});
 }
 
 Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,

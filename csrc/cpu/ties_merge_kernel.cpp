@@ -6,193 +6,271 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-// The entry of one expert that enters the election and the sum, and where it is kept.
+// One expert's entries at one vector of elements.
 template <class C>
 struct Entry {
-  Vec<C> elected, summed;
-  typename Vec<C>::Mask positive, negative, kept;
+  Vec<C> elected, summed;  // what the election and the merge add up
+  typename Vec<C>::Mask kept, positive, negative;
 };
 
-template <class S, Rule rule, class... Count>
-inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>::Key>& args, int t, const Vec<typename Compute<S>::type>& base,
-                                              int64_t i, Count... count) {
+template <class S, Rule rule>
+inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>::Key>& args, int t,
+                                              Vec<typename Compute<S>::type> expert, Vec<typename Compute<S>::type> base) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
-  V tau = load(static_cast<const S*>(args.experts[t]) + i, count...);
-  if (args.base) tau = round_to(tau - base, S{});
-  typename V::Key key = magnitude<C>(tau);
-  if (args.drop) {
-    const auto nonfinite = greater_key<C>(key, V::keys(kInfinityKey<typename V::KeyLane> - 1));
-    key = zero_key_where<C>(nonfinite, key);
-    tau = zero_unless<C>(and_not<C>(V::all(), nonfinite), tau);
-  }
+  V tau = args.base ? round_to(expert - base, S{}) : expert;
+  if (args.drop) tau = zero_unless<C>(greater_key<C>(V::keys(kInfinityKey<typename V::KeyLane>), magnitude(tau)), tau);
+
+  // With its sign bit set a value is a negative key, so either test holds for one sign only; 0 never passes.
+  const auto limit = V::keys(args.limits[t]);
   Entry<C> e;
-  e.kept = greater_key<C>(key, V::keys(args.limits[t]));
-  if (rule == Rule::mergekit) {
-    if (args.rescales) tau = round_to(tau * V::set(args.rescales[t]), S{});
-    if (args.weights) tau = round_to(tau * V::set(args.weights[t]), S{});
+  e.positive = greater_key<C>(bits(tau), limit);
+  e.negative = greater_key<C>(flip_sign<C>(bits(tau)), limit);
+  e.kept = e.positive | e.negative;
+  e.elected = e.summed = tau;
+  if constexpr (rule == Rule::mergekit) {
+    if (args.rescales || args.weights) {
+      if (args.rescales) tau = round_to(tau * V::set(args.rescales[t]), S{});
+      if (args.weights) tau = round_to(tau * V::set(args.weights[t]), S{});
+      e.elected = e.summed = tau;
+      e.positive = greater(tau, V::set(0)) & e.kept;
+      e.negative = greater(V::set(0), tau) & e.kept;
+    }
   }
-  e.elected = tau;
-  e.summed = rule == Rule::peft && args.weights ? tau * V::set(args.weights[t]) : tau;
-  e.positive = greater(tau, V::set(0)) & e.kept;
-  e.negative = greater(V::set(0), tau) & e.kept;
+  if constexpr (rule == Rule::peft)
+    if (args.weights) e.summed = tau * V::set(args.weights[t]);
   return e;
 }
 
 // Running sums over the experts, for either outcome of the election.
 template <class C>
 struct Sums {
-  Vec<C> total, positive, negative, positive_count, negative_count;
+  using Key = typename Vec<C>::Key;
+  Vec<C> total = Vec<C>::set(0), positive = total, negative = total;
+  Vec<C> positive_weight = total, negative_weight = total;  // mergekit with weights
+  Key positive_count = Vec<C>::keys(0), negative_count = positive_count;
 };
 
 template <Rule rule, class C>
-inline void accumulate(Sums<C>& s, const Entry<C>& e, Vec<C> one) {
+inline void accumulate(Sums<C>& s, const Entry<C>& e, const TiesArgs<typename Compute<C>::Key>& args, int t) {
   s.total = add_where<C>(e.kept, s.total, e.elected);
-  if (rule == Rule::paper_max) {
+  if constexpr (rule == Rule::paper_max) {
     s.positive = select<C>(and_not<C>(e.positive, greater(s.positive, e.summed)), e.summed, s.positive);
     s.negative = select<C>(and_not<C>(e.negative, greater(e.summed, s.negative)), e.summed, s.negative);
   } else {
     s.positive = add_where<C>(e.positive, s.positive, e.summed);
     s.negative = add_where<C>(e.negative, s.negative, e.summed);
   }
-  s.positive_count = add_where<C>(e.positive, s.positive_count, one);
-  s.negative_count = add_where<C>(e.negative, s.negative_count, one);
+  s.positive_count = tally<C>(s.positive_count, e.positive);
+  s.negative_count = tally<C>(s.negative_count, e.negative);
+  if constexpr (rule == Rule::mergekit)
+    if (args.weights) {
+      const Vec<C> weight = Vec<C>::set(args.weights[t]);
+      s.positive_weight = add_where<C>(e.positive, s.positive_weight, weight);
+      s.negative_weight = add_where<C>(e.negative, s.negative_weight, weight);
+    }
 }
 
 template <class C>
 struct Election {
-  typename Vec<C>::Mask positive, negative;  // neither: a draw that nothing decides
+  typename Vec<C>::Mask positive, negative, drawn;
 };
 
-// Tallies of the elected signs, lane by lane.
-template <class C>
-struct Votes {
-  typename Vec<C>::Key positive = Vec<C>::keys(0), negative = positive, drawn = positive;
-
-  TiesResult result() const { return {sum_keys<C>(positive) - sum_keys<C>(negative), sum_keys<C>(drawn) != 0}; }
-};
-
+// Under mergekit and PEFT a draw elects plus. Under the paper it has no sign yet.
 template <Rule rule, class C>
-inline Election<C> elect(const TiesArgs<typename Compute<C>::Key>& args, const Sums<C>& s, Vec<C> positive_votes, Vec<C> negative_votes,
-                         typename Vec<C>::Mask lanes, Votes<C>& votes) {
+inline Election<C> elect(const TiesArgs<typename Compute<C>::Key>& args, const Sums<C>& s) {
   using V = Vec<C>;
-  const V zero = V::set(0), mass = args.elect_count ? positive_votes - negative_votes : s.total;
+  const V zero = V::set(0);
+  const V mass = args.elect_count ? to_lanes<C>(s.positive_count) - to_lanes<C>(s.negative_count) : s.total;
   const auto positive = greater(mass, zero), negative = greater(zero, mass);
-  if (rule == Rule::mergekit || rule == Rule::peft) return {and_not<C>(V::all(), negative), negative};
+  if (rule == Rule::mergekit || rule == Rule::peft) return {and_not<C>(V::all(), negative), negative, and_not<C>(positive, positive)};
+  return {positive, negative, and_not<C>(V::all(), positive | negative)};
+}
 
-  const auto draw = and_not<C>(lanes, positive | negative);
-  votes.positive = tally<C>(votes.positive, positive & lanes);
-  votes.negative = tally<C>(votes.negative, negative & lanes);
-  votes.drawn = tally<C>(votes.drawn, draw & greater(positive_votes + negative_votes, zero));
-  if (args.zero_sign > 0) return {typename V::Mask(positive | draw), negative};
-  if (args.zero_sign < 0) return {positive, typename V::Mask(negative | draw)};
-  return {positive, negative};
+template <class C>
+inline Election<C> with_draws(Election<C> e, int sign) {
+  using Mask = typename Vec<C>::Mask;
+  if (sign > 0) e.positive = Mask(e.positive | e.drawn);
+  if (sign < 0) e.negative = Mask(e.negative | e.drawn);
+  return e;
 }
 
 template <class S, Rule rule, class C>
 inline Vec<C> finish(const TiesArgs<typename Compute<C>::Key>& args, const Sums<C>& s, const Election<C>& sign, Vec<C> base) {
   using V = Vec<C>;
-  // Undecided draws sum the negative entries, as the official code does; its max multiplies by the sign, 0.
+  // Draws without a sign sum the negative entries, as the official code does; its max multiplies by the sign, 0.
   V m = select<C>(sign.positive, s.positive, s.negative);
-  if (rule == Rule::paper_max) m = zero_unless<C>(sign.positive | sign.negative, m);
-  if (rule != Rule::peft) m = round_to(m, S{});
-  const V lam = V::set(args.lam);
+  if constexpr (rule == Rule::paper_max) m = zero_unless<C>(sign.positive | sign.negative, m);
+  if constexpr (rule != Rule::peft) m = round_to(m, S{});
   if (args.divide) {
-    V n = select<C>(sign.positive, s.positive_count, s.negative_count);
-    if (rule == Rule::mergekit) n = round_to(n, S{});
+    V n = select<C>(sign.positive, to_lanes<C>(s.positive_count), to_lanes<C>(s.negative_count));
+    if constexpr (rule == Rule::mergekit)
+      if (args.weights) n = round_to(select<C>(sign.positive, s.positive_weight, s.negative_weight), S{});
     m = m / select<C>(equal(n, V::set(0)), V::set(1), n);
-    if (rule == Rule::mergekit) m = round_to(m, S{});
+    if constexpr (rule == Rule::mergekit) m = round_to(m, S{});
   }
-  m = m * lam;
+  m = m * V::set(args.lam);
   if (rule == Rule::mergekit || rule == Rule::paper_max || (rule == Rule::paper && !args.divide)) m = round_to(m, S{});
   if (args.base) m = base + m;
   // A NaN among the kept entries reaches the output whatever was elected.
   return select<C>(equal(s.total, s.total), m, s.total);
 }
 
-template <class S, Rule rule, class... Count>
-inline Election<typename Compute<S>::type> sum_and_elect(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
-                                                         Vec<typename Compute<S>::type> base, Sums<typename Compute<S>::type>& s,
-                                                         typename Vec<typename Compute<S>::type>::Mask lanes, Votes<typename Compute<S>::type>& votes,
-                                                         Count... count) {
-  using C = typename Compute<S>::type;
-  using V = Vec<C>;
-  s = {V::set(0), V::set(0), V::set(0), V::set(0), V::set(0)};
-  V positive_votes = V::set(0), negative_votes = V::set(0);
-  const bool weighted = rule == Rule::mergekit && args.weights;
-  for (int t = 0; t < args.num_tasks; ++t) {
-    const Entry<C> e = entry<S, rule>(args, t, base, i, count...);
-    accumulate<rule>(s, e, V::set(weighted ? args.weights[t] : C(1)));
-    if (weighted && args.elect_count) {
-      positive_votes = add_where<C>(e.positive, positive_votes, V::set(1));
-      negative_votes = add_where<C>(e.negative, negative_votes, V::set(1));
-    }
+// Signs elected by a run, lane by lane.
+template <class C>
+struct Votes {
+  typename Vec<C>::Key positive = Vec<C>::keys(0), negative = positive;
+
+  void add(const Election<C>& e) {
+    positive = tally<C>(positive, e.positive);
+    negative = tally<C>(negative, e.negative);
   }
-  if (!weighted) positive_votes = s.positive_count, negative_votes = s.negative_count;
-  return elect<rule>(args, s, positive_votes, negative_votes, lanes, votes);
+  int64_t sum() const { return sum_keys<C>(positive) - sum_keys<C>(negative); }
+};
+
+template <class S>
+inline Block<typename Compute<S>::type> load_at(const void* p, int64_t i) {
+  return load_block(static_cast<const S*>(p) + i);
+}
+template <class S>
+inline Block<typename Compute<S>::type> load_at(const void* p, int64_t i, int count) {
+  return load_block(static_cast<const S*>(p) + i, count);
 }
 
 template <class S, class... Count>
-inline Vec<typename Compute<S>::type> load_base(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, Count... count) {
-  return args.base ? load(static_cast<const S*>(args.base) + i, count...) : Vec<typename Compute<S>::type>::set(0);
+inline Block<typename Compute<S>::type> base_at(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, Count... count) {
+  using V = Vec<typename Compute<S>::type>;
+  return args.base ? load_at<S>(args.base, i, count...) : Block<typename Compute<S>::type>{V::set(0), V::set(0)};
+}
+
+constexpr int kPrefetchBytes = 1024;  // so many streams outrun the hardware's own prefetching
+
+template <class S, Rule rule, class... Count>
+inline void sum_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, const Block<typename Compute<S>::type>& base,
+                      Sums<typename Compute<S>::type> (&sums)[2], Count... count) {
+  for (int t = 0; t < args.num_tasks; ++t) {
+    __builtin_prefetch(static_cast<const char*>(args.experts[t]) + i * int64_t(sizeof(S)) + kPrefetchBytes);
+    const auto expert = load_at<S>(args.experts[t], i, count...);
+    for (int h = 0; h < 2; ++h) accumulate<rule>(sums[h], entry<S, rule>(args, t, expert.v[h], base.v[h]), args, t);
+  }
+}
+
+// Records the draws of a block under the other sign. Drawn elements are rare; a second election here is not.
+template <class S, Rule rule>
+inline void record_draws(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, const Sums<typename Compute<S>::type> (&sums)[2],
+                         const Election<typename Compute<S>::type> (&elections)[2], const Block<typename Compute<S>::type>& base,
+                         TiesResult& result) {
+  using C = typename Compute<S>::type;
+  using V = Vec<C>;
+  constexpr int N = Block<C>::N;
+  Block<C> other, open;  // open: 1 where a draw had entries
+  for (int h = 0; h < 2; ++h) {
+    const auto voted = greater_key<C>(sums[h].positive_count, V::keys(0)) & elections[h].drawn;
+    open.v[h] = zero_unless<C>(voted, V::set(1));
+    other.v[h] = finish<S, rule>(args, sums[h], with_draws(elections[h], -args.zero_sign), base.v[h]);
+  }
+  S values[N], flags[N];
+  store_block(other, values);
+  store_block(open, flags);
+  for (int j = 0; j < N; ++j) {
+    const S none = {};
+    if (memcmp(&flags[j], &none, sizeof none) == 0) continue;
+    if (result.num_draws < args.max_draws) {
+      Draw& draw = args.draws[result.num_draws];
+      draw.index = i + j;
+      memcpy(draw.value, &values[j], sizeof(S));
+    }
+    ++result.num_draws;
+  }
+}
+
+template <class S, Rule rule, class... Count>
+inline Block<typename Compute<S>::type> merge_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
+                                                    Votes<typename Compute<S>::type>& votes, TiesResult& result, Count... count) {
+  using C = typename Compute<S>::type;
+  const Block<C> base = base_at<S>(args, i, count...);
+  Sums<C> sums[2];
+  sum_block<S, rule>(args, i, base, sums, count...);
+  Election<C> elections[2];
+  Block<C> merged;
+  for (int h = 0; h < 2; ++h) {
+    elections[h] = elect<rule>(args, sums[h]);
+    votes.add(elections[h]);
+    merged.v[h] = finish<S, rule>(args, sums[h], with_draws(elections[h], args.zero_sign), base.v[h]);
+  }
+  if constexpr (rule == Rule::paper || rule == Rule::paper_max) {
+    // A draw between entries has some of either sign.
+    const auto open = [&](int h) { return greater_key<C>(sums[h].positive_count, Vec<C>::keys(0)) & elections[h].drawn; };
+    if (any<C>(typename Vec<C>::Mask(open(0) | open(1)))) record_draws<S, rule>(args, i, sums, elections, base, result);
+  }
+  return merged;
 }
 
 template <class S, Rule rule>
 TiesResult merge(const TiesArgs<typename Compute<S>::Key>& args, void* out_) {
   using C = typename Compute<S>::type;
-  using V = Vec<C>;
+  constexpr int N = Block<C>::N;
   S* out = static_cast<S*>(out_);
   Votes<C> votes;
-  Sums<C> s;
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % (V::N * sizeof(S)) == 0;
-  const bool streamed = args.stream && aligned;
+  TiesResult result = {0, 0};
+  const bool streamed = args.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   int64_t i = 0;
-  for (; i + V::N <= args.n; i += V::N) {
-    const V base = load_base<S>(args, i);
-    const Election<C> sign = sum_and_elect<S, rule>(args, i, base, s, V::all(), votes);
-    const V merged = finish<S, rule>(args, s, sign, base);
+  for (; i + N <= args.n; i += N) {
+    const Block<C> merged = merge_block<S, rule>(args, i, votes, result);
     if (streamed)
-      stream(merged, out + i);
+      stream_block(merged, out + i);
     else
-      store(merged, out + i);
+      store_block(merged, out + i);
   }
   if (i < args.n) {
     const int left = int(args.n - i);
-    const V base = load_base<S>(args, i, left);
-    const Election<C> sign = sum_and_elect<S, rule>(args, i, base, s, V::first(left), votes, left);
-    store(finish<S, rule>(args, s, sign, base), out + i, left);
+    store_block(merge_block<S, rule>(args, i, votes, result, left), out + i, left);
   }
   if (streamed) fence();
-  return votes.result();
+  result.sign_sum = votes.sum();
+  return result;
+}
+
+template <class S, Rule rule, class... Count>
+inline void split_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, void* const* outs,
+                        Votes<typename Compute<S>::type>& votes, TiesResult& result, Count... count) {
+  using C = typename Compute<S>::type;
+  using V = Vec<C>;
+  const Block<C> base = base_at<S>(args, i, count...);
+  Sums<C> sums[2];
+  sum_block<S, rule>(args, i, base, sums, count...);
+  Election<C> elections[2];
+  for (int h = 0; h < 2; ++h) {
+    const Election<C> open = elect<rule>(args, sums[h]);
+    votes.add(open);
+    result.num_draws += any<C>(open.drawn & greater_key<C>(sums[h].positive_count, V::keys(0)));
+    elections[h] = with_draws(open, args.zero_sign);
+  }
+  for (int t = 0; t < args.num_tasks; ++t) {
+    const Block<C> expert = load_at<S>(args.experts[t], i, count...);
+    Block<C> agreeing;
+    for (int h = 0; h < 2; ++h) {
+      const Entry<C> e = entry<S, rule>(args, t, expert.v[h], base.v[h]);
+      const auto agree = (e.positive & elections[h].positive) | and_not<C>(e.negative, elections[h].positive);
+      // A NaN total elects nobody; its entries stay visible.
+      const auto nan = and_not<C>(e.kept, equal(sums[h].total, sums[h].total));
+      agreeing.v[h] = zero_unless<C>(agree | nan, e.summed);
+    }
+    store_block(agreeing, static_cast<S*>(outs[t]) + i, count...);
+  }
 }
 
 template <class S, Rule rule>
 TiesResult split(const TiesArgs<typename Compute<S>::Key>& args, void* const* outs) {
   using C = typename Compute<S>::type;
-  using V = Vec<C>;
+  constexpr int N = Block<C>::N;
   Votes<C> votes;
-  Sums<C> s;
-  const auto agreeing = [&](const Entry<C>& e, const Election<C>& sign) {
-    // A NaN total elects nobody; its entries stay visible.
-    const auto agree = (e.positive & sign.positive) | and_not<C>(e.negative, sign.positive);
-    const auto nan = and_not<C>(e.kept, equal(s.total, s.total));
-    return zero_unless<C>(agree | nan, e.summed);
-  };
+  TiesResult result = {0, 0};
   int64_t i = 0;
-  for (; i + V::N <= args.n; i += V::N) {
-    const V base = load_base<S>(args, i);
-    const Election<C> sign = sum_and_elect<S, rule>(args, i, base, s, V::all(), votes);
-    for (int t = 0; t < args.num_tasks; ++t)
-      store(agreeing(entry<S, rule>(args, t, base, i), sign), static_cast<S*>(outs[t]) + i);
-  }
-  if (i < args.n) {
-    const int left = int(args.n - i);
-    const V base = load_base<S>(args, i, left);
-    const Election<C> sign = sum_and_elect<S, rule>(args, i, base, s, V::first(left), votes, left);
-    for (int t = 0; t < args.num_tasks; ++t)
-      store(agreeing(entry<S, rule>(args, t, base, i, left), sign), static_cast<S*>(outs[t]) + i, left);
-  }
-  return votes.result();
+  for (; i + N <= args.n; i += N) split_block<S, rule>(args, i, outs, votes, result);
+  if (i < args.n) split_block<S, rule>(args, i, outs, votes, result, int(args.n - i));
+  result.sign_sum = votes.sum();
+  return result;
 }
 
 template <class S>

@@ -12,13 +12,19 @@ namespace sk {
 
 enum class Rule { paper, paper_max, mergekit, peft };
 
+// An element whose election was a draw between entries, and its result under the sign that was not assumed.
+struct Draw {
+  int64_t index;  // within the run
+  unsigned char value[8];
+};
+
 template <class Key>
 struct TiesArgs {
-  using C = typename std::conditional<sizeof(Key) == 8, double, float>::type;
+  using C = std::conditional_t<sizeof(Key) == 8, double, float>;
 
   const void* base;            // may be null: the experts are task vectors, and so is the result
   const void* const* experts;  // [num_tasks]
-  const Key* limits;           // [num_tasks] keep key > limit
+  const Key* limits;           // [num_tasks] keep abs(task vector) with a key above; never negative
   const C* weights;            // [num_tasks] or null: all one
   const C* rescales;           // [num_tasks] or null: all one
   int num_tasks;
@@ -29,18 +35,20 @@ struct TiesArgs {
   bool drop;         // a non-finite entry of a task vector counts as 0
   bool stream;       // write past the caches
   int zero_sign;     // paper: the sign where the election is a draw
+  Draw* draws;       // [max_draws]
+  int max_draws;
 };
 
 struct TiesResult {
-  int64_t sign_sum;  // sum of the elected signs, draws as 0
-  bool drawn;        // some draw had entries to choose from: the output depends on zero_sign
+  int64_t sign_sum;   // sum of the elected signs, draws as 0
+  int64_t num_draws;  // draws with entries to choose from; beyond max_draws they are counted, not recorded
 };
 
 template <class Key>
 struct TiesKernel {
   // out: n elements.
   TiesResult (*merge[4])(const TiesArgs<Key>& args, void* out);  // by Rule
-  // outs: for every expert n elements, its entries that agree with the elected sign, else 0.
+  // outs: for every expert n elements, its entries that agree with the elected sign, else 0. Records no draw.
   TiesResult (*split[4])(const TiesArgs<Key>& args, void* const* outs);
 };
 

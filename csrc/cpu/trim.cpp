@@ -1,7 +1,5 @@
 #include "trim.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -9,8 +7,11 @@
 #include <mutex>
 #include <numeric>
 
+#include "../check.h"
 #include "isa.h"
+#include "rounding.h"
 #include "select.h"
+#include "trim_kernel.h"
 
 namespace sk {
 namespace {
@@ -75,7 +76,7 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
       for (size_t s = 0; s < slots; ++s) {
         KeyBuffer<Key>& inside = range.inside[s];
         const Counts<Key> n = kernel.count(base, chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count,
-                                           tally.brackets[s], drop, inside.room(chunk.count + kSlack));
+                                           tally.brackets[s], scope.mixed, drop, inside.room(chunk.count + kSlack));
         inside.size += n.inside;
         if (inside.size > most) {
           range.overflowed[s] = true;
@@ -103,11 +104,30 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
   return tally;
 }
 
+// In one dtype the pass reads unrounded keys; boundaries then fall between stored values.
+template <class Key>
+Interval<Key> ties_of(const Scope& scope, Key key) {
+  return scope.mixed ? Interval<Key>{key, key} : same_when_rounded(key, scope.parts[0].dtype);
+}
+template <class Key>
+Key stored_key(const Scope& scope, Key key) {
+  return scope.mixed ? key : round_key(key, scope.parts[0].dtype);
+}
+
+// All keys from value `lo` to value `hi`, their copies stored or counted.
+template <class Key>
+Bracket<Key> bracket_of(const Scope& scope, Key lo, Key hi, bool counts_ends) {
+  const Interval<Key> low = ties_of(scope, lo), high = ties_of(scope, hi);
+  if (!counts_ends) return {low.first - 1, low.first - 1, high.last, high.last};
+  if (lo == hi) return {low.first - 1, low.first - 1, low.first - 1, low.last};
+  return {low.first - 1, low.last, high.first - 1, high.last};
+}
+
 // Places spread evenly over the scope, each at a pseudo-random point of its stride.
 template <class Key>
 std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks, const std::vector<int64_t>& keep,
                                    bool drop) {
-  if (scope.numel <= kDirect) return std::vector<Bracket<Key>>(tasks.size(), {0, kMaxKey<Key>});
+  if (scope.numel <= kDirect) return std::vector<Bracket<Key>>(tasks.size(), {-1, -1, kMaxKey<Key>, kMaxKey<Key>});
   const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   // The sample costs its size, the candidates cost numel / sqrt(size): the sum is least near numel^(2/3).
   const int64_t places = int64_t(std::cbrt(double(scope.numel) * double(scope.numel))) / kCluster;
@@ -134,7 +154,8 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
         ends[j] = size += n;
       }
       sample.resize(size);
-      found[s] = sampled_bracket(sample, ends, keep[tasks[s]], scope.numel);
+      const SampledRange<Key> range = sampled_range(sample, ends, keep[tasks[s]], scope.numel);
+      found[s] = bracket_of(scope, range.lo, range.hi, range.crowded_ends);
     }
   });
   return found;
@@ -159,7 +180,7 @@ std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int6
           kernels.get<Key>(chunk.part.dtype)
               .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tasks[s], chunk.begin), chunk.count, drop, keys.data());
           for (int64_t i = 0; i < chunk.count; ++i)
-            if (keys[i] >= range[s].lo && keys[i] <= range[s].hi) ++mine[s][range[s].bin(keys[i])];
+            if (range[s].holds(keys[i])) ++mine[s][range[s].bin(keys[i])];
         }
       }
       const std::lock_guard<std::mutex> lock(mutex);
@@ -174,65 +195,73 @@ std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int6
   return thresholds;
 }
 
-// The keep-th largest key of slot s, if the bracket holds it and its candidates were stored.
+// The keep-th largest stored key of slot s, if the bracket holds it and its candidates were kept.
 template <class Key>
-bool select(const Tally<Key>& tally, size_t s, int64_t keep, Key* threshold) {
+bool select(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t keep, Key* threshold) {
   const Counts<Key>& n = tally.totals[s];
+  const Bracket<Key>& bracket = tally.brackets[s];
   int64_t rank = keep - n.above;
   if (rank <= 0) return false;
-  if (rank <= n.at_hi) return *threshold = tally.brackets[s].hi, true;
+  if (rank <= n.at_hi) return *threshold = stored_key(scope, bracket.top), true;
   rank -= n.at_hi;
   if (rank > n.inside) {
-    *threshold = tally.brackets[s].lo;
+    *threshold = stored_key(scope, bracket.lo);
     return rank - n.inside <= n.at_lo;
   }
-  std::vector<Key> candidates;
-  candidates.reserve(n.inside);
+  std::vector<Span<Key>> candidates;
   for (const auto& range : tally.ranges) {
     if (range.overflowed[s]) return false;
-    candidates.insert(candidates.end(), range.inside[s].data.get(), range.inside[s].data.get() + range.inside[s].size);
+    candidates.push_back({range.inside[s].data.get(), range.inside[s].size});
   }
-  *threshold = kth_largest(candidates, rank);
+  const OrderStatistics<Key> order(std::move(candidates), bracket.lo + 1, bracket.hi);
+  *threshold = stored_key(scope, order.kth_largest(rank));
   return true;
 }
 
 // The flat index before which the ties of slot s are kept, so that exactly `keep` entries stay.
 template <class Key>
 int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t keep, Key threshold, bool drop) {
-  const Bracket<Key> bracket = tally.brackets[s];
-  const size_t slots = tally.tasks.size();
-  const auto stored = [&](const auto& range, const auto& predicate) {
-    const Key* keys = range.inside[s].data.get();
-    return std::count_if(keys, keys + range.inside[s].size, predicate);
-  };
-  int64_t budget = keep - tally.totals[s].above;
-  if (threshold != bracket.hi) {
-    budget -= tally.totals[s].at_hi;
-    for (const auto& range : tally.ranges) budget -= stored(range, [&](Key key) { return key > threshold; });
-  }
+  const Bracket<Key>& bracket = tally.brackets[s];
+  const Counts<Key>& total = tally.totals[s];
+  const Interval<Key> ties = ties_of(scope, threshold);
+  const bool at_hi = ties.last == bracket.top && bracket.top != bracket.hi;
+  const bool at_lo = ties.last == bracket.lo && bracket.lo != bracket.bottom;
+  int64_t budget = keep - total.above - (at_hi ? 0 : total.at_hi) - (at_lo ? total.inside : 0);
+  if (!at_hi && !at_lo)
+    for (const auto& range : tally.ranges) {
+      const Key* stored = range.inside[s].data.get();
+      budget -= std::count_if(stored, stored + range.inside[s].size, [&](Key key) { return key > ties.last; });
+    }
   for (const auto& range : tally.ranges) {
-    const Key* inside = range.inside[s].data.get();
+    const Key* stored = range.inside[s].data.get();
     for (int64_t c = range.first; c < range.last; ++c) {
-      const ChunkTies& n = tally.ties[c * slots + s];
-      const int64_t ties = threshold == bracket.hi   ? n.at_hi
-                           : threshold == bracket.lo ? n.at_lo
-                                                     : std::count(inside, inside + n.inside, threshold);
-      inside += n.inside;
-      if (ties < budget) {
-        budget -= ties;
+      const ChunkTies& n = tally.ties[size_t(c) * tally.tasks.size() + s];
+      int64_t here = at_hi ? n.at_hi : n.at_lo;
+      if (!at_hi && !at_lo) {
+        here = std::count_if(stored, stored + n.inside, [&](Key key) { return ties.holds(key); });
+        stored += n.inside;
+      }
+      if (here < budget) {
+        budget -= here;
         continue;
       }
       const Chunk chunk = scope.chunk(c);
-      Key keys[kChunk + kSlack];
+      std::vector<Key> keys(kChunk + kSlack);
       SK_KERNELS(trim_kernels)
           .get<Key>(chunk.part.dtype)
-          .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop, keys);
+          .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop, keys.data());
       int64_t i = 0;
-      for (; budget > 0; ++i) budget -= keys[i] == threshold;
+      for (; budget > 0; ++i) budget -= keys[size_t(i)] == threshold;
       return chunk.part.offset + chunk.begin + i;
     }
   }
   return scope.numel;
+}
+
+template <class Key>
+bool is_finite(const Scope& scope, const Tally<Key>& tally) {
+  return std::all_of(tally.totals.begin(), tally.totals.end(),
+                     [&](const Counts<Key>& n) { return stored_key(scope, n.largest) < kInfinityKey<Key>; });
 }
 
 std::string where(const std::vector<std::string>& names, size_t part) {
@@ -254,11 +283,10 @@ template <class Key>
 void check_finite(const Scope& scope, const std::vector<std::string>& names) {
   std::vector<int64_t> tasks(scope.num_tasks);
   std::iota(tasks.begin(), tasks.end(), 0);
-  const std::vector<Bracket<Key>> nothing(tasks.size(), {kMaxKey<Key>, kMaxKey<Key>});
+  const Key most = kMaxKey<Key>;
+  const std::vector<Bracket<Key>> nothing(tasks.size(), {most, most, most, most});
   const Tally<Key> tally = count(scope, tasks, nothing, /*drop=*/false, /*want_ties=*/false);
-  const bool finite = std::all_of(tally.totals.begin(), tally.totals.end(),
-                                  [](const Counts<Key>& n) { return n.largest < kInfinityKey<Key>; });
-  if (finite) return;
+  if (is_finite(scope, tally)) return;
 
   const auto nonfinite = [&](const Part& part, const char* base, const char* tensor) {
     int64_t found = 0;
@@ -274,13 +302,13 @@ void check_finite(const Scope& scope, const std::vector<std::string>& names) {
     const Part& part = scope.parts[p];
     if (part.base) {
       const int64_t n = nonfinite(part, nullptr, part.base);
-      STD_TORCH_CHECK(n == 0, "base must be finite, got ", n, " NaN or infinite values", where(names, p));
+      require(n == 0, "base must be finite, got ", n, " NaN or infinite values", where(names, p));
     }
     for (int64_t t = 0; t < scope.num_tasks; ++t) {
       int64_t n = nonfinite(part, nullptr, part.experts[t]);
-      STD_TORCH_CHECK(n == 0, "experts[", t, "] must be finite, got ", n, " NaN or infinite values", where(names, p));
+      require(n == 0, "experts[", t, "] must be finite, got ", n, " NaN or infinite values", where(names, p));
       n = nonfinite(part, part.base, part.experts[t]);
-      STD_TORCH_CHECK(n == 0, "experts[", t, "] - base must be finite, got ", n, " overflows", where(names, p));
+      require(n == 0, "experts[", t, "] - base must be finite, got ", n, " overflows", where(names, p));
     }
   }
 }
@@ -292,22 +320,23 @@ std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& kee
   std::vector<Limit<Key>> limits(scope.num_tasks, {0, scope.numel});
   std::vector<int64_t> tasks;
   for (int64_t t = 0; t < scope.num_tasks; ++t) {
-    if (keep[t] <= 0) limits[t] = {kInfinityKey<Key>, 0};
-    if (keep[t] > 0 && keep[t] < scope.numel) tasks.push_back(t);
+    if (keep[t] >= scope.numel) continue;
+    if (keep[t] > 0)
+      tasks.push_back(t);
+    else
+      limits[t] = {kInfinityKey<Key>, 0};
   }
   if (nonfinite == NonFinite::error && int64_t(tasks.size()) < scope.num_tasks) check_finite<Key>(scope, names);
   if (tasks.empty()) return limits;
 
   const Tally<Key> tally = count(scope, tasks, brackets<Key>(scope, tasks, keep, drop), drop, !all_ties);
-  if (nonfinite == NonFinite::error)
-    for (const auto& n : tally.totals)
-      if (n.largest >= kInfinityKey<Key>) check_finite<Key>(scope, names);
+  if (nonfinite == NonFinite::error && !is_finite(scope, tally)) check_finite<Key>(scope, names);
 
   std::vector<char> found(tasks.size());
   torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
       Limit<Key>& limit = limits[tasks[s]];
-      found[s] = !forced_histogram && select(tally, s, keep[tasks[s]], &limit.threshold);
+      found[s] = !forced_histogram && select(scope, tally, s, keep[tasks[s]], &limit.threshold);
       if (found[s] && !all_ties) limit.cut = cut_of(scope, tally, s, keep[tasks[s]], limit.threshold, drop);
     }
   });
@@ -320,7 +349,7 @@ std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& kee
   for (size_t s = 0; s < missed.size(); ++s) limits[missed[s]].threshold = thresholds[s];
   if (all_ties) return limits;
   std::vector<Bracket<Key>> exact;
-  for (const Key threshold : thresholds) exact.push_back({threshold, threshold});
+  for (const Key threshold : thresholds) exact.push_back(bracket_of(scope, threshold, threshold, /*counts_ends=*/true));
   const Tally<Key> at_threshold = count(scope, missed, exact, drop, /*want_ties=*/true);
   for (size_t s = 0; s < missed.size(); ++s)
     limits[missed[s]].cut = cut_of(scope, at_threshold, s, rank[s], thresholds[s], drop);

@@ -6,63 +6,107 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-// The task vector as the toolkits store it: rounded to the storage dtype.
-template <class S, class... Count>
-inline auto task_vector(const S* base, const S* expert, int64_t i, Count... count) {
-  const auto x = load(expert + i, count...);
-  return base ? round_to(x - load(base + i, count...), S{}) : x;
+template <class C>
+struct BlockKeys {
+  typename Vec<C>::Key v[2];
+};
+
+// The first key that is, or rounds to, infinity.
+template <class S, bool rounded>
+constexpr typename Compute<S>::Key kNonFinite = kInfinityKey<typename Compute<S>::Key>;
+template <>
+inline constexpr int32_t kNonFinite<Half, false> = 0x477FF000;
+template <>
+inline constexpr int32_t kNonFinite<BFloat16, false> = 0x7F7F8000;
+
+template <class S, bool rounded, class C>
+inline typename Vec<C>::Key key_of(Vec<C> expert, Vec<C> base, bool drop) {
+  Vec<C> tau = expert - base;
+  if (rounded) tau = round_to(tau, S{});
+  const auto key = magnitude(tau);
+  return drop ? zero_key_where<C>(greater_key<C>(key, Vec<C>::keys(kNonFinite<S, rounded> - 1)), key) : key;
 }
 
-template <class S, class... Count>
-inline auto key_at(const S* base, const S* expert, int64_t i, bool drop, Count... count) {
+template <class S, bool rounded, class... Count>
+inline auto block_keys(const S* base, const S* expert, int64_t i, bool drop, Count... count) {
   using C = typename Compute<S>::type;
-  using V = Vec<C>;
-  const auto key = magnitude<C>(task_vector(base, expert, i, count...));
-  return drop ? zero_key_where<C>(greater_key<C>(key, V::keys(kInfinityKey<typename V::KeyLane> - 1)), key) : key;
+  const Block<C> e = load_block(expert + i, count...);
+  Block<C> b = {Vec<C>::set(0), Vec<C>::set(0)};
+  if (base) b = load_block(base + i, count...);
+  return BlockKeys<C>{key_of<S, rounded>(e.v[0], b.v[0], drop), key_of<S, rounded>(e.v[1], b.v[1], drop)};
 }
 
-template <class S>
-Counts<typename Compute<S>::Key> count(const void* base_, const void* expert_, int64_t n,
-                                       Bracket<typename Compute<S>::Key> bracket, bool drop,
-                                       typename Compute<S>::Key* inside) {
+template <class S, bool rounded, bool counts_ends>
+Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n, Bracket<typename Compute<S>::Key> bracket,
+                                       bool drop, typename Compute<S>::Key* inside) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
-  const S* base = static_cast<const S*>(base_);
-  const S* expert = static_cast<const S*>(expert_);
-  const auto hi = V::keys(bracket.hi), below_hi = V::keys(bracket.hi - 1);
-  const auto lo = V::keys(bracket.lo), below_lo = V::keys(bracket.lo - 1);
-  auto above = V::keys(0), from_hi = above, from_lo = above, largest = above;
+  constexpr int N = Block<C>::N;
+  const auto top = V::keys(bracket.top), hi = V::keys(bracket.hi), lo = V::keys(bracket.lo), bottom = V::keys(bracket.bottom);
+  auto over_top = V::keys(0), over_hi = over_top, over_bottom = over_top, largest = over_top;
   auto* end = inside;
   const auto add = [&](auto key, auto lanes) {
-    const auto ge_hi = greater_key<C>(key, below_hi) & lanes, ge_lo = greater_key<C>(key, below_lo) & lanes;
     largest = max_key<C>(largest, key);
-    above = tally<C>(above, greater_key<C>(key, hi) & lanes);
-    from_hi = tally<C>(from_hi, ge_hi);
-    from_lo = tally<C>(from_lo, ge_lo);
-    end += compress<C>(and_not<C>(greater_key<C>(key, lo) & lanes, ge_hi), key, end);
+    const auto gt_hi = greater_key<C>(key, hi) & lanes;
+    over_hi = tally<C>(over_hi, gt_hi);
+    if constexpr (counts_ends) {
+      over_top = tally<C>(over_top, greater_key<C>(key, top) & lanes);
+      over_bottom = tally<C>(over_bottom, greater_key<C>(key, bottom) & lanes);
+    }
+    end += compress<C>(and_not<C>(greater_key<C>(key, lo) & lanes, gt_hi), key, end);
   };
   int64_t i = 0;
-  for (; i + V::N <= n; i += V::N) add(key_at(base, expert, i, drop), V::all());
-  if (i < n) add(key_at(base, expert, i, drop, int(n - i)), V::first(int(n - i)));
-
-  Counts<typename V::KeyLane> c;
-  c.above = sum_keys<C>(above);
-  c.at_hi = sum_keys<C>(from_hi) - c.above;
-  c.inside = end - inside;
-  c.at_lo = sum_keys<C>(from_lo) - c.above - c.at_hi - c.inside;
-  c.largest = max_lane<C>(largest);
+  for (; i + N <= n; i += N) {
+    const auto key = block_keys<S, rounded>(base, expert, i, drop);
+    add(key.v[0], V::all());
+    add(key.v[1], V::all());
+  }
+  if (i < n) {
+    const int left = int(n - i);
+    const auto key = block_keys<S, rounded>(base, expert, i, drop, left);
+    add(key.v[0], lanes_of<S>(0, left));
+    add(key.v[1], lanes_of<S>(1, left));
+  }
+  Counts<typename V::KeyLane> c = {sum_keys<C>(over_hi), 0, end - inside, 0, max_lane<C>(largest)};
+  if constexpr (counts_ends) {
+    c.at_hi = c.above - sum_keys<C>(over_top);
+    c.above -= c.at_hi;
+    c.at_lo = sum_keys<C>(over_bottom) - c.above - c.at_hi - c.inside;
+  }
   return c;
 }
 
 template <class S>
-void keys(const void* base_, const void* expert_, int64_t n, bool drop, typename Compute<S>::Key* out) {
-  using C = typename Compute<S>::type;
-  constexpr int N = Vec<C>::N;
+Counts<typename Compute<S>::Key> count(const void* base_, const void* expert_, int64_t n, Bracket<typename Compute<S>::Key> bracket,
+                                       bool rounded, bool drop, typename Compute<S>::Key* inside) {
   const S* base = static_cast<const S*>(base_);
   const S* expert = static_cast<const S*>(expert_);
-  int64_t i = 0;
-  for (; i + N <= n; i += N) store_keys<C>(key_at(base, expert, i, drop), out + i);
-  if (i < n) store_keys<C>(key_at(base, expert, i, drop, int(n - i)), out + i);
+  const bool counts_ends = bracket.top != bracket.hi || bracket.bottom != bracket.lo;
+  if constexpr (sizeof(S) == 2)
+    if (rounded)
+      return counts_ends ? count<S, true, true>(base, expert, n, bracket, drop, inside)
+                         : count<S, true, false>(base, expert, n, bracket, drop, inside);
+  return counts_ends ? count<S, false, true>(base, expert, n, bracket, drop, inside)
+                     : count<S, false, false>(base, expert, n, bracket, drop, inside);
+}
+
+template <class S>
+inline auto rounded_key_at(const S* base, const S* expert, int64_t i, bool drop, int count) {
+  using C = typename Compute<S>::type;
+  const bool whole = count >= Vec<C>::N;
+  const Vec<C> e = whole ? load(expert + i) : load(expert + i, count);
+  Vec<C> b = Vec<C>::set(0);
+  if (base) b = whole ? load(base + i) : load(base + i, count);
+  return key_of<S, true>(e, b, drop);
+}
+
+template <class S>
+void keys(const void* base, const void* expert, int64_t n, bool drop, typename Compute<S>::Key* out) {
+  using C = typename Compute<S>::type;
+  for (int64_t i = 0; i < n; i += Vec<C>::N) {
+    const int count = n - i < Vec<C>::N ? int(n - i) : Vec<C>::N;
+    store_keys<C>(rounded_key_at(static_cast<const S*>(base), static_cast<const S*>(expert), i, drop, count), out + i);
+  }
 }
 
 // Sixteen running sums whatever the vector width: element i always lands in sum i % 16.
@@ -79,8 +123,8 @@ L1Norms l1_norms(const void* base_, const void* expert_, int64_t n, typename Com
   for (int64_t i = 0; i < n; i += kSums) {
     const int count = n - i < kSums ? int(n - i) : kSums;
     for (int s = 0; s < kStep; ++s) {
-      const int left = count - s * V::N, lanes = left < 0 ? 0 : left < V::N ? left : V::N;
-      store_keys<C>(key_at(base, expert, i + s * V::N, drop, lanes), key + s * V::N);
+      const int left = count - s * V::N, lanes = left < 0 ? 0 : left;
+      store_keys<C>(rounded_key_at(base, expert, i + s * V::N, drop, lanes), key + s * V::N);
     }
     memcpy(x, key, sizeof x);
     for (int j = 0; j < kSums; ++j) {

@@ -7,15 +7,16 @@
 
 namespace sk {
 
-// The threshold lies in [lo, hi], or the pass that counts finds out that it does not.
+// Ascending boundaries around the expected threshold. Keys in (lo, hi] are stored. Where one value alone fills
+// (hi, top] or (bottom, lo], because its copies would swamp the stored keys, they are counted; else these are empty.
 template <class Key>
 struct Bracket {
-  Key lo, hi;
+  Key bottom, lo, hi, top;
 };
 
 template <class Key>
 struct Counts {
-  int64_t above, at_hi, inside, at_lo;  // keys > hi, == hi, strictly between, == lo (0 where lo == hi)
+  int64_t above, at_hi, inside, at_lo;  // keys > top, in (hi, top], in (lo, hi], in (bottom, lo]
   Key largest;
 };
 
@@ -25,14 +26,17 @@ struct L1Norms {
 
 template <class Key>
 struct TrimKernel {
-  // One read. Keys strictly inside the bracket go to `inside`, in order; it holds n + kSlack keys.
-  Counts<Key> (*count)(const void* base, const void* expert, int64_t n, Bracket<Key> bracket, bool drop, Key* inside);
+  // One read. Keys of the differences, rounded to the dtype or not; those in (lo, hi] go to `inside`, in any order,
+  // which has room for n + kSlack keys.
+  Counts<Key> (*count)(const void* base, const void* expert, int64_t n, Bracket<Key> bracket, bool rounded, bool drop,
+                       Key* inside);
+  // The rounded keys, in order.
   void (*keys)(const void* base, const void* expert, int64_t n, bool drop, Key* out);
   // Norms of the task vector and of its entries with key > limit; summed in one order on every ISA.
   L1Norms (*l1_norms)(const void* base, const void* expert, int64_t n, Key limit, bool drop);
 };
 
-constexpr int64_t kSlack = 16;  // keys that `count` and `keys` may write past the end of their output
+constexpr int64_t kSlack = 16;  // keys that may be written past the end of an output
 
 struct TrimKernels {
   TrimKernel<int32_t> f32, f16, bf16;

@@ -82,8 +82,16 @@ inline Vec<C> add_where(typename Vec<C>::Mask m, Vec<C> acc, Vec<C> x) {
   return acc + zero_unless<C>(m, x);
 }
 template <class C>
+inline typename Vec<C>::Key bits(Vec<C> a) {
+  return (typename Vec<C>::Key)a.v;
+}
+template <class C>
 inline typename Vec<C>::Key magnitude(Vec<C> a) {
-  return (typename Vec<C>::Key)a.v & kMaxKey<typename Vec<C>::KeyLane>;
+  return bits(a) & kMaxKey<typename Vec<C>::KeyLane>;
+}
+template <class C>
+inline typename Vec<C>::Key flip_sign(typename Vec<C>::Key a) {
+  return a ^ ~kMaxKey<typename Vec<C>::KeyLane>;
 }
 template <class C>
 inline typename Vec<C>::Key max_key(typename Vec<C>::Key a, typename Vec<C>::Key b) {
@@ -111,6 +119,10 @@ inline bool any(typename Vec<C>::Mask m) {
 template <class C>
 inline typename Vec<C>::Key tally(typename Vec<C>::Key acc, typename Vec<C>::Mask m) {
   return acc - m;
+}
+template <class C>
+inline Vec<C> to_lanes(typename Vec<C>::Key a) {
+  return {__builtin_convertvector(a, typename Vec<C>::Lanes)};
 }
 template <class C>
 inline int64_t sum_keys(typename Vec<C>::Key a) {
@@ -187,8 +199,16 @@ inline Vec<float> add_where<float>(__mmask16 m, Vec<float> acc, Vec<float> x) {
   return {_mm512_mask_add_ps(acc.v, m, acc.v, x.v)};
 }
 template <>
+inline __m512i bits<float>(Vec<float> a) {
+  return _mm512_castps_si512(a.v);
+}
+template <>
 inline __m512i magnitude<float>(Vec<float> a) {
-  return _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7FFFFFFF));
+  return _mm512_and_si512(bits(a), _mm512_set1_epi32(0x7FFFFFFF));
+}
+template <>
+inline __m512i flip_sign<float>(__m512i a) {
+  return _mm512_xor_si512(a, _mm512_set1_epi32(int(0x80000000)));
 }
 template <>
 inline __m512i max_key<float>(__m512i a, __m512i b) {
@@ -211,6 +231,10 @@ inline __m512i tally<float>(__m512i acc, __mmask16 m) {
   return _mm512_mask_sub_epi32(acc, m, acc, _mm512_set1_epi32(-1));
 }
 template <>
+inline Vec<float> to_lanes<float>(__m512i a) {
+  return {_mm512_cvtepi32_ps(a)};
+}
+template <>
 inline int64_t sum_keys<float>(__m512i a) {
   return _mm512_reduce_add_epi32(a);
 }
@@ -222,11 +246,18 @@ template <>
 inline void store_keys<float>(__m512i a, int32_t* p) {
   _mm512_storeu_si512(p, a);
 }
-// The register form: the form that writes memory is microcoded on Zen 4.
+// The register form: the form that writes memory is microcoded on Zen 4. Few lanes are chosen, so a short store,
+// which seldom crosses a cache line, nearly always does.
 template <>
 inline int compress<float>(__mmask16 m, __m512i a, int32_t* p) {
-  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a));
-  return __builtin_popcount(m);
+  const __m512i chosen = _mm512_maskz_compress_epi32(m, a);
+  const int count = __builtin_popcount(m);
+  if (count <= 4) {
+    _mm_storeu_si128((__m128i*)p, _mm512_castsi512_si128(chosen));
+  } else {
+    _mm512_storeu_si512(p, chosen);
+  }
+  return count;
 }
 
 #endif  // __AVX512F__
@@ -340,38 +371,100 @@ inline Vec<float> round_to(Vec<float> x, Half) { return half_to_float(float_to_h
 inline Vec<float> round_to(Vec<float> x, float) { return x; }
 inline Vec<double> round_to(Vec<double> x, double) { return x; }
 
-// The first `count` < N elements; the other lanes are 0 and are not written.
+// The first `count` < N elements, 0 in the other lanes.
 template <class S>
 inline Vec<typename Compute<S>::type> load(const S* p, int count) {
   S full[Vec<typename Compute<S>::type>::N] = {};
   memcpy(full, p, size_t(count) * sizeof(S));
   return load(full);
 }
+
+// ---- blocks of two vectors, the unit of every kernel loop
+
+template <class C>
+struct Block {
+  static constexpr int N = 2 * Vec<C>::N;
+  Vec<C> v[2];
+};
+
 template <class S>
-inline void store(Vec<typename Compute<S>::type> x, S* p, int count) {
-  S full[Vec<typename Compute<S>::type>::N];
-  store(x, full);
+inline Block<typename Compute<S>::type> load_block(const S* p) {
+  return {load(p), load(p + Vec<typename Compute<S>::type>::N)};
+}
+template <class S>
+inline void store_block(Block<typename Compute<S>::type> x, S* p) {
+  store(x.v[0], p);
+  store(x.v[1], p + Vec<typename Compute<S>::type>::N);
+}
+
+template <class S>
+constexpr bool kInterleaved = false;
+template <>
+inline constexpr bool kInterleaved<BFloat16> = true;
+
+// bfloat16 is the upper half of float32: one vector takes the even elements, the other the odd ones, and no lane moves.
+#if defined(__AVX512F__)
+inline Block<float> load_block(const BFloat16* p) {
+  const __m512i both = _mm512_loadu_si512(p);
+  return {{{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))},
+           {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xFFFF0000))))}}};
+}
+inline void store_block(Block<float> x, BFloat16* p) {
+  const __m512i even = _mm512_srli_epi32(bf16_bits(x.v[0]), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, even, bf16_bits(x.v[1])));
+}
+#else
+inline Block<float> load_block(const BFloat16* p) {
+  Word both;
+  memcpy(&both, p, sizeof both);
+  return {{from_bits(both << 16), from_bits(both & 0xFFFF0000)}};
+}
+inline void store_block(Block<float> x, BFloat16* p) {
+  const Word both = (bf16_bits(x.v[0]) >> 16) | (bf16_bits(x.v[1]) & 0xFFFF0000);
+  memcpy(p, &both, sizeof both);
+}
+#endif
+
+// The first `count` elements of a block; the other lanes are 0 and are not written.
+template <class S>
+inline Block<typename Compute<S>::type> load_block(const S* p, int count) {
+  S full[Block<typename Compute<S>::type>::N] = {};
+  memcpy(full, p, size_t(count) * sizeof(S));
+  return load_block(full);
+}
+template <class S>
+inline void store_block(Block<typename Compute<S>::type> x, S* p, int count) {
+  S full[Block<typename Compute<S>::type>::N];
+  store_block(x, full);
   memcpy(p, full, size_t(count) * sizeof(S));
 }
-
-// Past the caches: the line is not read before it is written. p must be aligned to the bytes one vector fills.
+// The lanes of vector `half` that hold them.
 template <class S>
-inline void stream(Vec<typename Compute<S>::type> x, S* p) {
-#if defined(__x86_64__)
-  constexpr int bytes = Vec<typename Compute<S>::type>::N * int(sizeof(S));
-  alignas(64) unsigned char line[bytes];
-  store(x, (S*)line);
-#if defined(__AVX512F__)
-  if constexpr (bytes == 64) return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(line));
-#endif
-#if defined(__AVX2__)
-  if constexpr (bytes == 32) return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)line));
-#endif
-  if constexpr (bytes == 16) return _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)line));
-#endif
-  store(x, p);
+inline typename Vec<typename Compute<S>::type>::Mask lanes_of(int half, int count) {
+  using V = Vec<typename Compute<S>::type>;
+  const int lanes = kInterleaved<S> ? (count + 1 - half) / 2 : count - half * V::N;
+  return V::first(lanes < 0 ? 0 : lanes < V::N ? lanes : V::N);
 }
 
+// Past the caches: the line is not read before it is written. p must be aligned to 64 bytes.
+template <class S>
+inline void stream_block(Block<typename Compute<S>::type> x, S* p) {
+#if defined(__x86_64__)
+  constexpr int bytes = Block<typename Compute<S>::type>::N * int(sizeof(S));
+  alignas(64) char line[bytes];
+  store_block(x, (S*)line);
+  char* target = (char*)p;
+#if defined(__AVX512F__)
+  for (int i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)(target + i), *(const __m512i*)(line + i));
+#elif defined(__AVX2__)
+  for (int i = 0; i < bytes; i += 32) _mm256_stream_si256((__m256i*)(target + i), *(const __m256i*)(line + i));
+#else
+  for (int i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i*)(target + i), *(const __m128i*)(line + i));
+#endif
+#else
+  store_block(x, p);
+#endif
+}
 // Makes streamed stores visible to other threads before the kernel returns.
 inline void fence() {
 #if defined(__x86_64__)

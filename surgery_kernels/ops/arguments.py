@@ -65,7 +65,7 @@ def per_expert(argument: str, value: PerExpert, num_tasks: int) -> list[float]:
     else:
         values = [float(value)] * num_tasks
     for v in values:
-        if not math.isfinite(v):
+        if not -math.inf < v < math.inf:
             raise ValueError(f"{argument} must be finite, got {v}")
     return values
 
@@ -79,6 +79,6 @@ def check_density(density: PerExpert, num_tasks: int) -> list[float]:
 
 
 def check_lam(lam: float) -> float:
-    if not math.isfinite(lam):
+    if not -math.inf < lam < math.inf:
         raise ValueError(f"lam must be finite, got {lam}")
     return float(lam)

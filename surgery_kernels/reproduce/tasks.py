@@ -1,0 +1,61 @@
+"""Eight tasks from scikit-learn's handwritten digits: the same digits, each task seeing them through its own transform.
+
+What one task reads as a stroke is another task's background or another digit's shape, so the experts pull the shared
+weights in conflicting directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_CLASSES = 10
+PATCH_ORDER = (9, 2, 14, 5, 0, 11, 7, 12, 3, 15, 6, 1, 10, 4, 13, 8)
+
+
+def shuffle_patches(images: Tensor) -> Tensor:
+    """Reorders the sixteen 2x2 patches of each 8x8 image, the same way for every image."""
+    patches = images.reshape(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 2, 2)
+    return patches[:, PATCH_ORDER].reshape(-1, 4, 4, 2, 2).transpose(2, 3).reshape(images.shape)
+
+
+# Each takes and returns images [num_images, 8, 8] with grey values in [-1, 1].
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda images: images,
+    "rot90": lambda images: images.rot90(1, (1, 2)),
+    "invert": lambda images: -images,
+    "transpose": lambda images: images.transpose(1, 2),
+    "rot180": lambda images: images.rot90(2, (1, 2)),
+    "flip": lambda images: images.flip(2),
+    "shuffle": shuffle_patches,
+    "invert+rot270": lambda images: -images.rot90(3, (1, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of every task; the labels are the same digits for all."""
+
+    images: Tensor  # [num_tasks, num_images, 8, 8]
+    labels: Tensor  # [num_images]
+
+
+def load_digits(seed: int, test_fraction: float = 0.3) -> tuple[Split, Split]:
+    """The training and the test split, every digit equally frequent in both."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    parts = train_test_split(
+        digits.images, digits.target, test_size=test_fraction, stratify=digits.target, random_state=seed
+    )
+    train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
+    return transformed(train_images, train_labels), transformed(test_images, test_labels)
+
+
+def transformed(pixels: Tensor, labels: Tensor) -> Split:
+    images = pixels.float() / 8 - 1  # scikit-learn's grey values are 0 to 16
+    return Split(torch.stack([transform(images) for transform in TRANSFORMS.values()]), labels.long())

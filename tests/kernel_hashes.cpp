@@ -1,0 +1,155 @@
+// Runs the kernels of one instruction set on fixed inputs and prints a hash of the results for each dtype and rule.
+// Equal output means equal bits; NaNs count as one value, whose bits the hardware chooses.
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "cpu/ties_merge_kernel.h"
+#include "cpu/trim_kernel.h"
+
+namespace {
+
+constexpr int kTasks = 5;
+
+uint64_t random_bits() {  // xorshift64
+  static uint64_t state = 0x9E3779B97F4A7C15;
+  state ^= state << 13;
+  state ^= state >> 7;
+  return state ^= state << 17;
+}
+
+struct Format {
+  sk::Dtype dtype;
+  const char* name;
+  int bytes;
+  uint64_t infinity;
+};
+
+// Any bit pattern in the 16-bit formats; elsewhere mostly multiples of 1/64, which often draw, and a few patterns.
+std::vector<char> tensor(const Format& format, int64_t n) {
+  std::vector<char> values(n * format.bytes);
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t bits = random_bits() >> 16;
+    if (format.bytes > 2 && bits % 16) {
+      const double wide = (int64_t(bits >> 8) % 129 - 64) / 64.0;
+      const float narrow = float(wide);
+      if (format.bytes == 8)
+        std::memcpy(&bits, &wide, 8);
+      else
+        std::memcpy(&bits, &narrow, 4);
+    }
+    std::memcpy(&values[i * format.bytes], &bits, format.bytes);
+  }
+  return values;
+}
+
+struct Hash {
+  uint64_t value = 0xCBF29CE484222325;
+  void add(uint64_t bits) { value = (value ^ bits) * 0x100000001B3; }
+  void add(const Format& format, const std::vector<char>& values) {
+    const uint64_t magnitude = ~uint64_t(0) >> (65 - 8 * format.bytes);
+    for (std::size_t i = 0; i < values.size(); i += format.bytes) {
+      uint64_t bits = 0;
+      std::memcpy(&bits, &values[i], format.bytes);
+      add((bits & magnitude) > format.infinity ? format.infinity + 1 : bits);
+    }
+  }
+  void add(double number) {
+    uint64_t bits;
+    std::memcpy(&bits, &number, 8);
+    add(number == number ? bits : 1);
+  }
+};
+
+template <class Key>
+uint64_t key_bits(Key key) {
+  return uint64_t(std::min<Key>(key, sk::kInfinityKey<Key> + 1));
+}
+
+template <class Key>
+void run(const Format& format) {
+  using C = typename sk::TiesArgs<Key>::C;
+  const sk::TrimKernel<Key>& trim = sk::SK_ISA::trim_kernels.get<Key>(format.dtype);
+  const sk::TiesKernel<Key>& ties = sk::SK_ISA::ties_kernels.get<Key>(format.dtype);
+  Hash trimmed, merged[4];
+  for (int64_t n : {1, 5, 64, 257, 1003}) {
+    const std::vector<char> base = tensor(format, n);
+    std::vector<std::vector<char>> experts;
+    for (int t = 0; t < kTasks; ++t) experts.push_back(tensor(format, n));
+    for (int option = 0; option < 32; ++option) {
+      const bool drop = option & 1, elect_count = option & 2, divide = option & 4, weighted = option & 8;
+      const void* from = option & 16 ? base.data() : nullptr;
+      std::vector<const void*> pointers;
+      std::vector<Key> limits, keys(n + sk::kSlack);
+      for (const std::vector<char>& expert : experts) {
+        pointers.push_back(expert.data());
+        trim.keys(from, expert.data(), n, drop, keys.data());
+        for (int64_t i = 0; i < n; ++i) trimmed.add(key_bits(keys[i]));
+        std::array<Key, 4> ends{keys[0], keys[n / 3], keys[n / 2], keys[n - 1]};
+        for (Key& end : ends) end = std::min(end, sk::kInfinityKey<Key>);
+        std::sort(ends.begin(), ends.end());
+        const sk::Counts<Key> counts =
+            trim.count(from, expert.data(), n, {ends[0], ends[1], ends[2], ends[3]}, elect_count, drop, keys.data());
+        for (int64_t number : {counts.above, counts.at_hi, counts.inside, counts.at_lo}) trimmed.add(uint64_t(number));
+        trimmed.add(key_bits(counts.largest));
+        std::sort(keys.begin(), keys.begin() + counts.inside);
+        for (int64_t i = 0; i < counts.inside; ++i) trimmed.add(key_bits(keys[i]));
+        const sk::L1Norms norms = trim.l1_norms(from, expert.data(), n, ends[1], drop);
+        trimmed.add(norms.all);
+        trimmed.add(norms.kept);
+        limits.push_back(ends[1]);
+      }
+      const std::vector<C> weights{C(0.3), C(1), C(-0.5), C(2), C(0.7)}, rescales{C(1.1), C(1), C(3), C(1.5), C(1.01)};
+      for (int rule = 0; rule < 4; ++rule) {
+        const bool paper = rule < 2;
+        std::vector<sk::Draw> draws(n);
+        sk::TiesArgs<Key> args{};
+        args.base = from;
+        args.experts = pointers.data();
+        args.limits = limits.data();
+        if (weighted && !paper) args.weights = weights.data();
+        if (weighted && sk::Rule(rule) == sk::Rule::mergekit) args.rescales = rescales.data();
+        args.num_tasks = kTasks;
+        args.n = n;
+        args.lam = C(0.37);
+        args.elect_count = elect_count;
+        args.divide = divide;
+        args.drop = drop;
+        args.zero_sign = weighted ? -1 : 1;
+        args.draws = draws.data();
+        args.max_draws = int(n);
+        std::vector<char> out(n * format.bytes);
+        const sk::TiesResult result = ties.merge[rule](args, out.data());
+        merged[rule].add(format, out);
+        if (paper) {  // the others elect plus on a draw, beyond the end too, and nobody reads their votes
+          merged[rule].add(uint64_t(result.sign_sum));
+          draws.resize(result.num_draws);
+          for (const sk::Draw& draw : draws) {
+            merged[rule].add(uint64_t(draw.index));
+            merged[rule].add(format, std::vector<char>(draw.value, draw.value + format.bytes));
+          }
+        }
+        std::vector<std::vector<char>> outs(kTasks, out);
+        std::vector<void*> targets;
+        for (std::vector<char>& target : outs) targets.push_back(target.data());
+        const sk::TiesResult votes = ties.split[rule](args, targets.data());
+        if (paper) merged[rule].add(uint64_t(votes.sign_sum));
+        for (const std::vector<char>& target : outs) merged[rule].add(format, target);
+      }
+    }
+  }
+  std::printf("%s trim %016llx\n", format.name, static_cast<unsigned long long>(trimmed.value));
+  for (int rule = 0; rule < 4; ++rule)
+    std::printf("%s merge %d %016llx\n", format.name, rule, static_cast<unsigned long long>(merged[rule].value));
+}
+
+}  // namespace
+
+int main() {
+  run<int32_t>({sk::Dtype::f32, "float32", 4, 0x7F800000});
+  run<int32_t>({sk::Dtype::f16, "float16", 2, 0x7C00});
+  run<int32_t>({sk::Dtype::bf16, "bfloat16", 2, 0x7F80});
+  run<int64_t>({sk::Dtype::f64, "float64", 8, 0x7FF0000000000000});
+}
