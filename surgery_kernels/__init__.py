@@ -10,8 +10,9 @@ except ImportError as error:
         f"run `pip install --no-build-isolation .` or `make build` ({error})"
     ) from error
 
+from .merging import merge_state_dicts
 from .ops import ties_merge, ties_split, trim_thresholds
 
 __version__: str = _C.build_info()["version"]
 
-__all__ = ["ties_merge", "ties_split", "trim_thresholds"]
+__all__ = ["merge_state_dicts", "ties_merge", "ties_split", "trim_thresholds"]

@@ -90,8 +90,8 @@ void run(const Format& format) {
         std::array<Key, 4> ends{keys[0], keys[n / 3], keys[n / 2], keys[n - 1]};
         for (Key& end : ends) end = std::min(end, sk::kInfinityKey<Key>);
         std::sort(ends.begin(), ends.end());
-        const sk::Counts<Key> counts =
-            trim.count(from, expert.data(), n, {ends[0], ends[1], ends[2], ends[3]}, elect_count, drop, keys.data());
+        const sk::Counts<Key> counts = trim.count(from, expert.data(), n, {ends[0], ends[1], ends[2], ends[3]},
+                                                  /*rounded=*/elect_count, drop, keys.data());
         for (int64_t number : {counts.above, counts.at_hi, counts.inside, counts.at_lo}) trimmed.add(uint64_t(number));
         trimmed.add(key_bits(counts.largest));
         std::sort(keys.begin(), keys.begin() + counts.inside);

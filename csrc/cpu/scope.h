@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -11,7 +12,7 @@
 
 namespace sk {
 
-constexpr int64_t kChunk = 4096;  // elements; one chunk of the base stays in the first-level cache
+constexpr int64_t kChunk = 16384;  // elements; one chunk of the base stays in the first-level cache
 
 struct Part {
   Dtype dtype;
@@ -28,6 +29,9 @@ struct Chunk {
   size_t part_index;
   int64_t index, begin, count;  // begin: within the tensor
 };
+
+// Bytes of tensors read by every call so far, for progress bars.
+inline std::atomic<int64_t> bytes_read{0};
 
 struct Scope {
   std::vector<Part> parts;
@@ -52,6 +56,11 @@ struct Scope {
     const Part& part = *(after - 1);
     const int64_t begin = (index - part.first_chunk) * kChunk;
     return {part, size_t(after - 1 - parts.begin()), index, begin, std::min(kChunk, part.numel - begin)};
+  }
+
+  void report(const Chunk& chunk) const {
+    const int64_t tensors = num_tasks + (chunk.part.base ? 1 : 0);
+    bytes_read.fetch_add(tensors * chunk.count * size_of(chunk.part.dtype), std::memory_order_relaxed);
   }
 
   // Runs body(first, last) over contiguous ranges of chunks, one per thread.

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <optional>
 
-#include "../check.h"
+#include "inputs.h"
 #include "rounding.h"
 #include "ties_merge_kernel.h"
 #include "trim.h"
@@ -19,7 +19,6 @@ namespace sk {
 namespace {
 
 constexpr int kMaxDraws = 128;  // recorded per chunk
-constexpr int64_t kStreamBytes = 8 << 20;  // larger outputs are written past the caches
 
 struct Options {
   std::vector<double> density;
@@ -32,13 +31,6 @@ struct Options {
   std::optional<Tensor> thresholds;
   std::vector<std::string> names;
 };
-
-Semantics parse_semantics(const std::string& name) {
-  return Semantics(one_of("semantics", name, {"paper", "mergekit", "peft"}));
-}
-NonFinite parse_nonfinite(const std::string& name) {
-  return NonFinite(one_of("nonfinite", name, {"error", "propagate", "drop"}));
-}
 
 Options parse(std::vector<double> density, double lam, std::optional<std::vector<double>> weights, const std::string& semantics_name,
               const std::string& elect, const std::string& reduce_name, bool normalize, bool rescale, const std::string& nonfinite,
@@ -54,46 +46,6 @@ Options parse(std::vector<double> density, double lam, std::optional<std::vector
   return {std::move(density), lam, std::move(weights), semantics, rule, one_of("elect", elect, {"sum", "count"}) == 1,
           reduce == 0 && normalize, rescale, parse_nonfinite(nonfinite), std::move(thresholds), {}};
 }
-
-// The tensors of a call, contiguous and alive, and the scope that points into them.
-struct Inputs {
-  std::vector<Tensor> alive;
-  Scope scope;
-  bool wide = false;  // float64
-
-  Inputs(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, int64_t num_tasks) {
-    require(num_tasks > 0 && experts.size() % size_t(num_tasks) == 0, "experts must be one tensor per density and tensor, got ",
-                    experts.size(), " for ", num_tasks, " densities");
-    const size_t parts = experts.size() / size_t(num_tasks);
-    require(base.empty() || base.size() == parts, "base must be one tensor per merged tensor, got ", base.size(), " for ", parts);
-    alive.reserve(experts.size() + base.size());
-    scope.num_tasks = num_tasks;
-    for (size_t p = 0; p < parts; ++p) {
-      const Tensor& first = experts[p * size_t(num_tasks)];
-      const Dtype dtype = dtype_of(first, "experts");
-      wide = p == 0 ? dtype == Dtype::f64 : wide;
-      require(wide == (dtype == Dtype::f64), "experts must be all float64 or none within one scope, got both");
-      std::vector<const char*> pointers;
-      for (int64_t t = 0; t < num_tasks; ++t) {
-        const Tensor& expert = experts[p * size_t(num_tasks) + size_t(t)];
-        check_same_shape(expert, first, "experts[" + std::to_string(t) + "]");
-        pointers.push_back(pointer(expert));
-      }
-      const char* base_pointer = nullptr;
-      if (!base.empty()) {
-        check_same_shape(base[p], first, "base");
-        base_pointer = pointer(base[p]);
-      }
-      scope.add(dtype, first.numel(), base_pointer, std::move(pointers));
-    }
-  }
-
- private:
-  const char* pointer(const Tensor& t) {
-    alive.push_back(torch::stable::contiguous(t));
-    return static_cast<const char*>(alive.back().data_ptr());
-  }
-};
 
 template <class C>
 C stored(double x, Dtype dtype) {
@@ -140,6 +92,7 @@ class Merger {
       for (int64_t c = first; c < last; ++c) {
         const int8_t sign = sign_sum.load(std::memory_order_relaxed) >= 0 ? 1 : -1;
         const TiesResult result = merge_chunk(c, sign, scratch, max_draws, merge);
+        scope_.report(scope_.chunk(c));
         if (guesses.empty()) continue;
         sign_sum.fetch_add(result.sign_sum, std::memory_order_relaxed);
         if (result.num_draws == 0) continue;
@@ -302,42 +255,31 @@ std::vector<Tensor> as_list(const std::optional<Tensor>& base) {
 }
 
 template <class Key>
-void merge_scope(const Scope& scope, const Options& options, const std::vector<Tensor>& out) {
-  const auto target = [&](size_t part, int64_t i) {
-    return static_cast<char*>(out[part].data_ptr()) + i * size_of(scope.parts[part].dtype);
-  };
+void merge_scope(const Scope& scope, const Options& options, const Outputs& outputs) {
   Merger<Key>(scope, options)
       .run(
           kMaxDraws,
           [&](const TiesArgs<Key>& args, size_t part, int64_t begin) {
             const TiesKernel<Key>& kernel = SK_KERNELS(ties_kernels).get<Key>(scope.parts[part].dtype);
-            return kernel.merge[int(options.rule)](args, target(part, begin));
+            return kernel.merge[int(options.rule)](args, outputs.at(scope, part, begin));
           },
           [&](size_t part, int64_t begin, const Draw* draws, int count) {
             for (int d = 0; d < count; ++d)
-              memcpy(target(part, begin + draws[d].index), draws[d].value, size_t(size_of(scope.parts[part].dtype)));
+              memcpy(outputs.at(scope, part, begin + draws[d].index), draws[d].value, size_t(size_of(scope.parts[part].dtype)));
           });
 }
 
-void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, Options options, const std::vector<Tensor>& out) {
-  const Inputs inputs(base, experts, int64_t(options.density.size()));
-  require(out.size() == inputs.scope.parts.size(), "out must be one tensor per merged tensor, got ", out.size());
-  for (size_t p = 0; p < out.size(); ++p) check_same_shape(out[p], experts[p * options.density.size()], "out");
-  check_apart(out, {&base, &experts});
-  std::vector<Tensor> targets;
-  for (const Tensor& t : out) targets.push_back(t.is_contiguous() ? t : torch::stable::new_empty(t, t.sizes()));
-  inputs.wide ? merge_scope<int64_t>(inputs.scope, options, targets) : merge_scope<int32_t>(inputs.scope, options, targets);
-  for (size_t p = 0; p < out.size(); ++p)
-    if (!out[p].is_contiguous()) {
-      Tensor target = out[p];
-      torch::stable::copy_(target, targets[p]);
-    }
+void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, const Options& options, const std::vector<Tensor>& out) {
+  const Inputs inputs(base, experts, options.density.size());
+  Outputs outputs(out, base, experts, options.density.size());
+  inputs.wide ? merge_scope<int64_t>(inputs.scope, options, outputs) : merge_scope<int32_t>(inputs.scope, options, outputs);
+  outputs.deliver();
 }
 
 Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, std::string semantics_name,
                        std::string nonfinite) {
   const Semantics semantics = parse_semantics(semantics_name);
-  const Inputs inputs(as_list(base), experts, int64_t(density.size()));
+  const Inputs inputs(as_list(base), experts, density.size());
   std::vector<int64_t> keep;
   for (const double d : density) keep.push_back(keep_count(d, inputs.scope.numel, semantics));
   const std::vector<int64_t> shape{int64_t(density.size())};
@@ -366,7 +308,7 @@ void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::
                     std::vector<Tensor> out) {
   Options options = parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
   if (names) options.names = std::move(*names);
-  merge_into(base, experts, std::move(options), out);
+  merge_into(base, experts, options, out);
 }
 
 template <class Key>
@@ -390,7 +332,7 @@ Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale, std::string nonfinite,
                   std::optional<Tensor> thresholds) {
   const Options options = parse(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds);
-  const Inputs inputs(as_list(base), experts, int64_t(density.size()));
+  const Inputs inputs(as_list(base), experts, density.size());
   std::vector<int64_t> shape{int64_t(density.size())};
   for (int64_t d = 0; d < experts[0].dim(); ++d) shape.push_back(experts[0].size(d));
   const Tensor out = torch::stable::new_empty(experts[0], shape);

@@ -89,6 +89,7 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
         totals[s].largest = std::max(totals[s].largest, n.largest);
         if (want_ties) tally.ties[c * slots + s] = {uint16_t(n.at_hi), uint16_t(n.inside), uint16_t(n.at_lo)};
       }
+      scope.report(chunk);
     }
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t s = 0; s < slots; ++s) {
@@ -271,6 +272,13 @@ std::string where(const std::vector<std::string>& names, size_t part) {
 }  // namespace
 
 void force_histogram(bool on) { forced_histogram = on; }
+
+Semantics parse_semantics(const std::string& name) {
+  return Semantics(one_of("semantics", name, {"paper", "mergekit", "peft"}));
+}
+NonFinite parse_nonfinite(const std::string& name) {
+  return NonFinite(one_of("nonfinite", name, {"error", "propagate", "drop"}));
+}
 
 int64_t keep_count(double density, int64_t numel, Semantics semantics) {
   if (density >= 1) return numel;

@@ -1,7 +1,6 @@
-"""Eight tasks from scikit-learn's handwritten digits: the same digits, each task seeing them through its own transform.
+"""Eight tasks from scikit-learn's handwritten digits: the same digits, seen by each task through its own transform.
 
-What one task reads as a stroke is another task's background or another digit's shape, so the experts pull the shared
-weights in conflicting directions.
+A stroke of one task is background or another digit's shape in the next, so the experts pull the shared weights apart.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 NUM_CLASSES = 10
@@ -33,29 +34,29 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "shuffle": shuffle_patches,
     "invert+rot270": lambda images: -images.rot90(3, (1, 2)),
 }
+TASKS = tuple(TRANSFORMS)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of every task; the labels are the same digits for all."""
+    """The images of every task, in the order of `TASKS`; the labels are the same for all."""
 
     images: Tensor  # [num_tasks, num_images, 8, 8]
     labels: Tensor  # [num_images]
 
 
-def load_digits(seed: int, test_fraction: float = 0.3) -> tuple[Split, Split]:
-    """The training and the test split, every digit equally frequent in both."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
+def load_splits(seed: int, test_fraction: float) -> tuple[Split, Split]:
+    """Training and test split of the 1797 digits, each class equally frequent in both."""
     digits = load_digits()
-    parts = train_test_split(
+    train_pixels, test_pixels, train_labels, test_labels = train_test_split(
         digits.images, digits.target, test_size=test_fraction, stratify=digits.target, random_state=seed
     )
-    train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
-    return transformed(train_images, train_labels), transformed(test_images, test_labels)
+    return make_split(train_pixels, train_labels), make_split(test_pixels, test_labels)
 
 
-def transformed(pixels: Tensor, labels: Tensor) -> Split:
-    images = pixels.float() / 8 - 1  # scikit-learn's grey values are 0 to 16
-    return Split(torch.stack([transform(images) for transform in TRANSFORMS.values()]), labels.long())
+def make_split(pixels: object, labels: object) -> Split:
+    images = torch.as_tensor(pixels, dtype=torch.float32) / 8 - 1  # scikit-learn's grey values are 0 to 16
+    return Split(
+        torch.stack([transform(images) for transform in TRANSFORMS.values()]),
+        torch.as_tensor(labels, dtype=torch.int64),
+    )

@@ -1,0 +1,75 @@
+// The tensors of a call, checked, contiguous and alive, and the scope that points into them; the tensors it fills.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "scope.h"
+
+namespace sk {
+
+constexpr int64_t kStreamBytes = 8 << 20;  // larger outputs are written past the caches
+
+// base: one tensor per merged tensor, or none. experts: all experts of the first tensor, then of the second, ...
+struct Inputs {
+  std::vector<Tensor> alive;
+  Scope scope;
+  bool wide = false;  // float64
+
+  Inputs(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, size_t num_tasks) {
+    require(num_tasks > 0 && experts.size() % num_tasks == 0, "experts must be one tensor for every expert and merged tensor, got ",
+            experts.size(), " for ", num_tasks, " experts");
+    const size_t parts = experts.size() / num_tasks;
+    require(base.empty() || base.size() == parts, "base must be one tensor for every merged tensor, got ", base.size(), " for ", parts);
+    alive.reserve(experts.size() + base.size());
+    scope.num_tasks = int64_t(num_tasks);
+    for (size_t p = 0; p < parts; ++p) {
+      const Tensor& first = experts[p * num_tasks];
+      const Dtype dtype = dtype_of(first, "experts");
+      wide = p == 0 ? dtype == Dtype::f64 : wide;
+      require(wide == (dtype == Dtype::f64), "experts must be all float64 or none within one scope, got both");
+      std::vector<const char*> pointers;
+      for (size_t t = 0; t < num_tasks; ++t) {
+        const Tensor& expert = experts[p * num_tasks + t];
+        check_same_shape(expert, first, "experts[" + std::to_string(t) + "]");
+        pointers.push_back(pointer(expert));
+      }
+      const char* base_pointer = nullptr;
+      if (!base.empty()) {
+        check_same_shape(base[p], first, "base");
+        base_pointer = pointer(base[p]);
+      }
+      scope.add(dtype, first.numel(), base_pointer, std::move(pointers));
+    }
+  }
+
+ private:
+  const char* pointer(const Tensor& t) {
+    alive.push_back(torch::stable::contiguous(t));
+    return static_cast<const char*>(alive.back().data_ptr());
+  }
+};
+
+// One tensor per merged tensor, apart from the inputs; what is not contiguous is filled through a copy.
+struct Outputs {
+  std::vector<Tensor> wanted, filled;
+
+  Outputs(const std::vector<Tensor>& out, const std::vector<Tensor>& base, const std::vector<Tensor>& experts, size_t num_tasks)
+      : wanted(out) {
+    require(out.size() * num_tasks == experts.size(), "out must be one tensor for every merged tensor, got ", out.size());
+    for (size_t p = 0; p < out.size(); ++p) check_same_shape(out[p], experts[p * num_tasks], "out");
+    check_apart(out, {&base, &experts});
+    for (const Tensor& t : out) filled.push_back(t.is_contiguous() ? t : torch::stable::new_empty(t, t.sizes()));
+  }
+
+  char* at(const Scope& scope, size_t part, int64_t i) const {
+    return static_cast<char*>(filled[part].data_ptr()) + i * size_of(scope.parts[part].dtype);
+  }
+
+  void deliver() {
+    for (size_t p = 0; p < wanted.size(); ++p)
+      if (!wanted[p].is_contiguous()) torch::stable::copy_(wanted[p], filled[p]);
+  }
+};
+
+}  // namespace sk

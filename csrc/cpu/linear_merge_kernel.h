@@ -1,0 +1,44 @@
+// base + lam * (sum_t weight_t * (expert_t - base)) / divisor over raw pointers: one read, one rounding.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "../dtype.h"
+#include "isa.h"
+
+namespace sk {
+
+template <class Key>
+struct LinearArgs {
+  using C = std::conditional_t<sizeof(Key) == 8, double, float>;
+
+  const void* base;            // may be null: then sum_t weight_t * expert_t, and nothing is added
+  const void* const* experts;  // [num_tasks]
+  const C* weights;            // [num_tasks]
+  int num_tasks;
+  int64_t n;
+  C lam, divisor;
+  bool drop;    // a non-finite entry counts as 0
+  bool stream;  // write past the caches
+};
+
+template <class Key>
+using LinearKernel = void (*)(const LinearArgs<Key>& args, void* out);  // out: n elements
+
+struct LinearKernels {
+  LinearKernel<int32_t> f32, f16, bf16;
+  LinearKernel<int64_t> f64;
+
+  template <class Key>
+  LinearKernel<Key> get(Dtype dtype) const {
+    if constexpr (sizeof(Key) == 8) {
+      return f64;
+    } else {
+      return dtype == Dtype::f32 ? f32 : dtype == Dtype::f16 ? f16 : bf16;
+    }
+  }
+};
+
+SK_DECLARE_KERNELS(LinearKernels, linear_kernels);
+
+}  // namespace sk

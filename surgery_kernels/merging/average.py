@@ -1,0 +1,43 @@
+"""Weight averaging."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ops import arguments
+from ..ops.arguments import PerExpert
+from .scope import Scope
+
+
+@dataclass(frozen=True)
+class Average:
+    """``sum_t weights[t] * expert_t / sum_t weights[t]``; the base is not read. Source: Model Soups (arXiv 2203.05482)."""
+
+    weights: PerExpert | None = None
+    nonfinite: str = "error"
+
+    reads: ClassVar[int] = 2
+
+    def check(self, num_tasks: int) -> None:
+        arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)
+        if math.fsum(self._weights(num_tasks)) == 0:
+            raise ValueError(f"weights must have a sum other than 0, got {self.weights}")
+
+    def merge(self, scope: Scope) -> None:
+        weights = self._weights(len(scope.experts[0]))
+        torch.ops.surgery_kernels.linear_merge_out(
+            [],
+            scope.flat_experts,
+            weights,
+            divisor=math.fsum(weights),
+            nonfinite=self.nonfinite,
+            names=scope.names,
+            out=scope.out,
+        )
+
+    def _weights(self, num_tasks: int) -> list[float]:
+        return arguments.per_expert("weights", 1.0 if self.weights is None else self.weights, num_tasks)

@@ -1,0 +1,42 @@
+"""Task arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ops import arguments
+from ..ops.arguments import PerExpert
+from .scope import Scope
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """``base + lam * sum_t weights[t] * (expert_t - base)``. Source: Editing Models (arXiv 2212.04089), section 2."""
+
+    lam: float = 1.0
+    weights: PerExpert | None = None
+    nonfinite: str = "error"
+
+    reads: ClassVar[int] = 2
+
+    def check(self, num_tasks: int) -> None:
+        arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)
+        arguments.check_lam(self.lam)
+        self._weights(num_tasks)
+
+    def merge(self, scope: Scope) -> None:
+        torch.ops.surgery_kernels.linear_merge_out(
+            scope.base,
+            scope.flat_experts,
+            self._weights(len(scope.experts[0])),
+            lam=arguments.check_lam(self.lam),
+            nonfinite=self.nonfinite,
+            names=scope.names,
+            out=scope.out,
+        )
+
+    def _weights(self, num_tasks: int) -> list[float]:
+        return arguments.per_expert("weights", 1.0 if self.weights is None else self.weights, num_tasks)
