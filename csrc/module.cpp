@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
       "set_isa", [](const std::string& name) { sk::set_isa(name, "name"); }, py::arg("name"),
       "Chooses the instruction set of every later call; results do not depend on it.");
   m.def(
-      "bytes_read", [] { return sk::bytes_read.load(); }, "Bytes of tensors read by every call so far, those under way too.");
+      "bytes_read", [] { return sk::bytes_read.load(); },
+      "Bytes of tensors read by every call so far, those under way too.");
   m.def("force_histogram", &sk::force_histogram, py::arg("on"), "Tests only: finds thresholds by the fallback.");
 }

@@ -25,7 +25,8 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "str semantics=\"paper\", str elect=\"sum\", str reduce=\"mean\", bool normalize=True, bool rescale=False, "
       "str nonfinite=\"error\", Tensor? thresholds=None, str[]? names=None, *, Tensor(a!)[] out) -> ()");
 
-  // base + lam * sum_t weights[t] * (expert_t - base) / divisor over several tensors; without base the experts are summed.
+  // base + lam * sum_t weights[t] * (expert_t - base) / divisor over several tensors; without base the experts are
+  // summed.
   m.def(
       "linear_merge_out(Tensor[] base, Tensor[] experts, float[] weights, float lam=1.0, float divisor=1.0, "
       "str nonfinite=\"error\", str[]? names=None, *, Tensor(a!)[] out) -> ()");

@@ -68,6 +68,27 @@ def ties_split(base: Tensor | None, experts: Experts, **options: Any) -> Tensor:
     return scope_split(*one_tensor_scope(base, experts), **options)[0]
 
 
+def linear_merge(
+    base: Tensor | None,
+    experts: Experts,
+    *,
+    weights: float | Sequence[float] = 1.0,
+    lam: float = 1.0,
+    divisor: float = 1.0,
+    nonfinite: str = "error",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """base + lam * sum_t weights[t] * (expert_t - base) / divisor, rounded once; without a base, of the experts alone."""
+    loaded = nonfinite if nonfinite == "error" else "propagate"
+    (entry,) = load_scope(*one_tensor_scope(base, experts), loaded, compute_dtype)
+    task_vectors = torch.stack([expert.reshape(-1) for expert in experts]).to(entry.base.dtype) - entry.base
+    if nonfinite == "drop":
+        task_vectors = torch.where(task_vectors.isfinite(), task_vectors, 0.0)
+    column = entry.base.new_tensor(per_expert(weights, len(experts)))[:, None]
+    scale, count = entry.base.new_tensor(lam), entry.base.new_tensor(divisor)
+    return entry.store(entry.base + sum_experts(task_vectors * column) / count * scale)
+
+
 def scope_thresholds(
     bases: Sequence[Tensor] | None,
     experts: Sequence[Sequence[Tensor]],

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -33,3 +36,15 @@ def restored_isa() -> Iterator[None]:
     before = _C.isa()
     yield
     _C.set_isa(before)
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Runs a process of its own with the modules this one sees; gives what it prints."""
+
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    return run

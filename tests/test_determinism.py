@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -131,9 +130,6 @@ print(hashlib.sha256(merged.numpy().tobytes()).hexdigest())
 """
 
 
-def test_known_answer() -> None:
-    answers = {
-        subprocess.run([sys.executable, "-c", KNOWN_ANSWER], capture_output=True, text=True, check=True).stdout.strip()
-        for _ in range(2)
-    }
+def test_known_answer(run_python: Callable[..., str]) -> None:
+    answers = {run_python("-c", KNOWN_ANSWER).strip() for _ in range(2)}
     assert answers == {"426772ca1a8a282b036e0a97e38fab1b1848f2eb61e5ed661b00cd98846e66c6"}

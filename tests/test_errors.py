@@ -201,15 +201,15 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
             lambda: ops.ties_split(BASE.half(), EXPERTS, [0.5, 0.5]),
         ),
         (
-            "base must be one tensor per merged tensor, got 2 for 1",
+            "base must be one tensor for every merged tensor, got 2 for 1",
             lambda: ops.ties_merge_out([BASE, BASE], EXPERTS, [0.5, 0.5], out=[torch.zeros(4)]),
         ),
         (
-            "experts must be one tensor per density and tensor, got 2 for 3 densities",
+            "experts must be one tensor for every expert and merged tensor, got 2 for 3 experts",
             lambda: ops.ties_merge(None, EXPERTS, [0.5] * 3),
         ),
         (
-            "experts must be one tensor per density and tensor, got 2 for 3 densities",
+            "experts must be one tensor for every expert and merged tensor, got 2 for 3 experts",
             lambda: ops.ties_split(None, EXPERTS, [0.5] * 3),
         ),
         (
@@ -225,7 +225,7 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
             lambda: ops.ties_merge(None, EXPERTS, [0.5] * 2, thresholds=torch.zeros(3)),
         ),
         (
-            "out must be one tensor per merged tensor, got 2",
+            "out must be one tensor for every merged tensor, got 2",
             lambda: ops.ties_merge_out([BASE], EXPERTS, [0.5] * 2, out=[torch.zeros(4), torch.zeros(4)]),
         ),
         (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,21 +15,21 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc"),
 ]
 
-
-def extra_bytes(case: str, dtype: str, options: dict[str, Any]) -> int:
-    script = Path(__file__).with_name("peak_memory.py")
-    finished = subprocess.run(
-        [sys.executable, str(script), case, dtype, json.dumps(options)], capture_output=True, text=True, check=True
-    )
-    return int(finished.stdout)
+RunPython = Callable[..., str]
 
 
 @pytest.mark.parametrize("options", [{}, {"semantics": "mergekit", "rescale": True}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["one_tensor", "state_dict"])
-def test_peak(case: str, dtype: str, options: dict[str, Any]) -> None:
-    assert extra_bytes(case, dtype, options) < INPUT_BYTES // 4
+def test_ties(run_python: RunPython, case: str, dtype: str, options: dict[str, Any]) -> None:
+    assert int(run_python("-m", "peak_memory", case, dtype, json.dumps(options))) < INPUT_BYTES // 4
 
 
-def test_the_measurement_sees_a_temporary() -> None:
-    assert extra_bytes("eager", "float32", {}) > 0.9 * INPUT_BYTES
+@pytest.mark.parametrize("method", ["average", "task_arithmetic"])
+def test_linear_methods(run_python: RunPython, method: str) -> None:
+    options = json.dumps({"method": method})
+    assert int(run_python("-m", "peak_memory", "state_dict", "bfloat16", options)) < INPUT_BYTES // 4
+
+
+def test_the_measurement_sees_a_temporary(run_python: RunPython) -> None:
+    assert int(run_python("-m", "peak_memory", "eager", "float32", "{}")) > 0.9 * INPUT_BYTES

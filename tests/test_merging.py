@@ -157,10 +157,10 @@ def test_task_arithmetic(dtype: torch.dtype) -> None:
 
 def test_linear_methods_round_once() -> None:
     base, experts = models(gaussian, 5, torch.bfloat16)
-    for method in ("average", "task_arithmetic"):
-        merged = merge_state_dicts(base, experts, method=method, lam=0.3)
+    for options in ({"method": "average"}, {"method": "task_arithmetic", "lam": 0.3}):
+        merged = merge_state_dicts(base, experts, **options)
         wide = [{name: x.double() for name, x in model.items()} for model in (base, *experts)]
-        exact = merge_state_dicts(wide[0], wide[1:], method=method, lam=0.3)
+        exact = merge_state_dicts(wide[0], wide[1:], **options)
         for name in base:
             eps = torch.finfo(torch.bfloat16).eps
             torch.testing.assert_close(merged[name].double(), exact[name], rtol=eps, atol=4 * eps)
@@ -210,7 +210,7 @@ def test_modules() -> None:
 def test_inputs_stay_as_they_are(method: str, scope: str) -> None:
     base, experts = models(grid, 1, torch.float32)
     before = [{name: x.clone() for name, x in model.items()} for model in (base, *experts)]
-    merged = merge_state_dicts(base, experts, method=method, scope=scope, density=1.0)
+    merged = merge_state_dicts(base, experts, method=method, scope=scope)
     for model, copy in zip((base, *experts), before, strict=True):
         assert_same_models(model, copy)
         for name in model:
@@ -296,6 +296,19 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     base, experts = models(grid, 2, torch.float32)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         merge_state_dicts(base, experts, **options)
+
+
+def test_options_of_another_method() -> None:
+    base, experts = models(grid, 2, torch.float32)
+    message = "options of method='average' must be among weights, nonfinite, got 'lam'"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        merge_state_dicts(base, experts, method="average", lam=0.3)
+
+
+def test_weights_without_a_mean() -> None:
+    base, experts = models(grid, 2, torch.float32)
+    with pytest.raises(ValueError, match=r"^weights must have a sum other than 0, got \[1.0, -1.0\]$"):
+        merge_state_dicts(base, experts, method="average", weights=[1.0, -1.0])
 
 
 def test_no_experts() -> None:

@@ -17,10 +17,12 @@ struct Inputs {
   bool wide = false;  // float64
 
   Inputs(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, size_t num_tasks) {
-    require(num_tasks > 0 && experts.size() % num_tasks == 0, "experts must be one tensor for every expert and merged tensor, got ",
-            experts.size(), " for ", num_tasks, " experts");
+    require(num_tasks > 0 && experts.size() % num_tasks == 0,
+            "experts must be one tensor for every expert and merged tensor, got ", experts.size(), " for ", num_tasks,
+            " experts");
     const size_t parts = experts.size() / num_tasks;
-    require(base.empty() || base.size() == parts, "base must be one tensor for every merged tensor, got ", base.size(), " for ", parts);
+    require(base.empty() || base.size() == parts, "base must be one tensor for every merged tensor, got ", base.size(),
+            " for ", parts);
     alive.reserve(experts.size() + base.size());
     scope.num_tasks = int64_t(num_tasks);
     for (size_t p = 0; p < parts; ++p) {
@@ -54,9 +56,11 @@ struct Inputs {
 struct Outputs {
   std::vector<Tensor> wanted, filled;
 
-  Outputs(const std::vector<Tensor>& out, const std::vector<Tensor>& base, const std::vector<Tensor>& experts, size_t num_tasks)
+  Outputs(const std::vector<Tensor>& out, const std::vector<Tensor>& base, const std::vector<Tensor>& experts,
+          size_t num_tasks)
       : wanted(out) {
-    require(out.size() * num_tasks == experts.size(), "out must be one tensor for every merged tensor, got ", out.size());
+    require(out.size() * num_tasks == experts.size(), "out must be one tensor for every merged tensor, got ",
+            out.size());
     for (size_t p = 0; p < out.size(); ++p) check_same_shape(out[p], experts[p * num_tasks], "out");
     check_apart(out, {&base, &experts});
     for (const Tensor& t : out) filled.push_back(t.is_contiguous() ? t : torch::stable::new_empty(t, t.sizes()));

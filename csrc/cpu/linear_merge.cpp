@@ -10,7 +10,8 @@ namespace sk {
 namespace {
 
 template <class Key>
-void merge_scope(const Scope& scope, const std::vector<double>& weights, double lam, double divisor, bool drop, const Outputs& outputs) {
+void merge_scope(const Scope& scope, const std::vector<double>& weights, double lam, double divisor, bool drop,
+                 const Outputs& outputs) {
   using C = typename LinearArgs<Key>::C;
   const std::vector<C> factors(weights.begin(), weights.end());
   scope.parallel([&](int64_t first, int64_t last) {
@@ -19,16 +20,24 @@ void merge_scope(const Scope& scope, const std::vector<double>& weights, double 
       const Chunk chunk = scope.chunk(c);
       for (size_t t = 0; t < experts.size(); ++t) experts[t] = chunk.part.expert_at(int64_t(t), chunk.begin);
       const bool stream = scope.numel * size_of(chunk.part.dtype) > kStreamBytes;
-      const LinearArgs<Key> args = {chunk.part.base_at(chunk.begin), experts.data(), factors.data(), int(experts.size()),
-                                    chunk.count, C(lam), C(divisor), drop, stream};
+      const LinearArgs<Key> args = {chunk.part.base_at(chunk.begin),
+                                    experts.data(),
+                                    factors.data(),
+                                    int(experts.size()),
+                                    chunk.count,
+                                    C(lam),
+                                    C(divisor),
+                                    drop,
+                                    stream};
       SK_KERNELS(linear_kernels).get<Key>(chunk.part.dtype)(args, outputs.at(scope, chunk.part_index, chunk.begin));
       scope.report(chunk);
     }
   });
 }
 
-void linear_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::vector<double> weights, double lam, double divisor,
-                      std::string nonfinite_name, std::optional<std::vector<std::string>> names, std::vector<Tensor> out) {
+void linear_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::vector<double> weights, double lam,
+                      double divisor, std::string nonfinite_name, std::optional<std::vector<std::string>> names,
+                      std::vector<Tensor> out) {
   const NonFinite nonfinite = parse_nonfinite(nonfinite_name);
   const Inputs inputs(base, experts, weights.size());
   Outputs outputs(out, base, experts, weights.size());

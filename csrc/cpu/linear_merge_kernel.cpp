@@ -7,7 +7,8 @@ namespace SK_ISA {
 namespace {
 
 template <class S, class... Count>
-inline Block<typename Compute<S>::type> merge_block(const LinearArgs<typename Compute<S>::Key>& args, int64_t i, Count... count) {
+inline Block<typename Compute<S>::type> merge_block(const LinearArgs<typename Compute<S>::Key>& args, int64_t i,
+                                                    Count... count) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   const auto load = [&](const void* p) { return load_block(static_cast<const S*>(p) + i, count...); };

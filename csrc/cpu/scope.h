@@ -47,12 +47,13 @@ struct Scope {
 
   // The part that holds element `i` of the scope.
   const Part& part_of(int64_t i) const {
-    return *(std::upper_bound(parts.begin(), parts.end(), i, [](int64_t e, const Part& p) { return e < p.offset; }) - 1);
+    return *(std::upper_bound(parts.begin(), parts.end(), i, [](int64_t e, const Part& p) { return e < p.offset; }) -
+             1);
   }
 
   Chunk chunk(int64_t index) const {
-    const auto after = std::upper_bound(parts.begin(), parts.end(), index,
-                                        [](int64_t c, const Part& p) { return c < p.first_chunk; });
+    const auto after =
+        std::upper_bound(parts.begin(), parts.end(), index, [](int64_t c, const Part& p) { return c < p.first_chunk; });
     const Part& part = *(after - 1);
     const int64_t begin = (index - part.first_chunk) * kChunk;
     return {part, size_t(after - 1 - parts.begin()), index, begin, std::min(kChunk, part.numel - begin)};

@@ -56,8 +56,8 @@ struct SampledRange {
   bool crowded_ends;  // many keys equal lo or hi
 };
 
-// From samples drawn in clusters of neighbours: cluster c is sample[ends[c - 1], ends[c]). Neighbours may be alike (rows
-// of one layer), so the spread is estimated between clusters.
+// From samples drawn in clusters of neighbours: cluster c is sample[ends[c - 1], ends[c]). Neighbours may be alike
+// (rows of one layer), so the spread is estimated between clusters.
 template <class Key>
 SampledRange<Key> sampled_range(const std::vector<Key>& sample, const std::vector<int64_t>& ends, int64_t rank,
                                 int64_t population);

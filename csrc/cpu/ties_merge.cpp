@@ -32,19 +32,30 @@ struct Options {
   std::vector<std::string> names;
 };
 
-Options parse(std::vector<double> density, double lam, std::optional<std::vector<double>> weights, const std::string& semantics_name,
-              const std::string& elect, const std::string& reduce_name, bool normalize, bool rescale, const std::string& nonfinite,
-              std::optional<Tensor> thresholds) {
+Options parse(std::vector<double> density, double lam, std::optional<std::vector<double>> weights,
+              const std::string& semantics_name, const std::string& elect, const std::string& reduce_name,
+              bool normalize, bool rescale, const std::string& nonfinite, std::optional<Tensor> thresholds) {
   const Semantics semantics = parse_semantics(semantics_name);
   const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
   const bool max = reduce == 2, mergekit = semantics == Semantics::mergekit, paper = semantics == Semantics::paper;
   require(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
-  require(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='", semantics_name, "', got others");
-  require(!weights || weights->size() == density.size(), "weights must be one per expert, got ", weights ? weights->size() : 0);
+  require(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='",
+          semantics_name, "', got others");
+  require(!weights || weights->size() == density.size(), "weights must be one per expert, got ",
+          weights ? weights->size() : 0);
   require(!paper || !weights, "weights must be None with semantics='paper', got weights");
   const Rule rule = mergekit ? Rule::mergekit : !paper ? Rule::peft : max ? Rule::paper_max : Rule::paper;
-  return {std::move(density), lam, std::move(weights), semantics, rule, one_of("elect", elect, {"sum", "count"}) == 1,
-          reduce == 0 && normalize, rescale, parse_nonfinite(nonfinite), std::move(thresholds), {}};
+  return {std::move(density),
+          lam,
+          std::move(weights),
+          semantics,
+          rule,
+          one_of("elect", elect, {"sum", "count"}) == 1,
+          reduce == 0 && normalize,
+          rescale,
+          parse_nonfinite(nonfinite),
+          std::move(thresholds),
+          {}};
 }
 
 template <class C>
@@ -97,7 +108,8 @@ class Merger {
         sign_sum.fetch_add(result.sign_sum, std::memory_order_relaxed);
         if (result.num_draws == 0) continue;
         guesses[c] = {sign, int32_t(result.num_draws), int32_t(list->size()), list};
-        if (result.num_draws <= max_draws) list->insert(list->end(), scratch.draws.begin(), scratch.draws.begin() + result.num_draws);
+        if (result.num_draws <= max_draws)
+          list->insert(list->end(), scratch.draws.begin(), scratch.draws.begin() + result.num_draws);
       }
     });
     const int64_t sum = sign_sum.load();
@@ -130,12 +142,14 @@ class Merger {
   std::vector<Limit<Key>> given_limits() const {
     if (options_.nonfinite == NonFinite::error) check_finite<Key>(scope_, options_.names);
     const Tensor given = torch::stable::contiguous(*options_.thresholds);
-    require(given.is_cpu() && given.numel() == scope_.num_tasks, "thresholds must be one value per expert on the CPU, got ", given.numel());
+    require(given.is_cpu() && given.numel() == scope_.num_tasks,
+            "thresholds must be one value per expert on the CPU, got ", given.numel());
     const Dtype dtype = dtype_of(given, "thresholds");
     require(dtype == Dtype::f32 || dtype == Dtype::f64, "thresholds must be float32 or float64, got another dtype");
     std::vector<Limit<Key>> limits;
     for (int64_t t = 0; t < scope_.num_tasks; ++t) {
-      const C threshold = dtype == Dtype::f32 ? C(static_cast<const float*>(given.data_ptr())[t]) : C(static_cast<const double*>(given.data_ptr())[t]);
+      const C threshold = dtype == Dtype::f32 ? C(static_cast<const float*>(given.data_ptr())[t])
+                                              : C(static_cast<const double*>(given.data_ptr())[t]);
       require(threshold >= 0, "thresholds must be 0 or greater, got ", threshold);
       Limit<Key> limit{0, scope_.numel};
       const C magnitude = threshold == 0 ? C(0) : threshold;  // -0 has the sign bit
@@ -217,8 +231,10 @@ class Merger {
         const Chunk chunk = scope_.chunk(c);
         for_runs(chunk, scratch, [&](int64_t begin, int64_t count) {
           for (size_t t = 0; t < tasks; ++t) {
-            const L1Norms norms = SK_KERNELS(trim_kernels).get<Key>(chunk.part.dtype).l1_norms(
-                chunk.part.base_at(begin), chunk.part.expert_at(int64_t(t), begin), count, scratch.limits[t], drop);
+            const L1Norms norms = SK_KERNELS(trim_kernels)
+                                      .get<Key>(chunk.part.dtype)
+                                      .l1_norms(chunk.part.base_at(begin), chunk.part.expert_at(int64_t(t), begin),
+                                                count, scratch.limits[t], drop);
             chunk_norms[size_t(c) * tasks + t].all += norms.all;
             chunk_norms[size_t(c) * tasks + t].kept += norms.kept;
           }
@@ -265,19 +281,22 @@ void merge_scope(const Scope& scope, const Options& options, const Outputs& outp
           },
           [&](size_t part, int64_t begin, const Draw* draws, int count) {
             for (int d = 0; d < count; ++d)
-              memcpy(outputs.at(scope, part, begin + draws[d].index), draws[d].value, size_t(size_of(scope.parts[part].dtype)));
+              memcpy(outputs.at(scope, part, begin + draws[d].index), draws[d].value,
+                     size_t(size_of(scope.parts[part].dtype)));
           });
 }
 
-void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, const Options& options, const std::vector<Tensor>& out) {
+void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, const Options& options,
+                const std::vector<Tensor>& out) {
   const Inputs inputs(base, experts, options.density.size());
   Outputs outputs(out, base, experts, options.density.size());
-  inputs.wide ? merge_scope<int64_t>(inputs.scope, options, outputs) : merge_scope<int32_t>(inputs.scope, options, outputs);
+  inputs.wide ? merge_scope<int64_t>(inputs.scope, options, outputs)
+              : merge_scope<int32_t>(inputs.scope, options, outputs);
   outputs.deliver();
 }
 
-Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, std::string semantics_name,
-                       std::string nonfinite) {
+Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
+                       std::string semantics_name, std::string nonfinite) {
   const Semantics semantics = parse_semantics(semantics_name);
   const Inputs inputs(as_list(base), experts, density.size());
   std::vector<int64_t> keep;
@@ -294,17 +313,20 @@ Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, 
 }
 
 Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
-                  std::optional<std::vector<double>> weights, std::string semantics, std::string elect, std::string reduce, bool normalize,
-                  bool rescale, std::string nonfinite, std::optional<Tensor> thresholds) {
+                  std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
+                  std::string reduce, bool normalize, bool rescale, std::string nonfinite,
+                  std::optional<Tensor> thresholds) {
   require(!experts.empty(), "experts must be at least one tensor, got none");
   const Tensor out = torch::stable::new_empty(experts[0], experts[0].sizes());
-  merge_into(as_list(base), experts, parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds), {out});
+  merge_into(as_list(base), experts,
+             parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds), {out});
   return out;
 }
 
 void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
-                    std::optional<std::vector<double>> weights, std::string semantics, std::string elect, std::string reduce, bool normalize,
-                    bool rescale, std::string nonfinite, std::optional<Tensor> thresholds, std::optional<std::vector<std::string>> names,
+                    std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
+                    std::string reduce, bool normalize, bool rescale, std::string nonfinite,
+                    std::optional<Tensor> thresholds, std::optional<std::vector<std::string>> names,
                     std::vector<Tensor> out) {
   Options options = parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
   if (names) options.names = std::move(*names);
@@ -323,14 +345,16 @@ void split_scope(const Scope& scope, const Options& options, const Tensor& out) 
       .run(
           /*max_draws=*/0,
           [&](const TiesArgs<Key>& args, size_t, int64_t begin) {
-            return SK_KERNELS(ties_kernels).get<Key>(scope.parts[0].dtype).split[int(options.rule)](args, targets(begin).data());
+            return SK_KERNELS(ties_kernels)
+                .get<Key>(scope.parts[0].dtype)
+                .split[int(options.rule)](args, targets(begin).data());
           },
           [](size_t, int64_t, const Draw*, int) {});
 }
 
 Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
-                  std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale, std::string nonfinite,
-                  std::optional<Tensor> thresholds) {
+                  std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale,
+                  std::string nonfinite, std::optional<Tensor> thresholds) {
   const Options options = parse(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds);
   const Inputs inputs(as_list(base), experts, density.size());
   std::vector<int64_t> shape{int64_t(density.size())};

@@ -16,11 +16,13 @@ struct Entry {
 // plain: there is a base and nothing to drop. The test in every inner loop would cost a tenth of its time.
 template <class S, Rule rule, bool plain>
 inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>::Key>& args, int t,
-                                              Vec<typename Compute<S>::type> expert, Vec<typename Compute<S>::type> base) {
+                                              Vec<typename Compute<S>::type> expert,
+                                              Vec<typename Compute<S>::type> base) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   V tau = plain || args.base ? round_to(expert - base, S{}) : expert;
-  if (!plain && args.drop) tau = zero_unless<C>(greater_key<C>(V::keys(kInfinityKey<typename V::KeyLane>), magnitude(tau)), tau);
+  if (!plain && args.drop)
+    tau = zero_unless<C>(greater_key<C>(V::keys(kInfinityKey<typename V::KeyLane>), magnitude(tau)), tau);
 
   // With its sign bit set a value is a negative key, so either test holds for one sign only; 0 never passes.
   const auto limit = V::keys(args.limits[t]);
@@ -84,7 +86,8 @@ inline Election<C> elect(const TiesArgs<typename Compute<C>::Key>& args, const S
   const V zero = V::set(0);
   const V mass = args.elect_count ? to_lanes<C>(s.positive_count) - to_lanes<C>(s.negative_count) : s.total;
   const auto positive = greater(mass, zero), negative = greater(zero, mass);
-  if (rule == Rule::mergekit || rule == Rule::peft) return {and_not<C>(V::all(), negative), negative, and_not<C>(positive, positive)};
+  if (rule == Rule::mergekit || rule == Rule::peft)
+    return {and_not<C>(V::all(), negative), negative, and_not<C>(positive, positive)};
   return {positive, negative, and_not<C>(V::all(), positive | negative)};
 }
 
@@ -97,7 +100,8 @@ inline Election<C> with_draws(Election<C> e, int sign) {
 }
 
 template <class S, Rule rule, class C>
-inline Vec<C> finish(const TiesArgs<typename Compute<C>::Key>& args, const Sums<C>& s, const Election<C>& sign, Vec<C> base) {
+inline Vec<C> finish(const TiesArgs<typename Compute<C>::Key>& args, const Sums<C>& s, const Election<C>& sign,
+                     Vec<C> base) {
   using V = Vec<C>;
   // Draws without a sign sum the negative entries, as the official code does; its max multiplies by the sign, 0.
   V m = select<C>(sign.positive, s.positive, s.negative);
@@ -139,25 +143,29 @@ inline Block<typename Compute<S>::type> load_at(const void* p, int64_t i, int co
 }
 
 template <class S, class... Count>
-inline Block<typename Compute<S>::type> base_at(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, Count... count) {
+inline Block<typename Compute<S>::type> base_at(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
+                                                Count... count) {
   using V = Vec<typename Compute<S>::type>;
   return args.base ? load_at<S>(args.base, i, count...) : Block<typename Compute<S>::type>{V::set(0), V::set(0)};
 }
 
 template <class S, Rule rule, bool plain, class... Count>
-inline void sum_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, const Block<typename Compute<S>::type>& base,
-                      Sums<typename Compute<S>::type> (&sums)[2], Count... count) {
+inline void sum_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
+                      const Block<typename Compute<S>::type>& base, Sums<typename Compute<S>::type> (&sums)[2],
+                      Count... count) {
   for (int t = 0; t < args.num_tasks; ++t) {
     const auto expert = load_at<S>(args.experts[t], i, count...);
-    for (int h = 0; h < 2; ++h) accumulate<rule>(sums[h], entry<S, rule, plain>(args, t, expert.v[h], base.v[h]), args, t);
+    for (int h = 0; h < 2; ++h)
+      accumulate<rule>(sums[h], entry<S, rule, plain>(args, t, expert.v[h], base.v[h]), args, t);
   }
 }
 
 // Records the draws of a block under the other sign. Drawn elements are rare; a second election here is not.
 template <class S, Rule rule>
-inline void record_draws(const TiesArgs<typename Compute<S>::Key>& args, int64_t i, const Sums<typename Compute<S>::type> (&sums)[2],
-                         const Election<typename Compute<S>::type> (&elections)[2], const Block<typename Compute<S>::type>& base,
-                         TiesResult& result) {
+inline void record_draws(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
+                         const Sums<typename Compute<S>::type> (&sums)[2],
+                         const Election<typename Compute<S>::type> (&elections)[2],
+                         const Block<typename Compute<S>::type>& base, TiesResult& result) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   constexpr int N = Block<C>::N;
@@ -184,7 +192,8 @@ inline void record_draws(const TiesArgs<typename Compute<S>::Key>& args, int64_t
 
 template <class S, Rule rule, bool plain, class... Count>
 inline Block<typename Compute<S>::type> merge_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
-                                                    Votes<typename Compute<S>::type>& votes, TiesResult& result, Count... count) {
+                                                    Votes<typename Compute<S>::type>& votes, TiesResult& result,
+                                                    Count... count) {
   using C = typename Compute<S>::type;
   const Block<C> base = base_at<S>(args, i, count...);
   Sums<C> sums[2];
@@ -198,7 +207,9 @@ inline Block<typename Compute<S>::type> merge_block(const TiesArgs<typename Comp
   }
   if constexpr (rule == Rule::paper || rule == Rule::paper_max) {
     // A draw between entries has some of either sign.
-    const auto open = [&](int h) { return greater_key<C>(sums[h].positive_count, Vec<C>::keys(0)) & elections[h].drawn; };
+    const auto open = [&](int h) {
+      return greater_key<C>(sums[h].positive_count, Vec<C>::keys(0)) & elections[h].drawn;
+    };
     if (any<C>(typename Vec<C>::Mask(open(0) | open(1)))) record_draws<S, rule>(args, i, sums, elections, base, result);
   }
   return merged;
@@ -231,7 +242,8 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
 template <class S, Rule rule>
 TiesResult merge(const TiesArgs<typename Compute<S>::Key>& args, void* out) {
   const bool plain = args.base && !args.drop;
-  return plain ? merge_run<S, rule, true>(args, static_cast<S*>(out)) : merge_run<S, rule, false>(args, static_cast<S*>(out));
+  return plain ? merge_run<S, rule, true>(args, static_cast<S*>(out))
+               : merge_run<S, rule, false>(args, static_cast<S*>(out));
 }
 
 template <class S, Rule rule, class... Count>

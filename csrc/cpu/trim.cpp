@@ -47,19 +47,20 @@ struct ChunkTies {
 template <class Key>
 struct Tally {
   struct Range {
-    int64_t first, last;                  // chunks
-    std::vector<KeyBuffer<Key>> inside;   // [slots]
-    std::vector<char> overflowed;         // [slots]
+    int64_t first, last;                 // chunks
+    std::vector<KeyBuffer<Key>> inside;  // [slots]
+    std::vector<char> overflowed;        // [slots]
   };
   std::vector<int64_t> tasks;
   std::vector<Bracket<Key>> brackets;
   std::vector<Counts<Key>> totals;
-  std::vector<Range> ranges;              // in chunk order
-  std::vector<ChunkTies> ties;            // [num_chunks, slots], empty unless wanted
+  std::vector<Range> ranges;    // in chunk order
+  std::vector<ChunkTies> ties;  // [num_chunks, slots], empty unless wanted
 };
 
 template <class Key>
-Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bracket<Key>> brackets, bool drop, bool want_ties) {
+Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bracket<Key>> brackets, bool drop,
+                 bool want_ties) {
   const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   const size_t slots = tasks.size();
   Tally<Key> tally{std::move(tasks), std::move(brackets), std::vector<Counts<Key>>(slots), {}, {}};
@@ -126,8 +127,8 @@ Bracket<Key> bracket_of(const Scope& scope, Key lo, Key hi, bool counts_ends) {
 
 // Places spread evenly over the scope, each at a pseudo-random point of its stride.
 template <class Key>
-std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks, const std::vector<int64_t>& keep,
-                                   bool drop) {
+std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks,
+                                   const std::vector<int64_t>& keep, bool drop) {
   if (scope.numel <= kDirect) return std::vector<Bracket<Key>>(tasks.size(), {-1, -1, kMaxKey<Key>, kMaxKey<Key>});
   const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   // The sample costs its size, the candidates cost numel / sqrt(size): the sum is least near numel^(2/3).
@@ -164,7 +165,8 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
 
 // The exact thresholds by histograms of ever fewer bits: three reads for float32. Needs no luck and no candidates.
 template <class Key>
-std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int64_t>& tasks, std::vector<int64_t> rank, bool drop) {
+std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int64_t>& tasks, std::vector<int64_t> rank,
+                                      bool drop) {
   const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   const size_t slots = tasks.size();
   std::vector<Radix<Key>> range(slots, Radix<Key>(0, kMaxKey<Key>));
@@ -179,7 +181,8 @@ std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int6
         const Chunk chunk = scope.chunk(c);
         for (size_t s = 0; s < slots; ++s) {
           kernels.get<Key>(chunk.part.dtype)
-              .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tasks[s], chunk.begin), chunk.count, drop, keys.data());
+              .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tasks[s], chunk.begin), chunk.count, drop,
+                    keys.data());
           for (int64_t i = 0; i < chunk.count; ++i)
             if (range[s].holds(keys[i])) ++mine[s][range[s].bin(keys[i])];
         }
@@ -250,7 +253,8 @@ int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t ke
       std::vector<Key> keys(kChunk + kSlack);
       SK_KERNELS(trim_kernels)
           .get<Key>(chunk.part.dtype)
-          .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop, keys.data());
+          .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop,
+                keys.data());
       int64_t i = 0;
       for (; budget > 0; ++i) budget -= keys[size_t(i)] == threshold;
       return chunk.part.offset + chunk.begin + i;
@@ -301,7 +305,9 @@ void check_finite(const Scope& scope, const std::vector<std::string>& names) {
     std::vector<Key> keys(kChunk + kSlack);
     for (int64_t i = 0; i < part.numel; i += kChunk) {
       const int64_t n = std::min(kChunk, part.numel - i), at = i * size_of(part.dtype);
-      SK_KERNELS(trim_kernels).get<Key>(part.dtype).keys(base ? base + at : nullptr, tensor + at, n, false, keys.data());
+      SK_KERNELS(trim_kernels)
+          .get<Key>(part.dtype)
+          .keys(base ? base + at : nullptr, tensor + at, n, false, keys.data());
       found += std::count_if(keys.begin(), keys.begin() + n, [](Key key) { return key >= kInfinityKey<Key>; });
     }
     return found;
@@ -322,8 +328,8 @@ void check_finite(const Scope& scope, const std::vector<std::string>& names) {
 }
 
 template <class Key>
-std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics, NonFinite nonfinite,
-                             const std::vector<std::string>& names) {
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics,
+                             NonFinite nonfinite, const std::vector<std::string>& names) {
   const bool drop = nonfinite == NonFinite::drop, all_ties = semantics == Semantics::paper;
   std::vector<Limit<Key>> limits(scope.num_tasks, {0, scope.numel});
   std::vector<int64_t> tasks;
@@ -364,8 +370,8 @@ std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& kee
   return limits;
 }
 
-#define SK_INSTANTIATE(Key)                                                                                 \
-  template void check_finite<Key>(const Scope&, const std::vector<std::string>&);                           \
+#define SK_INSTANTIATE(Key)                                                                                   \
+  template void check_finite<Key>(const Scope&, const std::vector<std::string>&);                             \
   template std::vector<Limit<Key>> trim<Key>(const Scope&, const std::vector<int64_t>&, Semantics, NonFinite, \
                                              const std::vector<std::string>&);
 SK_INSTANTIATE(int32_t)

@@ -22,8 +22,8 @@ struct Limit {
 
 // keep[t]: how many entries of expert t stay; at least numel: all of them.
 template <class Key>
-std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics, NonFinite nonfinite,
-                             const std::vector<std::string>& names);
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics,
+                             NonFinite nonfinite, const std::vector<std::string>& names);
 
 // Raises when a task vector of the scope holds NaN or infinity, naming the first.
 template <class Key>

@@ -39,12 +39,14 @@ inline auto block_keys(const S* base, const S* expert, int64_t i, bool drop, Cou
 constexpr size_t kPrefetchBytes = 3072;
 
 template <class S, bool rounded, bool counts_ends>
-Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n, Bracket<typename Compute<S>::Key> bracket,
-                                       bool drop, typename Compute<S>::Key* inside) {
+Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n,
+                                       Bracket<typename Compute<S>::Key> bracket, bool drop,
+                                       typename Compute<S>::Key* inside) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   constexpr int N = Block<C>::N;
-  const auto top = V::keys(bracket.top), hi = V::keys(bracket.hi), lo = V::keys(bracket.lo), bottom = V::keys(bracket.bottom);
+  const auto top = V::keys(bracket.top), hi = V::keys(bracket.hi), lo = V::keys(bracket.lo),
+             bottom = V::keys(bracket.bottom);
   auto over_top = V::keys(0), over_hi = over_top, over_bottom = over_top, largest = over_top;
   auto* end = inside;
   const auto add = [&](auto key, auto lanes) {
@@ -82,8 +84,9 @@ Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n
 }
 
 template <class S>
-Counts<typename Compute<S>::Key> count(const void* base_, const void* expert_, int64_t n, Bracket<typename Compute<S>::Key> bracket,
-                                       bool rounded, bool drop, typename Compute<S>::Key* inside) {
+Counts<typename Compute<S>::Key> count(const void* base_, const void* expert_, int64_t n,
+                                       Bracket<typename Compute<S>::Key> bracket, bool rounded, bool drop,
+                                       typename Compute<S>::Key* inside) {
   const S* base = static_cast<const S*>(base_);
   const S* expert = static_cast<const S*>(expert_);
   const bool counts_ends = bracket.top != bracket.hi || bracket.bottom != bracket.lo;

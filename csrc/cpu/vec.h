@@ -326,7 +326,9 @@ inline void store(Vec<float> x, BFloat16* p) { narrow(bf16_bits(x) >> 16, p); }
 inline Vec<float> round_to(Vec<float> x, BFloat16) { return from_bits(bf16_bits(x) & 0xFFFF0000); }
 
 #if defined(__F16C__)
-inline Vec<float> load(const Half* p) { return {(Vec<float>::Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+inline Vec<float> load(const Half* p) {
+  return {(Vec<float>::Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
+}
 inline void store(Vec<float> x, Half* p) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -335,10 +337,10 @@ inline Vec<float> round_to(Vec<float> x, Half) {
   return {(Vec<float>::Lanes)_mm256_cvtph_ps(h)};
 }
 #elif defined(__aarch64__)
-inline Vec<float> load(const Half* p) { return {(Vec<float>::Lanes)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))}; }
-inline void store(Vec<float> x, Half* p) {
-  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x.v)));
+inline Vec<float> load(const Half* p) {
+  return {(Vec<float>::Lanes)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))};
 }
+inline void store(Vec<float> x, Half* p) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x.v))); }
 inline Vec<float> round_to(Vec<float> x, Half) {
   return {(Vec<float>::Lanes)vcvt_f32_f16(vcvt_f16_f32((float32x4_t)x.v))};
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class Scope:
 class Method(Protocol):
     """A merging method with its options."""
 
-    reads: int  # how often `merge` reads the tensors, for the progress bar
+    reads: ClassVar[int]  # how often `merge` reads the tensors, for the progress bar
 
     def check(self, num_tasks: int) -> None:
         """Raises ValueError for an option out of range."""
