@@ -32,7 +32,8 @@ test: build $(VENV)/test.txt
 	done
 
 bench: build $(VENV)/bench.txt
-	$(RUN) -m pytest bench $(ARGS)
+	$(RUN) -m pytest bench --benchmark-json=build/bench.json $(ARGS)
+	$(RUN) bench/report.py build/bench.json
 
 lint: ruff clang-format mypy
 
@@ -70,6 +71,7 @@ $(VENV)/python:
 	@'$(PYTHON)' -c '$(USABLE)' 2>/dev/null || { echo "$(or $(PYTHON),This machine) must have Python 3.10 or newer," \
 		"its headers, venv and ensurepip (Debian: apt install python3-dev python3-venv), or set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
+	@echo '$(CURDIR)' > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/surgery_kernels.pth"
 	@echo '$(PYTHON)' > $@
 
 # Made again when they are not what was asked for last time.

@@ -78,7 +78,7 @@ def linear_merge(
     nonfinite: str = "error",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """base + lam * sum_t weights[t] * (expert_t - base) / divisor, rounded once; without a base, of the experts alone."""
+    """base + lam * sum_t weights[t] * (expert_t - base) / divisor, rounded once; without a base, of the experts."""
     loaded = nonfinite if nonfinite == "error" else "propagate"
     (entry,) = load_scope(*one_tensor_scope(base, experts), loaded, compute_dtype)
     task_vectors = torch.stack([expert.reshape(-1) for expert in experts]).to(entry.base.dtype) - entry.base

@@ -110,7 +110,7 @@ def forced_histogram() -> Iterator[None]:
 def test_histogram_fallback(kind: Any, dtype: torch.dtype) -> None:
     for count in (1, 65, 5_000, 40_003):
         base, experts = inputs(kind, count, 3, dtype)
-        for semantics in SEMANTICS:
+        for semantics in SEMANTICS if count < 40_000 else ("mergekit",):
             options = {"density": [0.2, 0.7, 1e-4], "semantics": semantics}
             check(base, experts, **options)
             assert_same(ties_merge(base, experts, **options), reference.ties_merge(base, experts, **options))

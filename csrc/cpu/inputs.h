@@ -1,5 +1,9 @@
 // The tensors of a call, checked, contiguous and alive, and the scope that points into them; the tensors it fills.
 #pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <string>
 #include <vector>
 
@@ -52,6 +56,19 @@ struct Inputs {
   }
 };
 
+// Fresh memory is mapped on first touch, 4 KiB at a time: for a large output that takes as long as the merge.
+inline void ask_for_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const Extent memory = extent(t);
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory.begin) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = reinterpret_cast<uintptr_t>(memory.end) & ~(kHugePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
 // One tensor per merged tensor, apart from the inputs; what is not contiguous is filled through a copy.
 struct Outputs {
   std::vector<Tensor> wanted, filled;
@@ -63,7 +80,10 @@ struct Outputs {
             out.size());
     for (size_t p = 0; p < out.size(); ++p) check_same_shape(out[p], experts[p * num_tasks], "out");
     check_apart(out, {&base, &experts});
-    for (const Tensor& t : out) filled.push_back(t.is_contiguous() ? t : torch::stable::new_empty(t, t.sizes()));
+    for (const Tensor& t : out) {
+      filled.push_back(t.is_contiguous() ? t : torch::stable::new_empty(t, t.sizes()));
+      ask_for_huge_pages(filled.back());
+    }
   }
 
   char* at(const Scope& scope, size_t part, int64_t i) const {

@@ -360,6 +360,7 @@ Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::
   std::vector<int64_t> shape{int64_t(density.size())};
   for (int64_t d = 0; d < experts[0].dim(); ++d) shape.push_back(experts[0].size(d));
   const Tensor out = torch::stable::new_empty(experts[0], shape);
+  ask_for_huge_pages(out);
   inputs.wide ? split_scope<int64_t>(inputs.scope, options, out) : split_scope<int32_t>(inputs.scope, options, out);
   return out;
 }

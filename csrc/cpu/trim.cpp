@@ -16,7 +16,7 @@
 namespace sk {
 namespace {
 
-constexpr int64_t kDirect = 1 << 15;     // up to here every key is a candidate: no sample is worth its time
+constexpr int64_t kDirect = 1 << 10;     // up to here every key is a candidate: no sample is worth its time
 constexpr int64_t kCluster = 16;         // neighbouring elements per sampled place: one cache line of float32
 constexpr int64_t kMaxInside = 1 << 20;  // candidates one thread stores per expert, beyond a share of its elements
 

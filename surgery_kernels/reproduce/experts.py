@@ -1,10 +1,11 @@
-"""The pretrained encoder, one expert per task and the multi-task encoder: trained on the first run, read on the next."""
+"""The pretrained encoder, its experts and the multi-task encoder: trained on the first run, read on the next."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,9 +36,9 @@ class Config:
     num_features: int = 32
     head_noise: float = 0.8
     batch_size: int = 32
-    pretrain_steps: int = 450
+    pretrain_steps: int = 500
     pretrain_rate: float = 1e-3
-    expert_steps: int = 150
+    expert_steps: int = 100
     expert_rate: float = 5e-4
     multi_task_steps: int = 800
     multi_task_rate: float = 1e-3
@@ -82,6 +83,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
+def progress_bar(name: str, steps: int) -> tqdm:
+    return tqdm(
+        total=steps,
+        desc=name,
+        bar_format="{desc:20} {percentage:3.0f} % |{bar:40}| step {n_fmt}/{total_fmt}, {elapsed}, {remaining} left",
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file keeps every state of the bar
+    )
+
+
 def save(path: Path, state: StateDict) -> None:
     """Writes beside and renames: a run that is stopped leaves no half of a checkpoint."""
     unfinished = path.with_suffix(f".{os.getpid()}")
@@ -90,22 +100,43 @@ def save(path: Path, state: StateDict) -> None:
 
 
 @one_thread()
-def make_experts(config: Config, folder: Path, *, retrain: bool = False) -> Experts:
-    """Reads the checkpoints in `folder`, trains and saves those that are not there."""
+def load_experts(config: Config, folder: Path) -> Experts:
+    """Reads the checkpoints in `folder`, first training and saving those that are not there."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     train_split, test_split = load_splits(config.seed, config.test_fraction)
     prototypes, heads = frozen_heads(config.num_features, config.head_noise, config.seed)
-    num_saved = 0
+    every_task = range(len(TASKS))
+    seeds = iter(range(config.seed * 100, config.seed * 100 + 100))
 
     def checkpoint(
         name: str, start: StateDict | None, heads: Tensor, tasks: Sequence[int], steps: int, rate: float
     ) -> StateDict:
-        nonlocal num_saved
-        num_saved += 1
-        path = folder / f"{name}.safetensors"
-        if path.exists() and not retrain:
-            return load_file(path)
-        with tqdm(total=steps, desc=f"{name:>20}", unit=" steps") as progress:
-            ...
-        return {}
+        path, seed = folder / f"{name}.safetensors", next(seeds)
+        if not path.exists():
+            with torch.random.fork_rng(devices=[]), progress_bar(name, steps) as progress:
+                torch.manual_seed(seed)
+                encoder = config.encoder(start)
+                train(
+                    encoder,
+                    heads,
+                    train_split,
+                    tasks=tasks,
+                    steps=steps,
+                    batch_size=config.batch_size,
+                    learning_rate=rate,
+                    seed=seed,
+                    progress=progress,
+                )
+            save(path, encoder.state_dict())
+        return load_file(path)
+
+    pretrained = checkpoint("pretrained", None, prototypes, every_task, config.pretrain_steps, config.pretrain_rate)
+    experts = [
+        checkpoint(f"expert-{name}", pretrained, heads, [task], config.expert_steps, config.expert_rate)
+        for task, name in enumerate(TASKS)
+    ]
+    multi_task = checkpoint(
+        "multi-task", pretrained, heads, every_task, config.multi_task_steps, config.multi_task_rate
+    )
+    return Experts(config, test_split, heads, pretrained, experts, multi_task)

@@ -16,9 +16,9 @@ LOGIT_SCALE = 20.0
 
 
 def frozen_heads(num_features: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Class prototypes for pretraining and for each task, both [num_tasks, classes, num_features]; nothing ever trains them.
+    """Class prototypes for pretraining and for the tasks, both [num_tasks, classes, num_features]; nothing trains them.
 
-    As CLIP's text heads, a task's prototypes point roughly, not exactly, where pretraining put the features of a class.
+    As CLIP's text heads, those of a task point roughly, not exactly, where pretraining put the features of a class.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (NUM_CLASSES, num_features)

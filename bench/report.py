@@ -1,0 +1,177 @@
+"""A run of the benchmarks as a table and plots.
+
+python -m pytest bench --benchmark-json=run.json
+python bench/report.py run.json              # prints the table
+python bench/report.py run.json --publish    # also the README's table, bench/results/*.png and the run's JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from plots import draw
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+COLUMNS = {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"}
+
+TIMES_NOTE = """\
+Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
+taken in turn). Bound: base and experts read twice (`trim_thresholds`: once) and the result written once, at the
+bandwidth of a large copy measured around every round. Tensors that fit in the caches can pass it."""
+MEMORY_NOTE = """\
+Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
+every tensor operation; what a selection or a sort moves inside itself is not counted."""
+
+Row = dict[str, Any]
+
+
+def load(run: dict[str, Any]) -> list[Row]:
+    """One row per measurement: what was measured and its times in seconds."""
+    rows = []
+    for benchmark in run["benchmarks"]:
+        stats = {name: benchmark["stats"][name] for name in ("median", "min", "rounds")}
+        rows.append(benchmark["extra_info"] | stats)
+    return rows
+
+
+def duration(seconds: float) -> tuple[float, str]:
+    return next(
+        (seconds * f, unit) for limit, f, unit in [(1e-3, 1e6, "µs"), (1, 1e3, "ms"), (1e9, 1, "s")] if seconds < limit
+    )
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
+def times(*seconds: float) -> str:
+    """Several times in the unit of the first."""
+    value, unit = duration(seconds[0])
+    return " / ".join(number(s / seconds[0] * value) for s in seconds) + f" {unit}"
+
+
+def size(num_params: int) -> str:
+    for limit, unit in ((10**6, "M"), (1 << 10, "k")):
+        if num_params >= limit:
+            return f"{num_params / limit:.0f}{unit}"
+    return str(num_params)
+
+
+def memory(count: float) -> str:
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= limit:
+            return f"{number(count / limit)} {unit}"
+    return f"{number(max(count, 0) / 1024)} KiB"
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
+    """Rows of one op, size and dtype by contender; ours under "paper" stands in the column, as eager does."""
+    grouped: dict[tuple[str, int, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["contender"] == "ours" and row["semantics"] != "paper":
+            continue
+        grouped.setdefault((row["op"], row["num_params"], row["dtype"]), {})[row["contender"]] = row
+    order = ["ties_merge", "trim_thresholds", "merge_state_dicts"]
+    return dict(sorted(grouped.items(), key=lambda item: (order.index(item[0][0]), item[0][2] != "fp32", item[0][1])))
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
+
+
+def time_table(rows: list[Row]) -> str:
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        shown = times(row["median"], row["min"])
+        return f"{shown} ({number(row['speedup'])}x)" if "speedup" in row else f"**{shown}**"
+
+    body = []
+    for (op, num_params, dtype), by in groups(rows).items():
+        ours = by.get("ours")
+        bound = times(ours["least_bytes"] / ours["copy_bytes_per_second"]) if ours else ""
+        share = f"{ours['share_of_bound']:.0%}" if ours and "share_of_bound" in ours else ""
+        body.append([f"`{op}` {size(num_params)} {dtype}", *(cell(by.get(name)) for name in COLUMNS), bound, share])
+    return markdown(["8 experts", *COLUMNS.values(), "bound", "of the bound"], body)
+
+
+def memory_table(rows: list[Row]) -> str:
+    body = []
+    for (op, num_params, dtype), by in groups(rows).items():
+        label = f"`{op}` {size(num_params)} {dtype}"
+        for name, field, shown in quantities(num_params):
+            if any(row.get(field) is not None for row in by.values()):
+                cells = [by.get(column, {}).get(field) for column in COLUMNS]
+                body.append([f"{label}: {name}", *("" if value is None else shown(value) for value in cells)])
+    return markdown(["", *COLUMNS.values()], body)
+
+
+def quantities(num_params: int) -> list[tuple[str, str, Callable[[float], str]]]:
+    return [
+        ("peak extra memory", "peak_extra_bytes", memory),
+        ("bytes moved per parameter", "bytes_moved", lambda value: number(value / num_params)),
+    ]
+
+
+def report(run: dict[str, Any]) -> str:
+    rows, machine, commit = load(run), run["machine_info"], run["commit_info"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    rates = [row["copy_bytes_per_second"] / 1e9 for row in rows]
+    changes = " with changes" if commit["dirty"] else ""
+    return "\n\n".join(
+        [
+            TIMES_NOTE,
+            time_table(rows),
+            MEMORY_NOTE,
+            memory_table(rows),
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, copy {min(rates):.0f} to "
+            f"{max(rates):.0f} GB/s; {versions}; commit {commit['id'][:10]}{changes}, {run['datetime'][:10]}.",
+        ]
+    )
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    document = path.read_text(encoding="utf-8")
+    begin, end = MARKERS
+    if begin not in document or end not in document:
+        raise SystemExit(f"{path.name} must hold {begin} and {end}, got neither or one of them")
+    before, after = document.split(begin, 1)[0], document.split(end, 1)[1]
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def keep(run: dict[str, Any]) -> None:
+    machine = run["machine_info"]
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads {machine['isa']}".lower())
+    for benchmark in run["benchmarks"]:
+        benchmark["stats"].pop("data", None)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{run['datetime'][:10]}-{slug}.json"
+    path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="+", help="JSON of pytest-benchmark; later ones add to the first")
+    parser.add_argument("--publish", action="store_true", help="write the README's table, the plots and the JSON")
+    arguments = parser.parse_args()
+    run, *more = (json.loads(path.read_text(encoding="utf-8")) for path in arguments.run)
+    for other in more:
+        run["benchmarks"] += other["benchmarks"]
+    text = report(run)
+    print(text)
+    if arguments.publish:
+        keep(run)
+        draw(load(run), RESULTS)
+        write_between_markers(README, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+PACKAGES = ("matplotlib", "safetensors", "sklearn")
+LARGEST_SEED = 2**32 - 1  # scikit-learn's
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m surgery_kernels.reproduce", description="Experiments on merged models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    digits = commands.add_parser("digits", help="small vision transformers on scikit-learn's handwritten digits")
+    digits.add_argument("--seed", default="0", help="seed of split, heads and training (default 0)")
+    digits.add_argument(
+        "--out", type=Path, default=Path(".cache"), help="folder for checkpoints, table and plots (default .cache)"
+    )
+    digits.add_argument("--retrain", action="store_true", help="train again even where a checkpoint is there")
+    options = parser.parse_args(arguments)
+    if not options.seed.isdecimal() or int(options.seed) > LARGEST_SEED:
+        parser.error(f"--seed must be a whole number from 0 to {LARGEST_SEED}, got {options.seed}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as error:
+        parser.error(f"--out must be a folder that can be written, got {options.out} ({error.strerror})")
+    try:
+        from safetensors import SafetensorError
+
+        from .digits import run
+        from .experts import Config
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        parser.error(f"{error.name} must be installed for the experiments: pip install 'surgery-kernels[demo]'")
+    try:
+        run(Config(seed=int(options.seed)), options.out, retrain=options.retrain)
+    except SafetensorError as error:
+        parser.error(f"every checkpoint must be readable, got {error}: run again with --retrain")
+
+
+if __name__ == "__main__":
+    main()
