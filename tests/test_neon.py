@@ -20,7 +20,7 @@ def first_installed(*names: str) -> str:
 
 def kernel_hashes(compiler: str, isa: str, folder: Path, runner: tuple[str, ...] = ()) -> str:
     program = folder / isa
-    options = "-std=c++17 -O2 -static -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+    options = ["-std=c++17", "-O2", "-static", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     sources = [ROOT / "tests/kernel_hashes.cpp", *sorted(ROOT.glob("csrc/cpu/*_kernel.cpp"))]
     subprocess.run([compiler, *options, f"-DSK_ISA={isa}", f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True)
     return subprocess.run([*runner, program], check=True, capture_output=True, text=True).stdout

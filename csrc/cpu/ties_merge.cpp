@@ -205,6 +205,7 @@ class Merger {
       args.lam = C(options_.lam);
       args.elect_count = options_.elect_count;
       args.divide = options_.divide;
+      args.finite = options_.nonfinite == NonFinite::error;
       args.drop = options_.nonfinite == NonFinite::drop;
       args.stream = scope_.numel * size_of(part.dtype) > kStreamBytes;
       args.zero_sign = zero_sign;

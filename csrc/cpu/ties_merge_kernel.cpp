@@ -13,7 +13,7 @@ struct Entry {
   typename Vec<C>::Mask kept, positive, negative;
 };
 
-// plain: there is a base and nothing to drop. The test in every inner loop would cost a tenth of its time.
+// plain: there is a base and everything is finite. The test in every inner loop would cost a tenth of its time.
 template <class S, Rule rule, bool plain>
 inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>::Key>& args, int t,
                                               Vec<typename Compute<S>::type> expert,
@@ -30,6 +30,11 @@ inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>
   e.positive = greater_key<C>(bits(tau), limit);
   e.negative = greater_key<C>(flip_sign<C>(bits(tau)), limit);
   e.kept = e.positive | e.negative;
+  if constexpr (!plain) {
+    const auto number = equal(tau, tau);
+    e.positive = e.positive & number;
+    e.negative = e.negative & number;
+  }
   e.elected = e.summed = tau;
   if constexpr (rule == Rule::mergekit) {
     if (args.rescales || args.weights) {
@@ -241,7 +246,7 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
 
 template <class S, Rule rule>
 TiesResult merge(const TiesArgs<typename Compute<S>::Key>& args, void* out) {
-  const bool plain = args.base && !args.drop;
+  const bool plain = args.base && args.finite;
   return plain ? merge_run<S, rule, true>(args, static_cast<S*>(out))
                : merge_run<S, rule, false>(args, static_cast<S*>(out));
 }

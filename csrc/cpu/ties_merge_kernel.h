@@ -32,6 +32,7 @@ struct TiesArgs {
   C lam;
   bool elect_count;  // elect by the number of signs, not by their mass
   bool divide;       // mean, not sum
+  bool finite;       // no task vector holds NaN or infinity
   bool drop;         // a non-finite entry of a task vector counts as 0
   bool stream;       // write past the caches
   int zero_sign;     // paper: the sign where the election is a draw

@@ -14,11 +14,11 @@ from .tasks import TASKS
 from .timing import time_ties
 from .training import accuracy
 
-# As in the papers.
+DENSITY, LAM = 0.2, 0.3  # the papers' settings
 MERGES: dict[str, dict[str, Any]] = {
     "weight averaging": {"method": "average"},
-    "task arithmetic": {"method": "task_arithmetic", "lam": 0.3},
-    "TIES": {"method": "ties", "density": 0.2, "lam": 0.3, "reduce": "sum"},
+    "task arithmetic": {"method": "task_arithmetic", "lam": LAM},
+    "TIES": {"method": "ties", "density": DENSITY, "lam": LAM, "reduce": "sum"},
 }
 
 
@@ -43,12 +43,11 @@ def evaluate(experts: Experts) -> dict[str, list[float]]:
 def run(config: Config, out: Path, *, retrain: bool = False) -> None:
     """Prints the table and the timing; writes both, and the plots, beside the checkpoints."""
     folder = out / f"digits-{config.fingerprint()}"
-    saved = list(folder.glob("*.safetensors"))
     if retrain:
-        for path in saved:
+        for path in folder.glob("*.safetensors"):
             path.unlink()
     say(f"{len(TASKS)} tasks from scikit-learn's handwritten digits, seed {config.seed}")
-    say(f"Checkpoints in {folder}: {'training' if retrain or not saved else 'reading'} {len(TASKS) + 2}")
+    say(f"Reading checkpoints from {folder}, training those that are missing")
     experts = load_experts(config, folder)
 
     say(f"Merging {len(TASKS)} experts, testing on {len(experts.test.labels)} held-out images per task\n")
@@ -59,7 +58,7 @@ def run(config: Config, out: Path, *, retrain: bool = False) -> None:
     best = max(MERGES, key=averages.__getitem__)
     say(f"\nThe best merge, {best}, is {averages['individual'] - averages[best]:.1f} points below the experts.\n")
 
-    timing = time_ties(experts.pretrained, experts.experts, density=0.2, lam=0.3)
+    timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
     say(str(timing))
 
     results = {
@@ -71,7 +70,7 @@ def run(config: Config, out: Path, *, retrain: bool = False) -> None:
     a_six = (experts.test.labels == 6).nonzero()[0, 0]  # upside down it is a nine
     plot_tasks(accuracies, experts.test.images[:, a_six], folder / "accuracy_by_task.png")
     plot_averages(accuracies, folder / "average_accuracy.png")
-    say("\nWritten to " + str(folder) + ": accuracy_by_task.png, average_accuracy.png, results.json, results.txt")
+    say(f"\nTable and plots: results.txt, results.json, accuracy_by_task.png, average_accuracy.png in {folder}")
 
 
 def say(line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -105,9 +106,9 @@ def load_experts(config: Config, folder: Path) -> Experts:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     train_split, test_split = load_splits(config.seed, config.test_fraction)
-    prototypes, heads = frozen_heads(config.num_features, config.head_noise, config.seed)
+    seeds = itertools.count(config.seed * 100)  # of heads and checkpoints, in order
+    prototypes, heads = frozen_heads(config.num_features, config.head_noise, next(seeds))
     every_task = range(len(TASKS))
-    seeds = iter(range(config.seed * 100, config.seed * 100 + 100))
 
     def checkpoint(
         name: str, start: StateDict | None, heads: Tensor, tasks: Sequence[int], steps: int, rate: float
@@ -125,7 +126,6 @@ def load_experts(config: Config, folder: Path) -> Experts:
                     steps=steps,
                     batch_size=config.batch_size,
                     learning_rate=rate,
-                    seed=seed,
                     progress=progress,
                 )
             save(path, encoder.state_dict())

@@ -1,4 +1,4 @@
-"""The TIES merge of the experiment, timed: the native op on state dicts against eager PyTorch on flattened models."""
+"""The TIES merge of the experiment, timed: native against eager PyTorch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..merging import merge_state_dicts
+from ..ops import ties_merge
 from . import eager
 
 StateDict = dict[str, Tensor]
@@ -18,54 +19,70 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Timing:
+    """Medians in seconds, and how far native and eager results are apart."""
+
     num_experts: int
+    num_tensors: int
     num_params: int
     num_threads: int
     repeats: int
-    eager_seconds: float
-    native_seconds: float
+    eager: float
+    op: float
+    state_dicts: float
     largest_difference: float
 
     def __str__(self) -> str:
+        lines = [
+            f"TIES merge of {self.num_experts} experts, {self.num_params:,} parameters each "
+            f"({self.num_threads} threads, median of {self.repeats} runs)",
+            f"  eager PyTorch, flattened model {1e3 * self.eager:9.2f} ms",
+            self._line("ties_merge, flattened model", self.op),
+            self._line(f"merge_state_dicts, {self.num_tensors} tensors", self.state_dicts),
+        ]
+        if self.state_dicts > 2 * self.op:
+            lines.append("  Tensors this small take longer to check than to merge; bench/ has models of real size.")
         if self.largest_difference:
-            agreement = f"the merged parameters differ by {self.largest_difference:.1e} at most"
+            lines.append(f"  The merged parameters differ by {self.largest_difference:.1e} at most.")
         else:
-            agreement = "the merged parameters are the same bit for bit"
-        return (
-            f"The TIES merge of {self.num_experts} experts, {self.num_params:,} parameters each, "
-            f"{self.num_threads} threads, median of {self.repeats} runs:\n"
-            f"  eager PyTorch {1e3 * self.eager_seconds:.1f} ms, native op {1e3 * self.native_seconds:.2f} ms: "
-            f"{self.eager_seconds / self.native_seconds:.1f} times faster; {agreement}\n"
-            "  Calls this short are mostly overhead, larger models gain more: see bench/."
-        )
+            lines.append("  All three give the same parameters, bit for bit.")
+        return "\n".join(lines)
 
-
-def flatten(state: StateDict) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in state.values()])
+    def _line(self, name: str, seconds: float) -> str:
+        return f"  {name:30} {1e3 * seconds:9.2f} ms, {self.eager / seconds:.1f} times faster"
 
 
 def time_ties(base: StateDict, experts: list[StateDict], *, density: float, lam: float, repeats: int = 15) -> Timing:
-    """Both run in turn, so that both meet the same other load on the machine; flattening is not counted."""
-    flat_base, flat_experts = flatten(base), torch.stack([flatten(expert) for expert in experts])
+    """The three run in turn, so that each meets the same other load on the machine; flattening is not counted."""
+    flat_base, flat_experts = flatten(base, base), torch.stack([flatten(expert, base) for expert in experts])
 
     def run_eager() -> Tensor:
         return eager.ties_merge(flat_base, flat_experts, density, lam)
 
-    def run_native() -> StateDict:
+    def run_op() -> Tensor:
+        return ties_merge(flat_base, flat_experts, density=density, lam=lam, reduce="sum")
+
+    def run_state_dicts() -> StateDict:
         return merge_state_dicts(base, experts, method="ties", density=density, lam=lam, reduce="sum")
 
-    difference = (flatten(run_native()) - run_eager()).abs().max().item()
-    pairs = [(seconds(run_eager), seconds(run_native)) for _ in range(repeats)]
-    eager_seconds, native_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+    expected = run_eager()
+    difference = max((merged - expected).abs().max().item() for merged in (run_op(), flatten(run_state_dicts(), base)))
+    rounds = [[seconds(run) for run in (run_eager, run_op, run_state_dicts)] for _ in range(repeats)]
+    eager_median, op_median, state_dicts_median = map(statistics.median, zip(*rounds, strict=True))
     return Timing(
         num_experts=len(experts),
+        num_tensors=len(base),
         num_params=flat_base.numel(),
         num_threads=torch.get_num_threads(),
         repeats=repeats,
-        eager_seconds=eager_seconds,
-        native_seconds=native_seconds,
+        eager=eager_median,
+        op=op_median,
+        state_dicts=state_dicts_median,
         largest_difference=difference,
     )
+
+
+def flatten(state: StateDict, order: StateDict) -> Tensor:
+    return torch.cat([state[name].flatten() for name in order])
 
 
 def seconds(run: Callable[[], object]) -> float:

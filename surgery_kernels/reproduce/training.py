@@ -42,17 +42,15 @@ def train(
     steps: int,
     batch_size: int,
     learning_rate: float,
-    seed: int,
     progress: tqdm,
 ) -> None:
-    """Adam with a linearly falling rate; each image of a batch belongs to one of `tasks`, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
+    """Adam with a linearly falling rate; images and their tasks, some of `tasks`, come from torch's default generator."""
     drawn_from = torch.tensor(tasks)
     optimizer = torch.optim.Adam(encoder.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
-        task = drawn_from[torch.randint(len(drawn_from), (batch_size,), generator=generator)]
-        image = torch.randint(len(data.labels), (batch_size,), generator=generator)
+        task = drawn_from[torch.randint(len(drawn_from), (batch_size,))]
+        image = torch.randint(len(data.labels), (batch_size,))
         optimizer.zero_grad()
         logits = classify(encoder(data.images[task, image]), heads[task])
         F.cross_entropy(logits, data.labels[image]).backward()
