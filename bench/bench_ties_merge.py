@@ -31,6 +31,12 @@ def least_bytes(num_params: int, dtype: torch.dtype, takes_base: bool) -> int:
     return (2 * (NUM_TASKS + takes_base) + 1) * num_params * dtype.itemsize
 
 
+def rounds_of(num_params: int, rounds: int) -> int:
+    if num_params == LARGE:
+        return 1
+    return rounds * (40 if num_params < 1 << 14 else 8 if num_params < MAIN else 1)
+
+
 def describe(num_params: int, dtype: str, contender: str, semantics: str, takes_base: bool) -> dict[str, Any]:
     return {
         "op": "ties_merge",
@@ -58,7 +64,7 @@ def test_baseline(measure: Measure, rounds: int, baseline: str, dtype: str, num_
         lambda: theirs(base, experts),
         ours=lambda: mine(base, experts),
         check=lambda result: differing_share(result, mine(base, experts), base, experts, other),
-        rounds=40 * rounds if small else 1 if num_params == LARGE else rounds,
+        rounds=rounds_of(num_params, rounds),
         warm_up=num_params < LARGE or baseline == "compiled",
         small=small,
         extra=extra,
@@ -79,7 +85,7 @@ def test_ours(measure: Measure, rounds: int, semantics: str, dtype: str, num_par
     measure(
         lambda: mine(base, experts),
         check=lambda result: 1 - float(torch.equal(result, expected)),
-        rounds=(100 if small else 4) * rounds,
+        rounds=4 * rounds_of(num_params, rounds),
         small=small,
         extra=extra,
     )

@@ -33,9 +33,9 @@ Row = dict[str, Any]
 
 
 def load(run: dict[str, Any]) -> list[Row]:
-    """One row per measurement: what was measured and its times in seconds."""
+    """One row per measurement that came to its end: what was measured and its times in seconds."""
     rows = []
-    for benchmark in run["benchmarks"]:
+    for benchmark in filter(lambda row: row["extra_info"], run["benchmarks"]):
         stats = {name: benchmark["stats"][name] for name in ("median", "min", "rounds")}
         rows.append(benchmark["extra_info"] | stats)
     return rows

@@ -1,4 +1,4 @@
-// Runs the kernels of one instruction set on fixed inputs and prints a hash of the results for each dtype and rule.
+// Runs the kernels of one instruction set on fixed inputs and prints a hash of the results for each dtype and kernel.
 // Equal output means equal bits; NaNs count as one value, whose bits the hardware chooses.
 #include <algorithm>
 #include <array>
@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/linear_merge_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
 
@@ -73,7 +74,8 @@ void run(const Format& format) {
   using C = typename sk::TiesArgs<Key>::C;
   const sk::TrimKernel<Key>& trim = sk::SK_ISA::trim_kernels.get<Key>(format.dtype);
   const sk::TiesKernel<Key>& ties = sk::SK_ISA::ties_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[4];
+  const sk::LinearKernel<Key> linear = sk::SK_ISA::linear_kernels.get<Key>(format.dtype);
+  Hash trimmed, merged[4], averaged;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -102,6 +104,18 @@ void run(const Format& format) {
         limits.push_back(ends[1]);
       }
       const std::vector<C> weights{C(0.3), C(1), C(-0.5), C(2), C(0.7)}, rescales{C(1.1), C(1), C(3), C(1.5), C(1.01)};
+      std::vector<char> out(n * format.bytes);
+      sk::LinearArgs<Key> sum{};
+      sum.base = from;
+      sum.experts = pointers.data();
+      sum.weights = weights.data();
+      sum.num_tasks = kTasks;
+      sum.n = n;
+      sum.lam = C(0.37);
+      sum.divisor = divide ? C(3) : C(1);
+      sum.drop = drop;
+      linear(sum, out.data());
+      averaged.add(format, out);
       for (int rule = 0; rule < 4; ++rule) {
         const bool paper = rule < 2;
         std::vector<sk::Draw> draws(n);
@@ -120,7 +134,6 @@ void run(const Format& format) {
         args.zero_sign = weighted ? -1 : 1;
         args.draws = draws.data();
         args.max_draws = int(n);
-        std::vector<char> out(n * format.bytes);
         const sk::TiesResult result = ties.merge[rule](args, out.data());
         merged[rule].add(format, out);
         if (paper) {  // the others elect plus on a draw, beyond the end too, and nobody reads their votes
@@ -140,9 +153,15 @@ void run(const Format& format) {
       }
     }
   }
-  std::printf("%s trim %016llx\n", format.name, static_cast<unsigned long long>(trimmed.value));
-  for (int rule = 0; rule < 4; ++rule)
-    std::printf("%s merge %d %016llx\n", format.name, rule, static_cast<unsigned long long>(merged[rule].value));
+  const auto print = [&](const char* kernel, const Hash& hash) {
+    std::printf("%s %s %016llx\n", format.name, kernel, static_cast<unsigned long long>(hash.value));
+  };
+  print("trim", trimmed);
+  print("ties_merge paper", merged[0]);
+  print("ties_merge paper max", merged[1]);
+  print("ties_merge mergekit", merged[2]);
+  print("ties_merge peft", merged[3]);
+  print("linear_merge", averaged);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 namespace sk {
 namespace {
 
-constexpr int kMaxDraws = 128;  // recorded per chunk
+constexpr int kMaxDraws = 512;  // recorded per chunk
 
 struct Options {
   std::vector<double> density;

@@ -53,12 +53,11 @@ def run(config: Config, out: Path, *, retrain: bool = False) -> None:
     say(f"Merging {len(TASKS)} experts, testing on {len(experts.test.labels)} held-out images per task\n")
     with one_thread():
         accuracies = evaluate(experts)
+        timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
     say(table(accuracies))
     averages = {name: average(values) for name, values in accuracies.items()}
     best = max(MERGES, key=averages.__getitem__)
     say(f"\nThe best merge, {best}, is {averages['individual'] - averages[best]:.1f} points below the experts.\n")
-
-    timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
     say(str(timing))
 
     results = {

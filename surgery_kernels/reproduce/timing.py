@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -19,27 +19,28 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in seconds, and how far native and eager results are apart."""
+    """Seconds of each run, and how far the native results are from the eager one."""
 
     num_experts: int
     num_tensors: int
     num_params: int
     num_threads: int
-    repeats: int
-    eager: float
-    op: float
-    state_dicts: float
+    eager: list[float]
+    op: list[float]
+    state_dicts: list[float]
     largest_difference: float
 
     def __str__(self) -> str:
+        threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
         lines = [
-            f"TIES merge of {self.num_experts} experts, {self.num_params:,} parameters each "
-            f"({self.num_threads} threads, median of {self.repeats} runs)",
-            f"  eager PyTorch, flattened model {1e3 * self.eager:9.2f} ms",
+            f"TIES merge of {self.num_experts} experts, {self.num_params:,} parameters each; "
+            f"{threads}, {len(self.eager)} runs",
+            f"  {'':30}     median     fastest",
+            self._line("eager PyTorch, flattened model", self.eager),
             self._line("ties_merge, flattened model", self.op),
             self._line(f"merge_state_dicts, {self.num_tensors} tensors", self.state_dicts),
         ]
-        if self.state_dicts > 2 * self.op:
+        if median(self.state_dicts) > 2 * median(self.op):
             lines.append("  Tensors this small take longer to check than to merge; bench/ has models of real size.")
         if self.largest_difference:
             lines.append(f"  The merged parameters differ by {self.largest_difference:.1e} at most.")
@@ -47,11 +48,12 @@ class Timing:
             lines.append("  All three give the same parameters, bit for bit.")
         return "\n".join(lines)
 
-    def _line(self, name: str, seconds: float) -> str:
-        return f"  {name:30} {1e3 * seconds:9.2f} ms, {self.eager / seconds:.1f} times faster"
+    def _line(self, name: str, seconds: list[float]) -> str:
+        line = f"  {name:30}{1e3 * median(seconds):8.2f} ms {1e3 * min(seconds):8.2f} ms"
+        return line if seconds is self.eager else f"{line}   {median(self.eager) / median(seconds):5.1f} times faster"
 
 
-def time_ties(base: StateDict, experts: list[StateDict], *, density: float, lam: float, repeats: int = 15) -> Timing:
+def time_ties(base: StateDict, experts: list[StateDict], *, density: float, lam: float, repeats: int = 21) -> Timing:
     """The three run in turn, so that each meets the same other load on the machine; flattening is not counted."""
     flat_base, flat_experts = flatten(base, base), torch.stack([flatten(expert, base) for expert in experts])
 
@@ -67,16 +69,15 @@ def time_ties(base: StateDict, experts: list[StateDict], *, density: float, lam:
     expected = run_eager()
     difference = max((merged - expected).abs().max().item() for merged in (run_op(), flatten(run_state_dicts(), base)))
     rounds = [[seconds(run) for run in (run_eager, run_op, run_state_dicts)] for _ in range(repeats)]
-    eager_median, op_median, state_dicts_median = map(statistics.median, zip(*rounds, strict=True))
+    eager_runs, op_runs, state_dicts_runs = map(list, zip(*rounds, strict=True))
     return Timing(
         num_experts=len(experts),
         num_tensors=len(base),
         num_params=flat_base.numel(),
         num_threads=torch.get_num_threads(),
-        repeats=repeats,
-        eager=eager_median,
-        op=op_median,
-        state_dicts=state_dicts_median,
+        eager=eager_runs,
+        op=op_runs,
+        state_dicts=state_dicts_runs,
         largest_difference=difference,
     )
 

@@ -44,7 +44,7 @@ def train(
     learning_rate: float,
     progress: tqdm,
 ) -> None:
-    """Adam with a linearly falling rate; images and their tasks, some of `tasks`, come from torch's default generator."""
+    """Adam with a linearly falling rate, on images of `tasks` drawn with torch's default generator."""
     drawn_from = torch.tensor(tasks)
     optimizer = torch.optim.Adam(encoder.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
