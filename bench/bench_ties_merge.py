@@ -85,7 +85,7 @@ def test_ours(measure: Measure, rounds: int, semantics: str, dtype: str, num_par
     measure(
         lambda: mine(base, experts),
         check=lambda result: 1 - float(torch.equal(result, expected)),
-        rounds=4 * rounds_of(num_params, rounds),
+        rounds=4 * (rounds if num_params == LARGE else rounds_of(num_params, rounds)),
         small=small,
         extra=extra,
     )

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from pytest_benchmark.utils import get_commit_info
@@ -32,6 +35,23 @@ def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+class Others:
+    """The share of the processors that other processes take from here on."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.before = self.now()
+
+    def now(self) -> tuple[float, float]:
+        system, own = psutil.cpu_times(), self.process.cpu_times()
+        busy = sum(system) - system.idle - getattr(system, "iowait", 0.0)
+        # children too: a compiler, a measurement of memory
+        return busy - sum(own[:4]), sum(system)
+
+    def share(self) -> float:
+        return max(0.0, (self.now()[0] - self.before[0]) / max(self.now()[1] - self.before[1], 1e-9))
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +99,14 @@ class Measure:
             if not small:
                 copies.append(self.bandwidth.copy())
 
+        others = Others()
         self.benchmark.pedantic(timed, setup=before, teardown=after, rounds=rounds, warmup_rounds=int(warm_up))
         copies.append(self.bandwidth.copy())
         reads.append(self.bandwidth.read())
         data = self.benchmark.stats.stats.data
         info = self.benchmark.extra_info
         info.update(extra, differing_share=shares[0])
+        info["others_cpu_share"] = others.share()
         info["copy_bytes_per_second"] = statistics.mean(copies)
         info["read_bytes_per_second"] = statistics.mean(reads)
         if ours is not None:
@@ -138,6 +160,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         threads=torch.get_num_threads(),
         versions={
             "surgery_kernels": __version__,
+            "build": hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:12],
             "compiler": _C.build_info()["compiler"],
             "python": platform.python_version(),
             "torch": torch.__version__,

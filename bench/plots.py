@@ -22,6 +22,7 @@ STYLES = {
 }
 BOUND = "#333333"
 DTYPES = ("fp32", "bf16")
+TIMES = ["1 µs", "10 µs", "100 µs", "1 ms", "10 ms", "0.1 s", "1 s", "10 s", "100 s"]
 SETTINGS = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -75,8 +76,11 @@ def time_by_size(rows: list[Row], path: Path) -> None:
             label="bound: two reads, one write",
         )
         panel.set(title=f"ties_merge, 8 experts, {dtype}", xscale="log", yscale="log", xlabel="parameters")
-        panel.set_ylim(bottom=1e-6)
-    panels[0].set_ylabel("seconds (median)")
+        panel.set_xticks([1, 1e3, 1e4, 1e5, 1e6, 1e7], ["1", "1k", "10k", "100k", "1M", "10M"])
+        panel.set_yticks([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100], TIMES)
+        panel.minorticks_off()
+        panel.set_ylim(1e-6, 1.5 * max(row["median"] for row in rows))
+    panels[0].set_ylabel("median time")
     panels[0].legend(frameon=False, fontsize=10)
     figure.savefig(path)
     plt.close(figure)

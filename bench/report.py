@@ -24,7 +24,7 @@ COLUMNS = {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "merge
 TIMES_NOTE = """\
 Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
 taken in turn). Bound: base and experts read twice (`trim_thresholds`: once) and the result written once, at the
-bandwidth of a large copy measured around every round. Tensors that fit in the caches can pass it."""
+bandwidth of a large copy measured around every round; left out where everything fits in the caches."""
 MEMORY_NOTE = """\
 Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
 every tensor operation; what a selection or a sort moves inside itself is not counted."""
@@ -97,8 +97,10 @@ def time_table(rows: list[Row]) -> str:
     body = []
     for (op, num_params, dtype), by in groups(rows).items():
         ours = by.get("ours")
-        bound = times(ours["least_bytes"] / ours["copy_bytes_per_second"]) if ours else ""
-        share = f"{ours['share_of_bound']:.0%}" if ours and "share_of_bound" in ours else ""
+        bound = share = ""
+        if ours and "share_of_bound" in ours:
+            bound = times(ours["least_bytes"] / ours["copy_bytes_per_second"])
+            share = f"{ours['share_of_bound']:.0%}"
         body.append([f"`{op}` {size(num_params)} {dtype}", *(cell(by.get(name)) for name in COLUMNS), bound, share])
     return markdown(["8 experts", *COLUMNS.values(), "bound", "of the bound"], body)
 
@@ -139,10 +141,11 @@ def report(run: dict[str, Any]) -> str:
 
 
 def write_between_markers(path: Path, text: str) -> None:
+    """Leaves a document without the markers alone."""
     document = path.read_text(encoding="utf-8")
     begin, end = MARKERS
     if begin not in document or end not in document:
-        raise SystemExit(f"{path.name} must hold {begin} and {end}, got neither or one of them")
+        return
     before, after = document.split(begin, 1)[0], document.split(end, 1)[1]
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
@@ -159,11 +162,13 @@ def keep(run: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="+", help="JSON of pytest-benchmark; later ones add to the first")
+    parser.add_argument("run", type=Path, nargs="+", help="JSON of pytest-benchmark; a run may be taken in parts")
     parser.add_argument("--publish", action="store_true", help="write the README's table, the plots and the JSON")
     arguments = parser.parse_args()
     run, *more = (json.loads(path.read_text(encoding="utf-8")) for path in arguments.run)
     for other in more:
+        if any(other[key] != run[key] for key in ("machine_info", "commit_info")):
+            raise SystemExit("run must be several parts of one, got different machines, versions or commits")
         run["benchmarks"] += other["benchmarks"]
     text = report(run)
     print(text)

@@ -1,10 +1,10 @@
 // What would corrupt memory is checked here; what a user gets wrong is checked in Python first, with the same words.
 #pragma once
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -76,8 +76,11 @@ inline Extent extent(const Tensor& t) {
 // Every out tensor is apart from the inputs and from the other out tensors.
 inline void check_apart(const std::vector<Tensor>& out, std::initializer_list<const std::vector<Tensor>*> inputs) {
   std::vector<Extent> taken;
-  for (const Tensor& t : out)
+  for (const Tensor& t : out) {
+    for (int64_t d = 0; d < t.dim(); ++d)
+      require(t.size(d) < 2 || t.stride(d) != 0, "out must have memory for every element, got an expanded tensor");
     if (t.numel() > 0) taken.push_back(extent(t));
+  }
   std::sort(taken.begin(), taken.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
   for (size_t i = 1; i < taken.size(); ++i)
     require(taken[i - 1].end <= taken[i].begin, "out must be apart from every other out, got memory that overlaps one");

@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-
 #include "cpu/isa.h"
 #include "cpu/scope.h"
 #include "cpu/trim.h"
@@ -27,18 +25,14 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  const char* wanted = std::getenv("SURGERY_KERNELS_ISA");
-  if (wanted && *wanted) sk::set_isa(wanted, "SURGERY_KERNELS_ISA");
-
   m.def("build_info", &build_info,
         "Version, compiler, torch compiled against, instruction sets compiled in, CUDA or not.");
   m.def("isas", &sk::machine_isas, "The instruction sets this machine runs, narrowest first.");
   m.def("isa", [] { return sk::isa_name(sk::current_isa()); }, "The instruction set the CPU kernels use now.");
-  m.def(
-      "set_isa", [](const std::string& name) { sk::set_isa(name, "name"); }, py::arg("name"),
-      "Chooses the instruction set of every later call; results do not depend on it.");
+  m.def("set_isa", &sk::set_isa, py::arg("name"), py::arg("argument") = "name",
+        "Chooses the instruction set of every later call; results do not depend on it. `argument` is named in errors.");
   m.def(
       "bytes_read", [] { return sk::bytes_read.load(); },
-      "Bytes of tensors read by every call so far, those under way too.");
+      "Bytes of tensors that every call went through so far, for progress bars.");
   m.def("force_histogram", &sk::force_histogram, py::arg("on"), "Tests only: finds thresholds by the fallback.");
 }

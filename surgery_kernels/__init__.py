@@ -1,5 +1,7 @@
 """Exact and fast model merging: TIES and its relatives as fused torch ops."""
 
+import os
+
 import torch  # noqa: F401  # the native module resolves its symbols against torch's libraries
 
 try:
@@ -12,6 +14,9 @@ except ImportError as error:
 
 from .merging import merge_state_dicts
 from .ops import ties_merge, ties_split, trim_thresholds
+
+if _isa := os.environ.get("SURGERY_KERNELS_ISA"):
+    _C.set_isa(_isa, "SURGERY_KERNELS_ISA")
 
 __version__: str = _C.build_info()["version"]
 

@@ -205,11 +205,11 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
             lambda: ops.ties_merge_out([BASE, BASE], EXPERTS, [0.5, 0.5], out=[torch.zeros(4)]),
         ),
         (
-            "experts must be one tensor for every expert and merged tensor, got 2 for 3 experts",
+            "density must be one number per expert (2), got 3",
             lambda: ops.ties_merge(None, EXPERTS, [0.5] * 3),
         ),
         (
-            "experts must be one tensor for every expert and merged tensor, got 2 for 3 experts",
+            "density must be one number per expert (2), got 3",
             lambda: ops.ties_split(None, EXPERTS, [0.5] * 3),
         ),
         (
@@ -244,6 +244,40 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
     for message, refused_call in refused:
         with pytest.raises(RuntimeError, match=re.escape(message)):
             refused_call()
+
+
+def test_an_op_on_one_tensor_takes_one_expert_per_density() -> None:
+    ops = torch.ops.surgery_kernels
+    message = "density must be one number per expert (2), got 1"
+    two_shapes = [torch.ones(4), torch.ones(3_000_000)]
+    for op in (ops.ties_split, ops.ties_merge, ops.trim_thresholds):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            op(None, two_shapes, [0.2])
+    with pytest.raises(RuntimeError, match=r"^experts must be at least one tensor, got none$"):
+        ops.ties_merge_out([], [], [0.2], thresholds=torch.zeros(1), out=[])
+
+
+def test_expanded_out() -> None:
+    message = "out must have memory for every element, got an expanded tensor"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        ties_merge(None, [torch.ones(10)] * 2, out=torch.empty(1).expand(10))
+
+
+@pytest.mark.parametrize("argument", ["density", "lam", "thresholds"])
+def test_what_is_no_number(argument: str) -> None:
+    for value in ("0.2", torch.ones(1)):
+        if argument == "thresholds" and isinstance(value, torch.Tensor):
+            continue
+        with pytest.raises(TypeError, match=rf"^{argument} must be a number or a list of numbers, got "):
+            ties_merge(None, [torch.ones(3)], **{argument: value})
+
+
+def test_a_graph_notices_what_was_written() -> None:
+    buffer, weight = torch.ones(3), torch.ones(3, requires_grad=True)
+    loss = (weight * buffer).sum()
+    ties_merge(None, [torch.ones(3)], out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_unknown_instruction_set() -> None:

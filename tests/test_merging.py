@@ -338,3 +338,21 @@ def test_order_of_names_is_that_of_the_base() -> None:
     for semantics in SEMANTICS:
         merged = merge_state_dicts(base, shuffled, semantics=semantics)
         assert_same_models(merged, expected_ties(base, experts, "model", semantics=semantics))
+
+
+def test_linear_methods_take_mixed_float64() -> None:
+    base, experts = models(grid, 2, torch.float32)
+    for model in (base, *experts):
+        model["scale"] = model["scale"].double()
+    for method in ("average", "task_arithmetic"):
+        assert merge_state_dicts(base, experts, method=method)["scale"].dtype == torch.float64
+    with pytest.raises(ValueError, match="^scope must be 'tensor' for a model that mixes float64"):
+        merge_state_dicts(base, experts)
+
+
+def test_one_memory_under_two_dtypes_is_not_tied() -> None:
+    base, experts = models(grid, 2, torch.float32)
+    for model in (base, *experts):
+        model["as integers"] = model["block.weight"].view(torch.int32) if "block.weight" in model else torch.ones(1)
+    merged = merge_state_dicts(base, experts)
+    assert_same(merged["as integers"], base["as integers"])

@@ -390,3 +390,14 @@ def test_parameters_are_tensors() -> None:
     merged = ties_merge(torch.nn.Parameter(base), [torch.nn.Parameter(expert) for expert in experts])
     assert_same(merged, reference.ties_merge(base, experts))
     assert type(merged) is Tensor
+
+
+@pytest.mark.parametrize("size", [10, 1_000, 5_000])
+def test_differences_that_overflow_tie_at_infinity(size: int) -> None:
+    base = torch.full((size,), -60_000.0, dtype=torch.float16)
+    expert = base.clone()
+    expert[torch.arange(size) % 5 < 3] = 60_000.0
+    for semantics in ("paper", "mergekit", "peft"):
+        options = {"density": 0.2, "semantics": semantics, "nonfinite": "propagate"}
+        merged = ties_merge(base, [expert], **options)
+        assert_same(merged, reference.ties_merge(base, [expert], **options), semantics)

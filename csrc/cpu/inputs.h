@@ -4,7 +4,11 @@
 #include <sys/mman.h>
 #endif
 
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -25,6 +29,7 @@ struct Inputs {
             "experts must be one tensor for every expert and merged tensor, got ", experts.size(), " for ", num_tasks,
             " experts");
     const size_t parts = experts.size() / num_tasks;
+    require(parts > 0, "experts must be at least one tensor, got none");
     require(base.empty() || base.size() == parts, "base must be one tensor for every merged tensor, got ", base.size(),
             " for ", parts);
     alive.reserve(experts.size() + base.size());
@@ -56,7 +61,7 @@ struct Inputs {
   }
 };
 
-// Fresh memory is mapped on first touch, 4 KiB at a time: for a large output that takes as long as the merge.
+// Memory not yet touched is mapped on first touch, 4 KiB at a time: for a large output that takes as long as the merge.
 inline void ask_for_huge_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 2 << 20;

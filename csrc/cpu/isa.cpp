@@ -1,4 +1,4 @@
-#include "cpu/isa.h"
+#include "isa.h"
 
 #include <atomic>
 #include <stdexcept>
@@ -56,15 +56,14 @@ std::vector<std::string> machine_isas() {
   return names;
 }
 
-void set_isa(const std::string& name, const char* argument) {
+void set_isa(const std::string& name, const std::string& argument) {
   std::string choices;
   for (Isa isa : kIsas) {
     if (!runs_here(isa)) continue;
     if (name == isa_name(isa)) return current.store(isa, std::memory_order_relaxed);
     choices += (choices.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  throw std::invalid_argument(std::string(argument) + " must be one of " + choices + " on this machine, got '" + name +
-                              "'");
+  throw std::invalid_argument(argument + " must be one of " + choices + " on this machine, got '" + name + "'");
 }
 
 }  // namespace sk

@@ -40,6 +40,6 @@ std::vector<std::string> compiled_isas();
 std::vector<std::string> machine_isas();  // those compiled in that this machine runs
 
 // Safe while ops run: results do not depend on it. Throws std::invalid_argument that names `argument`.
-void set_isa(const std::string& name, const char* argument);
+void set_isa(const std::string& name, const std::string& argument);
 
 }  // namespace sk

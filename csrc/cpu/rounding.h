@@ -46,8 +46,8 @@ Interval<Key> same_when_rounded(Key key, Dtype dtype) {
     }
     return lo;
   };
-  if (key >= kInfinityKey<Key>) return {key, key};
-  if (rounded >= kInfinityKey<Key>) return {first_key_from(0, key, rounded), kInfinityKey<Key>};
+  if (key > kInfinityKey<Key>) return {key, key};  // NaN
+  if (rounded == kInfinityKey<Key>) return {first_key_from(0, key, rounded), kInfinityKey<Key>};
   return {first_key_from(0, key, rounded), Key(first_key_from(key, kInfinityKey<Key>, rounded + 1) - 1)};
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../dtype.h"
@@ -30,7 +31,7 @@ struct Chunk {
   int64_t index, begin, count;  // begin: within the tensor
 };
 
-// Bytes of tensors read by every call so far, for progress bars.
+// Bytes of tensors that the main passes of every call went through so far, for progress bars.
 inline std::atomic<int64_t> bytes_read{0};
 
 struct Scope {

@@ -69,6 +69,7 @@ class Merger {
 
  public:
   Merger(const Scope& scope, const Options& options) : scope_(scope), options_(options) {
+    require(std::isfinite(C(options.lam)), "lam must be finite in the compute type, got ", options.lam);
     limits_ = options.thresholds ? given_limits() : trimmed_limits();
     if (options.weights)
       for (const Part& part : scope.parts)
@@ -232,22 +233,20 @@ class Merger {
         const Chunk chunk = scope_.chunk(c);
         for_runs(chunk, scratch, [&](int64_t begin, int64_t count) {
           for (size_t t = 0; t < tasks; ++t) {
-            const L1Norms norms = SK_KERNELS(trim_kernels)
-                                      .get<Key>(chunk.part.dtype)
-                                      .l1_norms(chunk.part.base_at(begin), chunk.part.expert_at(int64_t(t), begin),
-                                                count, scratch.limits[t], drop);
-            chunk_norms[size_t(c) * tasks + t].all += norms.all;
-            chunk_norms[size_t(c) * tasks + t].kept += norms.kept;
+            chunk_norms[size_t(c) * tasks + t] +=
+                SK_KERNELS(trim_kernels)
+                    .get<Key>(chunk.part.dtype)
+                    .l1_norms(chunk.part.base_at(begin), chunk.part.expert_at(int64_t(t), begin), count,
+                              scratch.limits[t], drop);
           }
         });
       }
     });
     std::vector<L1Norms> norms(scope_.parts.size() * tasks, L1Norms{0, 0});
-    for (int64_t c = 0; c < scope_.num_chunks; ++c)
-      for (size_t t = 0; t < tasks; ++t) {
-        norms[scope_.chunk(c).part_index * tasks + t].all += chunk_norms[size_t(c) * tasks + t].all;
-        norms[scope_.chunk(c).part_index * tasks + t].kept += chunk_norms[size_t(c) * tasks + t].kept;
-      }
+    for (int64_t c = 0; c < scope_.num_chunks; ++c) {
+      const size_t part = scope_.chunk(c).part_index;
+      for (size_t t = 0; t < tasks; ++t) norms[part * tasks + t] += chunk_norms[size_t(c) * tasks + t];
+    }
     for (size_t i = 0; i < norms.size(); ++i) rescales_.push_back(rescale(norms[i], scope_.parts[i / tasks].dtype));
   }
 
@@ -266,6 +265,13 @@ class Merger {
   std::vector<Limit<Key>> limits_;
   std::vector<C> weights_, rescales_;  // [parts, num_tasks], or empty
 };
+
+// An op on one tensor takes its experts and nothing else.
+void check_one_tensor(const std::vector<Tensor>& experts, const std::vector<double>& density) {
+  require(!experts.empty(), "experts must be at least one tensor, got none");
+  require(experts.size() == density.size(), "density must be one number per expert (", experts.size(), "), got ",
+          density.size());
+}
 
 std::vector<Tensor> as_list(const std::optional<Tensor>& base) {
   return base ? std::vector<Tensor>{*base} : std::vector<Tensor>{};
@@ -298,6 +304,7 @@ void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& expe
 
 Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
                        std::string semantics_name, std::string nonfinite) {
+  check_one_tensor(experts, density);
   const Semantics semantics = parse_semantics(semantics_name);
   const Inputs inputs(as_list(base), experts, density.size());
   std::vector<int64_t> keep;
@@ -317,7 +324,7 @@ Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
                   std::string reduce, bool normalize, bool rescale, std::string nonfinite,
                   std::optional<Tensor> thresholds) {
-  require(!experts.empty(), "experts must be at least one tensor, got none");
+  check_one_tensor(experts, density);
   const Tensor out = torch::stable::new_empty(experts[0], experts[0].sizes());
   merge_into(as_list(base), experts,
              parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds), {out});
@@ -350,12 +357,13 @@ void split_scope(const Scope& scope, const Options& options, const Tensor& out) 
                 .get<Key>(scope.parts[0].dtype)
                 .split[int(options.rule)](args, targets(begin).data());
           },
-          [](size_t, int64_t, const Draw*, int) {});
+          [](size_t, int64_t, const Draw*, int) {});  // none is recorded: wrong guesses are merged again
 }
 
 Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale,
                   std::string nonfinite, std::optional<Tensor> thresholds) {
+  check_one_tensor(experts, density);
   const Options options = parse(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds);
   const Inputs inputs(as_list(base), experts, density.size());
   std::vector<int64_t> shape{int64_t(density.size())};

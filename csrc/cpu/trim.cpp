@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kDirect = 1 << 10;     // up to here every key is a candidate: no sample is worth its time
 constexpr int64_t kCluster = 16;         // neighbouring elements per sampled place: one cache line of float32
-constexpr int64_t kMaxInside = 1 << 20;  // candidates one thread stores per expert, beyond a share of its elements
+constexpr int64_t kMaxInside = 1 << 20;  // candidates one thread stores, beyond a share of its elements
 
 std::atomic<bool> forced_histogram{false};
 
@@ -69,7 +69,7 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
   scope.parallel([&](int64_t first, int64_t last) {
     typename Tally<Key>::Range range{first, last, std::vector<KeyBuffer<Key>>(slots), std::vector<char>(slots)};
     std::vector<Counts<Key>> totals(slots);
-    const int64_t most = kMaxInside + (last - first) * (kChunk / 16);
+    const int64_t most = kMaxInside / int64_t(slots) + (last - first) * (kChunk / 16);
     for (int64_t c = first; c < last; ++c) {
       const Chunk chunk = scope.chunk(c);
       const TrimKernel<Key>& kernel = kernels.get<Key>(chunk.part.dtype);
@@ -83,23 +83,13 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
           range.overflowed[s] = true;
           inside.size = 0;
         }
-        totals[s].above += n.above;
-        totals[s].at_hi += n.at_hi;
-        totals[s].inside += n.inside;
-        totals[s].at_lo += n.at_lo;
-        totals[s].largest = std::max(totals[s].largest, n.largest);
+        totals[s] += n;
         if (want_ties) tally.ties[c * slots + s] = {uint16_t(n.at_hi), uint16_t(n.inside), uint16_t(n.at_lo)};
       }
       scope.report(chunk);
     }
     const std::lock_guard<std::mutex> lock(mutex);
-    for (size_t s = 0; s < slots; ++s) {
-      tally.totals[s].above += totals[s].above;
-      tally.totals[s].at_hi += totals[s].at_hi;
-      tally.totals[s].inside += totals[s].inside;
-      tally.totals[s].at_lo += totals[s].at_lo;
-      tally.totals[s].largest = std::max(tally.totals[s].largest, totals[s].largest);
-    }
+    for (size_t s = 0; s < slots; ++s) tally.totals[s] += totals[s];
     tally.ranges.push_back(std::move(range));
   });
   std::sort(tally.ranges.begin(), tally.ranges.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -163,7 +153,8 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
   return found;
 }
 
-// The exact thresholds by histograms of ever fewer bits: three reads for float32. Needs no luck and no candidates.
+// The exact thresholds by histograms of ever fewer bits: three reads for float32, six for float64. Needs no luck and no
+// candidates.
 template <class Key>
 std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int64_t>& tasks, std::vector<int64_t> rank,
                                       bool drop) {
@@ -256,7 +247,7 @@ int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t ke
           .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop,
                 keys.data());
       int64_t i = 0;
-      for (; budget > 0; ++i) budget -= keys[size_t(i)] == threshold;
+      for (; budget > 0 && i < chunk.count; ++i) budget -= keys[size_t(i)] == threshold;
       return chunk.part.offset + chunk.begin + i;
     }
   }

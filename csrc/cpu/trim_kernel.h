@@ -18,10 +18,25 @@ template <class Key>
 struct Counts {
   int64_t above, at_hi, inside, at_lo;  // keys > top, in (hi, top], in (lo, hi], in (bottom, lo]
   Key largest;
+
+  Counts& operator+=(const Counts& other) {
+    above += other.above;
+    at_hi += other.at_hi;
+    inside += other.inside;
+    at_lo += other.at_lo;
+    largest = largest > other.largest ? largest : other.largest;
+    return *this;
+  }
 };
 
 struct L1Norms {
   double all, kept;
+
+  L1Norms& operator+=(const L1Norms& other) {
+    all += other.all;
+    kept += other.kept;
+    return *this;
+  }
 };
 
 template <class Key>

@@ -15,12 +15,16 @@ from .scope import Scope
 
 @dataclass(frozen=True)
 class Average:
-    """``sum_t weights[t] * expert_t / sum_t weights[t]``; the base is not read. Source: Model Soups (arXiv 2203.05482)."""
+    """``sum_t weights[t] * expert_t / sum_t weights[t]``; the base is not read.
+
+    Source: Model Soups (arXiv 2203.05482).
+    """
 
     weights: PerExpert | None = None
     nonfinite: str = "error"
 
     reads: ClassVar[int] = 2
+    shares: ClassVar[bool] = False
 
     def check(self, num_tasks: int) -> None:
         arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)

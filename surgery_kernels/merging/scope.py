@@ -26,7 +26,8 @@ class Scope:
 class Method(Protocol):
     """A merging method with its options."""
 
-    reads: ClassVar[int]  # how often `merge` reads the tensors, for the progress bar
+    reads: ClassVar[int]  # how often `merge` reads the tensors, about, for the progress bar
+    shares: ClassVar[bool]  # whether the tensors of a scope decide anything together
 
     def check(self, num_tasks: int) -> None:
         """Raises ValueError for an option out of range."""

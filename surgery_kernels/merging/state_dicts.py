@@ -46,7 +46,7 @@ def merge_state_dicts(
             nonfinite).
         scope: "model": thresholds, the number kept and the sign of drawn elections are taken over all tensors
             together, in the order of `base`, as the TIES paper does; "tensor": over each alone, as mergekit and PEFT
-            do.
+            do. The other methods treat each tensor alone anyway.
         progress: A bar on stderr: True, False, or None for one that appears after two seconds.
         **options: Of the method.
 
@@ -55,7 +55,8 @@ def merge_state_dicts(
         weights) share it in the result and count once. Nothing else is shared, and nothing carries a gradient.
 
     Raises:
-        ValueError, TypeError: the state dicts differ, or an option is unknown or out of range; before any work.
+        ValueError, TypeError: the state dicts differ, an option is unknown or out of range, or the model mixes float64
+            with other dtypes where a scope spans it; before any work.
         RuntimeError: NaN or infinity under ``nonfinite="error"``; names tensor, expert and count.
     """
     arguments.check_one_of("method", method, tuple(METHODS))
@@ -68,7 +69,8 @@ def merge_state_dicts(
 
     owner = _tied(base, experts)
     merged = [name for name, tensor in base.items() if tensor.is_floating_point() and owner[name] == name]
-    if scope == "model" and len({base[name].dtype == torch.float64 for name in merged}) > 1:
+    whole = scope == "model" and merging.shares
+    if whole and len({base[name].dtype == torch.float64 for name in merged}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     result = {
         name: (torch.empty_like if tensor.is_floating_point() else torch.clone)(
@@ -77,7 +79,7 @@ def merge_state_dicts(
         for name, tensor in base.items()
         if owner[name] == name
     }
-    groups = [merged] if scope == "model" else [[name] for name in merged]
+    groups = [merged] if whole else [[name] for name in merged]
     size = sum(base[name].nbytes for name in merged)
     with progress_bar(merging.reads * (len(experts) + 1) * size, progress):
         for names in filter(None, groups):
@@ -128,6 +130,6 @@ def _tied(base: StateDict, experts: Sequence[StateDict]) -> dict[str, str]:
     owner = {}
     for name, tensor in base.items():
         views = [tensor, *(expert[name] for expert in experts)]
-        memory = tuple((view.data_ptr(), view.shape, view.stride()) for view in views) if tensor.numel() else name
-        owner[name] = first.setdefault(memory, name)
+        memory = tuple((view.data_ptr(), view.dtype, view.shape, view.stride()) for view in views)
+        owner[name] = first.setdefault(memory, name) if all(view.data_ptr() for view in views) else name
     return owner

@@ -14,13 +14,17 @@ from .scope import Scope
 
 @dataclass(frozen=True)
 class TaskArithmetic:
-    """``base + lam * sum_t weights[t] * (expert_t - base)``. Source: Editing Models (arXiv 2212.04089), section 2."""
+    """``base + lam * sum_t weights[t] * (expert_t - base)``. Source: Editing Models (arXiv 2212.04089), section 2.
+
+    Under ``nonfinite="error"`` a difference that overflows the dtype is refused too.
+    """
 
     lam: float = 1.0
     weights: PerExpert | None = None
     nonfinite: str = "error"
 
     reads: ClassVar[int] = 2
+    shares: ClassVar[bool] = False
 
     def check(self, num_tasks: int) -> None:
         arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)

@@ -27,6 +27,7 @@ class Ties:
     nonfinite: str = "error"
 
     reads: ClassVar[int] = 2
+    shares: ClassVar[bool] = True
 
     def check(self, num_tasks: int) -> None:
         self._options(num_tasks)

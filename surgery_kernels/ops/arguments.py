@@ -58,16 +58,22 @@ def check_experts(base: Tensor | None, experts: Experts) -> tuple[Tensor | None,
 
 def per_expert(argument: str, value: PerExpert, num_tasks: int) -> list[float]:
     """One finite number per expert, from one for all or a list."""
-    if isinstance(value, Sequence):
-        values = [float(v) for v in value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        values = [number(argument, v) for v in value]
         if len(values) != num_tasks:
             raise ValueError(f"{argument} must be one number or one per expert ({num_tasks}), got {len(values)}")
     else:
-        values = [float(value)] * num_tasks
+        values = [number(argument, value)] * num_tasks
     for v in values:
         if not -math.inf < v < math.inf:
             raise ValueError(f"{argument} must be finite, got {v}")
     return values
+
+
+def number(argument: str, value: object) -> float:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{argument} must be a number or a list of numbers, got {value!r}")
+    return float(value)
 
 
 def check_density(density: PerExpert, num_tasks: int) -> list[float]:
@@ -79,6 +85,7 @@ def check_density(density: PerExpert, num_tasks: int) -> list[float]:
 
 
 def check_lam(lam: float) -> float:
+    lam = number("lam", lam)
     if not -math.inf < lam < math.inf:
         raise ValueError(f"lam must be finite, got {lam}")
-    return float(lam)
+    return lam

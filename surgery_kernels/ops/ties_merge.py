@@ -57,7 +57,8 @@ def _check_thresholds(thresholds: Tensor | Sequence[float] | None, num_tasks: in
     if thresholds is None:
         return None
     if not isinstance(thresholds, Tensor):
-        thresholds = torch.tensor(thresholds, dtype=torch.float64)
+        values = [arguments.number("thresholds", value) for value in thresholds]
+        thresholds = torch.tensor(values, dtype=torch.float64)
     if thresholds.shape != (num_tasks,):
         raise ValueError(f"thresholds must have shape ({num_tasks},), got {tuple(thresholds.shape)}")
     if thresholds.dtype not in (torch.float32, torch.float64):
@@ -83,8 +84,9 @@ def ties_merge(
 ) -> Tensor:
     """``base + lam * mean_t of the trimmed (expert_t - base) that agree with the elected sign``, per parameter.
 
-    Bit-identical on every instruction set, thread count and split of the work. Reads the inputs twice (once when
-    `thresholds` are given and `nonfinite` is not "error") and writes once.
+    Bit-identical on every instruction set, thread count and split of the work. Reads the inputs twice (once where no
+    threshold is to be found and `nonfinite` is not "error", three times with `rescale`) and writes once; inputs that
+    are not contiguous are copied first.
 
     Args:
         base: Pretrained tensor of any shape, float64, float32, float16 or bfloat16; None when `experts` already are
@@ -102,8 +104,9 @@ def ties_merge(
         normalize: mergekit only: divide by the sum of the agreeing weights.
         rescale: mergekit only: scale each trimmed task vector to the L1 norm it had before.
         nonfinite: What NaN or infinity in a task vector does: "error" raises before anything is written,
-            "propagate" carries NaN to the output, "drop" takes the entry as 0.
-        thresholds: [num_tasks], 0 or greater: keep ``abs(expert - base) >= thresholds`` instead of reading `density`.
+            "propagate" lets it take part (NaN always reaches the output), "drop" takes the entry as 0.
+        thresholds: [num_tasks], 0 or greater, float32 or float64: keep ``abs(expert - base) >= thresholds``, compared
+            in float32 (float64 for float64 inputs), instead of reading `density`.
         out: Tensor like `base` that receives the result; may be a memory-mapped file. It must not overlap an input.
 
     Returns:
@@ -111,7 +114,8 @@ def ties_merge(
 
     Raises:
         ValueError, TypeError: an argument is outside its range, or shapes, dtypes or devices differ.
-        RuntimeError: `out` overlaps an input, or NaN or infinity under ``nonfinite="error"``; `out` is untouched.
+        RuntimeError: `out` overlaps an input or itself, a threshold is negative, or NaN or infinity under
+            ``nonfinite="error"``; `out` is untouched.
 
     Source: TIES-Merging (arXiv 2306.01708), algorithm 1; mergekit 0.1.5 `ties`; PEFT `ties`.
     """
@@ -133,6 +137,7 @@ def ties_merge(
         return _ops.ties_merge(base, experts, **options)
     arguments.check_like("out", out, experts[0], "experts[0]")
     _ops.ties_merge_out([] if base is None else [base], experts, **options, out=[out.detach()])
+    torch.autograd.graph.increment_version(out)  # a graph that saved `out` must notice
     return out
 
 
@@ -150,7 +155,8 @@ def ties_split(
 ) -> Tensor:
     """The trimmed entries of every expert that agree with the elected sign, 0 elsewhere.
 
-    Their sum over the experts, in order, is what ``ties_merge(..., reduce="sum")`` scales and adds to the base.
+    Their sum over the experts, in order, is what ``ties_merge(..., reduce="sum")`` scales and adds to the base (with
+    "peft" weights in 16 bits, up to the rounding of each entry).
     AdaMerging++ learns one coefficient for each of them.
 
     Args:

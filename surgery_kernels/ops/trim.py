@@ -39,7 +39,7 @@ def trim_thresholds(
         is kept (an empty tensor too), infinity where "peft" keeps nothing.
 
     Raises:
-        ValueError: an argument is outside its range, or shapes, dtypes or devices differ.
+        ValueError, TypeError: an argument is outside its range, or shapes, dtypes or devices differ.
         RuntimeError: NaN or infinity under ``nonfinite="error"``; names the expert and how many.
 
     Source: TIES-Merging (arXiv 2306.01708), section 3, step 1.

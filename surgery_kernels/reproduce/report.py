@@ -69,7 +69,9 @@ def plot_tasks(accuracies: Accuracies, examples: Tensor, path: Path) -> None:
     )
 
     for task, example in enumerate(examples):
-        strip.imshow(example, cmap="gray", vmin=-1, vmax=1, aspect="auto", extent=(task - 0.3, task + 0.3, 0, 1))
+        strip.imshow(
+            example.numpy(), cmap="gray", vmin=-1, vmax=1, aspect="auto", extent=(task - 0.3, task + 0.3, 0, 1)
+        )
         strip.add_patch(Rectangle((task - 0.3, 0), 0.6, 1, fill=False, color="0.6"))
     strip.set(xlim=axes.get_xlim(), ylim=(-0.02, 1.02))
     strip.tick_params(axis="x", length=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -54,7 +55,7 @@ def load_splits(seed: int, test_fraction: float) -> tuple[Split, Split]:
     return make_split(train_pixels, train_labels), make_split(test_pixels, test_labels)
 
 
-def make_split(pixels: object, labels: object) -> Split:
+def make_split(pixels: np.ndarray, labels: np.ndarray) -> Split:
     images = torch.as_tensor(pixels, dtype=torch.float32) / 8 - 1  # scikit-learn's grey values are 0 to 16
     return Split(
         torch.stack([transform(images) for transform in TRANSFORMS.values()]),

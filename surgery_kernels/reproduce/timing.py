@@ -41,7 +41,7 @@ class Timing:
             self._line(f"merge_state_dicts, {self.num_tensors} tensors", self.state_dicts),
         ]
         if median(self.state_dicts) > 2 * median(self.op):
-            lines.append("  Tensors this small take longer to check than to merge; bench/ has models of real size.")
+            lines.append("  The last handles small tensors more than it merges; bench/ measures models of real size.")
         if self.largest_difference:
             lines.append(f"  The merged parameters differ by {self.largest_difference:.1e} at most.")
         else:
