@@ -21,10 +21,12 @@ README = Path(__file__).parent.parent / "README.md"
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 COLUMNS = {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"}
 
+DISTURBED = 0.1
 TIMES_NOTE = """\
 Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
 taken in turn). Bound: base and experts read twice (`trim_thresholds`: once) and the result written once, at the
-bandwidth of a large copy measured around every round; left out where everything fits in the caches."""
+bandwidth of a large copy measured around every round; left out where everything fits in the caches. †: other processes
+took more than a tenth of the processors meanwhile."""
 MEMORY_NOTE = """\
 Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
 every tensor operation; what a selection or a sort moves inside itself is not counted."""
@@ -91,7 +93,7 @@ def time_table(rows: list[Row]) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
-        shown = times(row["median"], row["min"])
+        shown = times(row["median"], row["min"]) + ("†" if row["others_cpu_share"] > DISTURBED else "")
         return f"{shown} ({number(row['speedup'])}x)" if "speedup" in row else f"**{shown}**"
 
     body = []
@@ -167,8 +169,8 @@ def main() -> None:
     arguments = parser.parse_args()
     run, *more = (json.loads(path.read_text(encoding="utf-8")) for path in arguments.run)
     for other in more:
-        if any(other[key] != run[key] for key in ("machine_info", "commit_info")):
-            raise SystemExit("run must be several parts of one, got different machines, versions or commits")
+        if other["machine_info"] != run["machine_info"]:
+            raise SystemExit("run must be parts of one run, got different machines, versions or builds")
         run["benchmarks"] += other["benchmarks"]
     text = report(run)
     print(text)
