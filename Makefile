@@ -24,7 +24,7 @@ demo: build $(VENV)/demo.txt
 
 # One pass per instruction set of this machine, the widest first; what does not depend on it runs in that pass only.
 test: build $(VENV)/test.txt
-	@isas=$$($(RUN) -c 'from surgery_kernels import _C; print(*reversed(_C.isas()))') && \
+	@isas=$$($(RUN) -c 'from surgery_kernels import _C; print(*reversed(_C.isas()))') && marked= && \
 	for isa in $$isas; do \
 		echo "SURGERY_KERNELS_ISA=$$isa"; \
 		SURGERY_KERNELS_ISA=$$isa $(RUN) -m pytest -q $${marked:+-m "$$marked"} $(ARGS) || exit 1; \

@@ -97,12 +97,12 @@ def bars(rows: list[Row], field: str, title: str, path: Path) -> None:
                 continue
             value = max(measured[-1][field], 0) / measured[-1]["num_params"]
             panel.barh(label, value, color=colour, height=0.7)
-            panel.annotate(f"{value:.3g}", (value, label), (4, 0), textcoords="offset points", va="center")
+            shown = f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+            panel.annotate(shown, (value, label), (4, 0), textcoords="offset points", va="center")
             if name == "ours" and field == "bytes_moved":
                 least = measured[-1]["least_bytes"] / measured[-1]["num_params"]
-                panel.axvline(least, color=BOUND, linestyle="--", linewidth=1.2)
-                panel.annotate(f"bound {least:.3g}", (least, 0.99), (4, 0), xycoords=("data", "axes fraction"),
-                               textcoords="offset points", va="top", color=BOUND)  # fmt: skip
+                panel.axvline(least, color=BOUND, linestyle="--", linewidth=1.2, label=f"bound {least:.0f}")
+                panel.legend(frameon=False, loc="lower right")
         panel.set_title(dtype, loc="left")
         panel.grid(axis="y", visible=False)
         panel.margins(x=0.12)

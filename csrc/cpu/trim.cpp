@@ -16,11 +16,18 @@
 namespace sk {
 namespace {
 
-constexpr int64_t kDirect = 1 << 10;     // up to here every key is a candidate: no sample is worth its time
-constexpr int64_t kCluster = 16;         // neighbouring elements per sampled place: one cache line of float32
-constexpr int64_t kMaxInside = 1 << 20;  // candidates one thread stores, beyond a share of its elements
+constexpr int64_t kDirect = 1 << 10;        // up to here every key is a candidate: no sample is worth its time
+constexpr int64_t kWorthAThread = 1 << 12;  // elements from which the experts are shared out among threads
+constexpr int64_t kCluster = 16;            // neighbouring elements per sampled place: one cache line of float32
+constexpr int64_t kMaxInside = 1 << 20;     // candidates one thread stores, beyond a share of its elements
 
 std::atomic<bool> forced_histogram{false};
+
+// Runs body(first, last) over experts. On a busy machine waiting for a second thread costs more than a small tensor.
+template <class Body>
+void for_each_expert(const Scope& scope, int64_t count, const Body& body) {
+  torch::stable::parallel_for(0, count, scope.numel > kWorthAThread ? 1 : count, body);
+}
 
 // Keys appended chunk by chunk, never initialised.
 template <class Key>
@@ -131,7 +138,7 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
     position[j] = std::min(scope.numel - 1, int64_t((double(j) + double(random >> 11) * 0x1p-53) * stride));
   }
   std::vector<Bracket<Key>> found(tasks.size());
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
+  for_each_expert(scope, int64_t(tasks.size()), [&](int64_t first, int64_t last) {
     std::vector<Key> sample;
     std::vector<int64_t> ends(places);
     for (int64_t s = first; s < last; ++s) {
@@ -338,7 +345,7 @@ std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& kee
   if (nonfinite == NonFinite::error && !is_finite(scope, tally)) check_finite<Key>(scope, names);
 
   std::vector<char> found(tasks.size());
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
+  for_each_expert(scope, int64_t(tasks.size()), [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
       Limit<Key>& limit = limits[tasks[s]];
       found[s] = !forced_histogram && select(scope, tally, s, keep[tasks[s]], &limit.threshold);
