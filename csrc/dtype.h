@@ -36,4 +36,20 @@ inline constexpr int64_t kInfinityKey<int64_t> = 0x7FF0000000000000;
 template <class Key>
 constexpr Key kMaxKey = Key((uint64_t(1) << (8 * sizeof(Key) - 1)) - 1);
 
+// The kernels of an op, one for each storage dtype.
+template <template <class Key> class Kernel>
+struct PerDtype {
+  Kernel<int32_t> f32, f16, bf16;
+  Kernel<int64_t> f64;
+
+  template <class Key>
+  const Kernel<Key>& get(Dtype dtype) const {
+    if constexpr (sizeof(Key) == 8) {
+      return f64;
+    } else {
+      return dtype == Dtype::f32 ? f32 : dtype == Dtype::f16 ? f16 : bf16;
+    }
+  }
+};
+
 }  // namespace sk

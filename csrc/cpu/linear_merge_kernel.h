@@ -25,19 +25,7 @@ struct LinearArgs {
 template <class Key>
 using LinearKernel = void (*)(const LinearArgs<Key>& args, void* out);  // out: n elements
 
-struct LinearKernels {
-  LinearKernel<int32_t> f32, f16, bf16;
-  LinearKernel<int64_t> f64;
-
-  template <class Key>
-  LinearKernel<Key> get(Dtype dtype) const {
-    if constexpr (sizeof(Key) == 8) {
-      return f64;
-    } else {
-      return dtype == Dtype::f32 ? f32 : dtype == Dtype::f16 ? f16 : bf16;
-    }
-  }
-};
+using LinearKernels = PerDtype<LinearKernel>;
 
 SK_DECLARE_KERNELS(LinearKernels, linear_kernels);
 

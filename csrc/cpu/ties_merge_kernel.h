@@ -53,19 +53,7 @@ struct TiesKernel {
   TiesResult (*split[4])(const TiesArgs<Key>& args, void* const* outs);
 };
 
-struct TiesKernels {
-  TiesKernel<int32_t> f32, f16, bf16;
-  TiesKernel<int64_t> f64;
-
-  template <class Key>
-  const TiesKernel<Key>& get(Dtype dtype) const {
-    if constexpr (sizeof(Key) == 8) {
-      return f64;
-    } else {
-      return dtype == Dtype::f32 ? f32 : dtype == Dtype::f16 ? f16 : bf16;
-    }
-  }
-};
+using TiesKernels = PerDtype<TiesKernel>;
 
 SK_DECLARE_KERNELS(TiesKernels, ties_kernels);
 

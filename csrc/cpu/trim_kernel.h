@@ -53,19 +53,7 @@ struct TrimKernel {
 
 constexpr int64_t kSlack = 16;  // keys that may be written past the end of an output
 
-struct TrimKernels {
-  TrimKernel<int32_t> f32, f16, bf16;
-  TrimKernel<int64_t> f64;
-
-  template <class Key>
-  const TrimKernel<Key>& get(Dtype dtype) const {
-    if constexpr (sizeof(Key) == 8) {
-      return f64;
-    } else {
-      return dtype == Dtype::f32 ? f32 : dtype == Dtype::f16 ? f16 : bf16;
-    }
-  }
-};
+using TrimKernels = PerDtype<TrimKernel>;
 
 SK_DECLARE_KERNELS(TrimKernels, trim_kernels);
 
