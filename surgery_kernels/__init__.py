@@ -13,11 +13,28 @@ except ImportError as error:
     ) from error
 
 from .merging import merge_state_dicts
-from .ops import ties_merge, ties_split, trim_thresholds
+from .ops import (
+    combine,
+    representation_loss,
+    surgery_adapter,
+    surgery_train,
+    ties_merge,
+    ties_split,
+    trim_thresholds,
+)
 
 if _isa := os.environ.get("SURGERY_KERNELS_ISA"):
     _C.set_isa(_isa, "SURGERY_KERNELS_ISA")
 
 __version__: str = _C.build_info()["version"]
 
-__all__ = ["merge_state_dicts", "ties_merge", "ties_split", "trim_thresholds"]
+__all__ = [
+    "combine",
+    "merge_state_dicts",
+    "representation_loss",
+    "surgery_adapter",
+    "surgery_train",
+    "ties_merge",
+    "ties_split",
+    "trim_thresholds",
+]

@@ -318,3 +318,79 @@ def sum_experts(x: Tensor) -> Tensor:
 
 def per_expert(value: float | Sequence[float], num_tasks: int) -> list[float]:
     return [float(value)] * num_tasks if isinstance(value, (int, float)) else [float(v) for v in value]
+
+
+def surgery_adapter(
+    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = None, token_mean: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """features - relu(features down^T) up^T with each task's own adapter; differentiable by autograd."""
+    compute = torch.promote_types(features.dtype, torch.float32)
+    y, down, up = features.to(compute), down.to(compute), up.to(compute)
+    if task_index is not None:
+        down, up = down[task_index], up[task_index]
+    subscripts = ("n...d,nrd->n...r", "n...r,ndr->n...d")
+    corrected = y - torch.einsum(subscripts[1], torch.einsum(subscripts[0], y, down).relu(), up)
+    if token_mean:
+        return corrected.to(features.dtype), corrected.mean(dim=-2).to(features.dtype)
+    return corrected.to(features.dtype)
+
+
+def representation_loss(features: Tensor, targets: Tensor) -> Tensor:
+    """mean |features - targets| over rows and dim.  # [...]"""
+    compute = torch.promote_types(features.dtype, torch.float32)
+    return (features.to(compute) - targets.detach().to(compute)).abs().mean(dim=(-2, -1))
+
+
+def surgery_train(
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    down: Tensor,
+    up: Tensor,
+    down_moments: Tensor,
+    up_moments: Tensor,
+    indices: Tensor,
+    *,
+    step: int = 0,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    zero_grad_steps: int = 0,
+) -> Tensor:
+    """The loop that the fused training replaces: autograd and Adam, one task after another.  # [steps, num_tasks]"""
+    losses = torch.zeros(indices.shape[:2], dtype=torch.promote_types(down.dtype, torch.float32))
+    for s, batches in enumerate(indices):
+        for t, batch in enumerate(batches):
+            parameters = [down[t : t + 1].clone().requires_grad_(), up[t : t + 1].clone().requires_grad_()]
+            corrected = surgery_adapter(features[t][batch].to(down.dtype)[None], *parameters)
+            loss = representation_loss(corrected, targets[t][batch].to(down.dtype)[None])
+            gradients = torch.autograd.grad(loss.sum(), parameters)
+            losses[s, t] = loss[0].detach()
+            for value, moments, gradient in zip((down[t], up[t]), (down_moments, up_moments), gradients, strict=True):
+                for i in range(1 + zero_grad_steps):
+                    adam(value, *moments[:, t], gradient[0] * (i == 0), step + i + 1, lr, betas, eps)
+        step += 1 + zero_grad_steps
+    return losses
+
+
+def adam(
+    value: Tensor,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Algorithm 1 of arXiv 1412.6980, in place; `step` counts from 1."""
+    first.mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
+    second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    corrected = first / (1 - betas[0] ** step), second / (1 - betas[1] ** step)
+    value.sub_(lr * corrected[0] / (corrected[1].sqrt() + eps))
+
+
+def combine(base: Tensor, task_vectors: Tensor, coefficients: Tensor, block_offsets: Tensor) -> Tensor:
+    """base + sum_t coefficients[t, block] * task_vectors[t], rounded once; differentiable in the coefficients."""
+    compute = torch.promote_types(base.dtype, torch.float32)
+    of_param = coefficients.to(compute).repeat_interleave(block_offsets.diff(), dim=1)
+    return (base.to(compute) + sum_experts(task_vectors.to(compute) * of_param)).to(base.dtype)

@@ -1,7 +1,19 @@
 """The public ops: checks in Python, work in torch.ops.surgery_kernels."""
 
 from . import linear_merge as _linear_merge  # noqa: F401  # registers the fake
+from .combine import combine
+from .representation_loss import representation_loss
+from .surgery_adapter import surgery_adapter
+from .surgery_train import surgery_train
 from .ties_merge import ties_merge, ties_split
 from .trim import trim_thresholds
 
-__all__ = ["ties_merge", "ties_split", "trim_thresholds"]
+__all__ = [
+    "combine",
+    "representation_loss",
+    "surgery_adapter",
+    "surgery_train",
+    "ties_merge",
+    "ties_split",
+    "trim_thresholds",
+]

@@ -1,0 +1,3 @@
+from ..reference import combine
+
+__all__ = ["combine"]

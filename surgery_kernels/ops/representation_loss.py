@@ -1,0 +1,3 @@
+from ..reference import representation_loss
+
+__all__ = ["representation_loss"]

@@ -1,0 +1,3 @@
+from ..reference import surgery_adapter
+
+__all__ = ["surgery_adapter"]

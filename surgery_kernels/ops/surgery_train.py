@@ -1,0 +1,3 @@
+from ..reference import surgery_train
+
+__all__ = ["surgery_train"]
