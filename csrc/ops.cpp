@@ -30,4 +30,15 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
   m.def(
       "linear_merge_out(Tensor[] base, Tensor[] experts, float[] weights, float lam=1.0, float divisor=1.0, "
       "str nonfinite=\"error\", str[]? names=None, *, Tensor(a!)[] out) -> ()");
+
+  // features - relu(features down^T) up^T, each task with its own adapter: corrected, like features; the means over
+  // tokens, or an empty tensor; what the backward reads again, or an empty tensor. features: [num_tasks, samples,
+  // (tokens,) dim], or [samples, (tokens,) dim] with a task_index.
+  m.def(
+      "surgery_adapter(Tensor features, Tensor down, Tensor up, Tensor? task_index=None, bool token_mean=False, "
+      "bool keep_hidden=False) -> (Tensor, Tensor, Tensor)");
+  // The gradients of features, down and up; empty where not needed.
+  m.def(
+      "surgery_adapter_backward(Tensor? grad, Tensor? grad_means, Tensor features, Tensor down, Tensor up, "
+      "Tensor? task_index, Tensor hidden, bool need_features, bool need_adapter) -> (Tensor, Tensor, Tensor)");
 }

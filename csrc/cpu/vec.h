@@ -81,6 +81,25 @@ template <class C>
 inline Vec<C> add_where(typename Vec<C>::Mask m, Vec<C> acc, Vec<C> x) {
   return acc + zero_unless<C>(m, x);
 }
+// a * b + c, rounded once where the instruction set can: for matrix products, never for merges.
+template <class C>
+inline Vec<C> multiply_add(Vec<C> a, Vec<C> b, Vec<C> c) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(C) == 8) {
+    return {(typename Vec<C>::Lanes)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v)};
+  } else {
+    return {(typename Vec<C>::Lanes)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)};
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(C) == 8) {
+    return {(typename Vec<C>::Lanes)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
+  } else {
+    return {(typename Vec<C>::Lanes)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
+  }
+#else
+  return a * b + c;
+#endif
+}
 template <class C>
 inline typename Vec<C>::Key bits(Vec<C> a) {
   return (typename Vec<C>::Key)a.v;
@@ -197,6 +216,10 @@ inline Vec<float> zero_unless<float>(__mmask16 m, Vec<float> a) {
 template <>
 inline Vec<float> add_where<float>(__mmask16 m, Vec<float> acc, Vec<float> x) {
   return {_mm512_mask_add_ps(acc.v, m, acc.v, x.v)};
+}
+template <>
+inline Vec<float> multiply_add<float>(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
 template <>
 inline __m512i bits<float>(Vec<float> a) {

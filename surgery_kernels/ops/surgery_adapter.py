@@ -1,3 +1,147 @@
-from ..reference import surgery_adapter
+"""The low-rank adapter of representation surgery, batched over tasks. Forward and backward read each row once."""
 
-__all__ = ["surgery_adapter"]
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import arguments
+
+_ops = torch.ops.surgery_kernels
+
+
+@overload
+def surgery_adapter(
+    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = ..., token_mean: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def surgery_adapter(
+    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = ..., token_mean: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def surgery_adapter(
+    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = None, token_mean: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``features - relu(features @ down.T) @ up.T``, every task with its own adapter, in one call.
+
+    Products and sums run in float32 (float64 for float64 features) and do not depend on the number of threads.
+
+    Args:
+        features: [num_tasks, rows, dim] or [num_tasks, batch, tokens, dim], or with `task_index` [rows, dim] or
+            [rows, tokens, dim]; float64, float32, float16 or bfloat16. Any strides with the last one 1: activations
+            [tokens, num_tasks * batch, dim] go in as a view; others are copied first.
+        down: [num_tasks, rank, dim], in the dtype of `features` or float32.
+        up: [num_tasks, dim, rank], as `down`.
+        task_index: int64 [rows]: the task of each row, in any order.
+        token_mean: Also return the mean of the corrected features over the tokens, taken before they are rounded.
+
+    Returns:
+        Corrected features with the shape, dtype and strides of `features`; with `token_mean` also the means,
+        [num_tasks, batch, dim] or [rows, dim], NaN where there are no tokens. Differentiable once, in `features`,
+        `down` and `up`. NaN in a row reaches that row alone.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+        RuntimeError: `task_index` holds a number outside [0, num_tasks).
+
+    Source: Representation Surgery (arXiv 2402.02705), equation 4; SurgeryV2 (arXiv 2410.14389), section 4.
+    """
+    _check(features, down, up, task_index, token_mean)
+    compute = torch.promote_types(features.dtype, torch.float32)
+    if features.stride(-1) != 1:
+        features = features.contiguous()
+    keep_hidden = torch.is_grad_enabled() and (features.requires_grad or down.requires_grad or up.requires_grad)
+    corrected, means, _ = _ops.surgery_adapter(
+        features, down.to(compute), up.to(compute), task_index, token_mean, keep_hidden
+    )
+    return (corrected, means.to(features.dtype)) if token_mean else corrected
+
+
+def _check(features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, token_mean: bool) -> None:
+    for name, tensor in {"features": features, "down": down, "up": up}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != features.device:
+            raise ValueError(f"{name} must be on the device of features, {features.device}, got {tensor.device}")
+    if features.dtype not in arguments.DTYPES:
+        raise ValueError(f"features must be float64, float32, float16 or bfloat16, got {features.dtype}")
+    if down.dim() != 3:
+        raise ValueError(f"down must be [num_tasks, rank, dim], got {tuple(down.shape)}")
+    num_tasks, rank, dim = down.shape
+    if up.shape != (num_tasks, dim, rank):
+        raise ValueError(f"up must have shape {(num_tasks, dim, rank)}, got {tuple(up.shape)}")
+    for name, tensor in {"down": down, "up": up}.items():
+        if tensor.dtype not in (features.dtype, torch.float32) or tensor.dtype != down.dtype:
+            raise ValueError(f"{name} must be {features.dtype} like features, or float32, got {tensor.dtype}")
+    leading = "num_tasks, " if task_index is None else ""
+    dims = (4,) if token_mean else (3, 4)
+    if task_index is not None:
+        dims = tuple(d - 1 for d in dims)
+        if not isinstance(task_index, Tensor):
+            raise TypeError(f"task_index must be a tensor, got {type(task_index).__name__}")
+    if features.dim() not in dims:
+        shapes = " or ".join(f"[{leading}{'rows' if d == dims[0] and not token_mean else 'batch, tokens'}, dim]" for d in dims)
+        raise ValueError(f"features must be {shapes}, got {tuple(features.shape)}")
+    if features.shape[-1] != dim:
+        raise ValueError(f"features must have the dim of down, {dim}, got {features.shape[-1]}")
+    if task_index is None:
+        if features.shape[0] != num_tasks:
+            raise ValueError(f"features must have the num_tasks of down, {num_tasks}, got {features.shape[0]}")
+        return
+    if task_index.dtype != torch.int64 or task_index.shape != features.shape[:1]:
+        raise ValueError(
+            f"task_index must be int64 [{features.shape[0]}], got {task_index.dtype} {list(task_index.shape)}"
+        )
+    if task_index.device != features.device:
+        raise ValueError(f"task_index must be on the device of features, {features.device}, got {task_index.device}")
+
+
+@torch.library.register_fake("surgery_kernels::surgery_adapter")
+def _(
+    features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, token_mean: bool, keep_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    means = (*features.shape[:-2], features.shape[-1]) if token_mean else (0,)
+    hidden = (features.shape[:-1].numel(), down.shape[1]) if keep_hidden else (0,)
+    return torch.empty_like(features), down.new_empty(means), down.new_empty(hidden)
+
+
+@torch.library.register_fake("surgery_kernels::surgery_adapter_backward")
+def _(
+    grad: Tensor | None,
+    grad_means: Tensor | None,
+    features: Tensor,
+    down: Tensor,
+    up: Tensor,
+    task_index: Tensor | None,
+    hidden: Tensor,
+    need_features: bool,
+    need_adapter: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(features) if need_features else features.new_empty(0),
+        torch.empty_like(down, memory_format=torch.contiguous_format) if need_adapter else down.new_empty(0),
+        torch.empty_like(up, memory_format=torch.contiguous_format) if need_adapter else up.new_empty(0),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, down, up, task_index, _, _ = inputs
+    ctx.save_for_backward(features, down, up, task_index, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_means: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None and grad_means is None:
+        return (None,) * 6
+    need_features, need_down, need_up, *_ = ctx.needs_input_grad
+    features, down, up, task_index, hidden = ctx.saved_tensors
+    d_features, d_down, d_up = _ops.surgery_adapter_backward(
+        grad, grad_means, features, down, up, task_index, hidden, need_features, need_down or need_up
+    )
+    return d_features if need_features else None, d_down if need_down else None, d_up if need_up else None, None, None, None
+
+
+torch.library.register_autograd("surgery_kernels::surgery_adapter", _backward, setup_context=_keep)

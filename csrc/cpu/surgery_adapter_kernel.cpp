@@ -1,0 +1,79 @@
+#include "surgery_adapter_kernel.h"
+
+#include "adapter_block.h"
+
+namespace sk {
+namespace SK_ISA {
+namespace {
+
+template <class C>
+inline void add_row(const C* row, int64_t dim, C* sum) {
+  for (int64_t i = 0; i < dim; ++i) sum[i] += row[i];
+}
+
+template <class S>
+void forward(const AdapterForward<typename Compute<S>::Key>& args) {
+  using C = typename Compute<S>::type;
+  const int64_t dim = args.adapter.dim, rank = args.adapter.rank;
+  const BlockScratch<C> scratch = {dim, rank, args.scratch};
+  const Panel<C> panel = scratch.features(), hidden = scratch.hidden();
+  for (int64_t i = 0; i < args.rows; ++i) load_row(static_cast<const S*>(args.features[i]), dim, panel.below(i).at);
+  correct_block(args.adapter, panel, hidden, args.rows);
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const C* row = panel.below(i).at;
+    if (args.hidden) memcpy(args.hidden + i * rank, hidden.below(i).at, size_t(rank) * sizeof(C));
+    if (args.sums) add_row(row, dim, args.sums[i]);
+    store_row(row, dim, static_cast<S*>(args.corrected[i]));
+  }
+}
+
+// grad [row] = gradient of the corrected row + gradient of the mean it takes part in
+template <class S>
+inline void load_grad(const AdapterBackward<typename Compute<S>::Key>& args, int64_t i,
+                      typename Compute<S>::type* grad) {
+  using C = typename Compute<S>::type;
+  const int64_t dim = args.adapter.dim;
+  if (args.grad) {
+    load_row(static_cast<const S*>(args.grad[i]), dim, grad);
+  } else {
+    memset(grad, 0, size_t(padded(dim)) * sizeof(C));
+  }
+  if (args.grad_means)
+    for (int64_t j = 0; j < dim; ++j) grad[j] += args.grad_means[i][j] / args.tokens;
+}
+
+template <class S>
+void backward(const AdapterBackward<typename Compute<S>::Key>& args) {
+  using C = typename Compute<S>::type;
+  const PackedAdapter<C> adapter = args.adapter;
+  const int64_t dim = adapter.dim, rank = adapter.rank;
+  const BlockScratch<C> scratch = {dim, rank, args.scratch};
+  const Panel<C> features = scratch.features(), grad = scratch.grad(), hidden = scratch.hidden(),
+                 d_hidden = scratch.d_hidden();
+  for (int64_t i = 0; i < args.rows; ++i) {
+    load_grad<S>(args, i, grad.below(i).at);
+    load_row(args.hidden + i * rank, rank, hidden.below(i).at);
+  }
+  backward_hidden(adapter, grad, hidden, d_hidden, args.rows);
+  if (args.d_down) {
+    for (int64_t i = 0; i < args.rows; ++i)
+      load_row(static_cast<const S*>(args.features[i]), dim, features.below(i).at);
+    backward_adapter(adapter, features, grad, hidden, d_hidden, args.d_down, args.minus_d_up_t, args.rows);
+  }
+  if (args.d_features) {
+    multiply(scalars(d_hidden), {adapter.out, padded(dim)}, grad, args.rows, dim, rank, true);
+    for (int64_t i = 0; i < args.rows; ++i) store_row(grad.below(i).at, dim, static_cast<S*>(args.d_features[i]));
+  }
+}
+
+}  // namespace
+
+const AdapterKernels adapter_kernels = {
+    {pack_forward<float>, pack_forward<float>, pack_forward<float>, pack_forward<double>},
+    {pack_backward<float>, pack_backward<float>, pack_backward<float>, pack_backward<double>},
+    {forward<float>, forward<Half>, forward<BFloat16>, forward<double>},
+    {backward<float>, backward<Half>, backward<BFloat16>, backward<double>},
+};
+
+}  // namespace SK_ISA
+}  // namespace sk
