@@ -7,15 +7,15 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-// to [columns, padded(rows)] = sign * from [rows, columns]
+// to [columns, padded(rows)] = sign * from^T; from [rows, columns]
 template <class C>
-inline void transpose(const C* from, int64_t rows, int64_t columns, C sign, C* to) {
+inline void transpose(Panel<const C> from, int64_t rows, int64_t columns, C sign, C* to) {
   const int64_t width = padded(rows);
   for (int64_t first = 0; first < width; first += kPadding) {
     const int64_t count = first + kPadding < rows ? kPadding : rows - first;
     for (int64_t j = 0; j < columns; ++j) {
       C line[kPadding] = {};
-      for (int64_t i = 0; i < count; ++i) line[i] = sign * from[(first + i) * columns + j];
+      for (int64_t i = 0; i < count; ++i) line[i] = sign * from.at[(first + i) * from.row + j];
       memcpy(to + j * width + first, line, sizeof line);
     }
   }
@@ -33,8 +33,8 @@ inline void pad(const C* from, int64_t rows, int64_t columns, C sign, C* to) {
 
 template <class C>
 void pack_forward(const C* down, const C* up, PackedAdapter<C> packed) {
-  transpose<C>(down, packed.rank, packed.dim, 1, packed.in);
-  transpose<C>(up, packed.dim, packed.rank, -1, packed.out);
+  transpose<C>({down, packed.dim}, packed.rank, packed.dim, 1, packed.in);
+  transpose<C>({up, packed.rank}, packed.dim, packed.rank, -1, packed.out);
 }
 template <class C>
 void pack_backward(const C* down, const C* up, PackedAdapter<C> packed) {
@@ -83,16 +83,15 @@ inline void store_row(const C* from, int64_t dim, S* row) {
   }
 }
 
-// hidden = relu(features in), NaN kept; then features += hidden out, in place.
+// hidden = relu(features in), NaN kept
 template <class C>
-inline void correct_block(PackedAdapter<C> adapter, Panel<C> features, Panel<C> hidden, int64_t rows) {
+inline void forward_hidden(PackedAdapter<C> adapter, Panel<C> features, Panel<C> hidden, int64_t rows) {
   using V = Vec<C>;
   multiply(scalars(features), {adapter.in, padded(adapter.rank)}, hidden, rows, adapter.rank, adapter.dim, false);
   for (int64_t i = 0; i < rows * hidden.row; i += V::N) {
     const V x = load(hidden.at + i);
     store(select<C>(greater(V::set(0), x), V::set(0), x), hidden.at + i);
   }
-  multiply(scalars(hidden), {adapter.out, padded(adapter.dim)}, features, rows, adapter.dim, adapter.rank, true);
 }
 
 // d_hidden = grad in, where hidden is positive
@@ -106,13 +105,18 @@ inline void backward_hidden(PackedAdapter<C> adapter, Panel<C> grad, Panel<C> hi
   }
 }
 
-// d_down += d_hidden^T features; minus_d_up_t += hidden^T grad
+// wide += hidden out: features to corrected features, or grad to d_features
 template <class C>
-inline void backward_adapter(PackedAdapter<C> adapter, Panel<C> features, Panel<C> grad, Panel<C> hidden,
-                             Panel<C> d_hidden, C* d_down, C* minus_d_up_t, int64_t rows) {
-  const int64_t width = padded(adapter.dim);
-  multiply(transposed(d_hidden), features, {d_down, width}, adapter.rank, adapter.dim, rows, true);
-  multiply(transposed(hidden), grad, {minus_d_up_t, width}, adapter.rank, adapter.dim, rows, true);
+inline void add_out(PackedAdapter<C> adapter, Panel<C> hidden, Panel<C> wide, int64_t rows) {
+  multiply(scalars(hidden), {adapter.out, padded(adapter.dim)}, wide, rows, adapter.dim, adapter.rank, true);
+}
+
+// d_down += d_hidden^T features; minus_d_up_t += hidden^T grad; both [rank, padded(dim)]
+template <class C>
+inline void add_gradients(Panel<C> features, Panel<C> grad, Panel<C> hidden, Panel<C> d_hidden, Panel<C> d_down,
+                          Panel<C> minus_d_up_t, int64_t rows, int64_t dim, int64_t rank) {
+  multiply(transposed(d_hidden), features, d_down, rank, dim, rows, true);
+  multiply(transposed(hidden), grad, minus_d_up_t, rank, dim, rows, true);
 }
 
 }  // namespace

@@ -160,7 +160,8 @@ struct Adapters {
     });
   }
   PackedAdapter<C> of(int64_t task) const {
-    return {dim, rank, memory.get() + task * PackedAdapter<C>::size(dim, rank)};
+    C* const at = memory.get() + task * PackedAdapter<C>::size(dim, rank);
+    return {dim, rank, at, at + dim * padded(rank)};
   }
 };
 

@@ -18,7 +18,8 @@ void forward(const AdapterForward<typename Compute<S>::Key>& args) {
   const BlockScratch<C> scratch = {dim, rank, args.scratch};
   const Panel<C> panel = scratch.features(), hidden = scratch.hidden();
   for (int64_t i = 0; i < args.rows; ++i) load_row(static_cast<const S*>(args.features[i]), dim, panel.below(i).at);
-  correct_block(args.adapter, panel, hidden, args.rows);
+  forward_hidden(args.adapter, panel, hidden, args.rows);
+  add_out(args.adapter, hidden, panel, args.rows);
   for (int64_t i = 0; i < args.rows; ++i) {
     const C* row = panel.below(i).at;
     if (args.hidden) memcpy(args.hidden + i * rank, hidden.below(i).at, size_t(rank) * sizeof(C));
@@ -58,10 +59,11 @@ void backward(const AdapterBackward<typename Compute<S>::Key>& args) {
   if (args.d_down) {
     for (int64_t i = 0; i < args.rows; ++i)
       load_row(static_cast<const S*>(args.features[i]), dim, features.below(i).at);
-    backward_adapter(adapter, features, grad, hidden, d_hidden, args.d_down, args.minus_d_up_t, args.rows);
+    add_gradients(features, grad, hidden, d_hidden, {args.d_down, padded(dim)}, {args.minus_d_up_t, padded(dim)},
+                  args.rows, dim, rank);
   }
   if (args.d_features) {
-    multiply(scalars(d_hidden), {adapter.out, padded(dim)}, grad, args.rows, dim, rank, true);
+    add_out(adapter, d_hidden, grad, args.rows);
     for (int64_t i = 0; i < args.rows; ++i) store_row(grad.below(i).at, dim, static_cast<S*>(args.d_features[i]));
   }
 }

@@ -26,8 +26,6 @@ struct PackedAdapter {
   C* out;  // [rank, padded(dim)]: -up^T, or down
 
   static int64_t size(int64_t dim, int64_t rank) { return dim * padded(rank) + rank * padded(dim); }
-  PackedAdapter(int64_t dim, int64_t rank, C* memory)
-      : dim(dim), rank(rank), in(memory), out(memory + dim * padded(rank)) {}
 };
 
 // down [rank, dim], up [dim, rank]

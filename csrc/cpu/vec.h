@@ -101,6 +101,19 @@ inline Vec<C> multiply_add(Vec<C> a, Vec<C> b, Vec<C> c) {
 #endif
 }
 template <class C>
+inline Vec<C> square_root(Vec<C> a) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(C) == 8) {
+    return {(typename Vec<C>::Lanes)_mm256_sqrt_pd((__m256d)a.v)};
+  } else {
+    return {(typename Vec<C>::Lanes)_mm256_sqrt_ps((__m256)a.v)};
+  }
+#else
+  for (int i = 0; i < Vec<C>::N; ++i) a.v[i] = sizeof(C) == 8 ? __builtin_sqrt(a.v[i]) : __builtin_sqrtf(float(a.v[i]));
+  return a;
+#endif
+}
+template <class C>
 inline typename Vec<C>::Key bits(Vec<C> a) {
   return (typename Vec<C>::Key)a.v;
 }
@@ -220,6 +233,10 @@ inline Vec<float> add_where<float>(__mmask16 m, Vec<float> acc, Vec<float> x) {
 template <>
 inline Vec<float> multiply_add<float>(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+template <>
+inline Vec<float> square_root<float>(Vec<float> a) {
+  return {_mm512_sqrt_ps(a.v)};
 }
 template <>
 inline __m512i bits<float>(Vec<float> a) {
