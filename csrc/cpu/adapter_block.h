@@ -7,17 +7,38 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-// to [columns, padded(rows)] = sign * from^T; from [rows, columns]
+// Four rows of four columns.
 template <class C>
-inline void transpose(Panel<const C> from, int64_t rows, int64_t columns, C sign, C* to) {
-  const int64_t width = padded(rows);
-  for (int64_t first = 0; first < width; first += kPadding) {
-    const int64_t count = first + kPadding < rows ? kPadding : rows - first;
-    for (int64_t j = 0; j < columns; ++j) {
-      C line[kPadding] = {};
-      for (int64_t i = 0; i < count; ++i) line[i] = sign * from.at[(first + i) * from.row + j];
-      memcpy(to + j * width + first, line, sizeof line);
-    }
+inline void transpose_tile(const C* from, int64_t from_row, C sign, C* to, int64_t to_row) {
+  typedef C Four __attribute__((vector_size(4 * sizeof(C))));
+  Four a[4];
+  for (int i = 0; i < 4; ++i) memcpy(&a[i], from + i * from_row, sizeof(Four));
+  const Four low01 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5),
+             low23 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5),
+             high01 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7),
+             high23 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+  const Four columns[4] = {sign * __builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                           sign * __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                           sign * __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                           sign * __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  for (int j = 0; j < 4; ++j) memcpy(to + j * to_row, &columns[j], sizeof(Four));
+}
+
+// to [columns, rows] = sign * from^T; from [rows, columns]. A strip of rows at a time: at power-of-two widths more of
+// them would share too few cache lines.
+template <class C>
+inline void transpose(Panel<const C> from, int64_t rows, int64_t columns, C sign, Panel<C> to) {
+  for (int64_t strip = 0; strip < rows; strip += kPadding) {
+    const int64_t end = strip + kPadding < rows ? strip + kPadding : rows;
+    for (int64_t j = 0; j < columns; j += 4)
+      for (int64_t i = strip; i < end; i += 4) {
+        if (i + 4 <= end && j + 4 <= columns) {
+          transpose_tile(from.at + i * from.row + j, from.row, sign, to.at + j * to.row + i, to.row);
+          continue;
+        }
+        for (int64_t c = j; c < j + 4 && c < columns; ++c)
+          for (int64_t r = i; r < i + 4 && r < end; ++r) to.at[c * to.row + r] = sign * from.at[r * from.row + c];
+      }
   }
 }
 
@@ -33,8 +54,8 @@ inline void pad(const C* from, int64_t rows, int64_t columns, C sign, C* to) {
 
 template <class C>
 void pack_forward(const C* down, const C* up, PackedAdapter<C> packed) {
-  transpose<C>({down, packed.dim}, packed.rank, packed.dim, 1, packed.in);
-  transpose<C>({up, packed.rank}, packed.dim, packed.rank, -1, packed.out);
+  transpose<C>({down, packed.dim}, packed.rank, packed.dim, 1, {packed.in, padded(packed.rank)});
+  transpose<C>({up, packed.rank}, packed.dim, packed.rank, -1, {packed.out, padded(packed.dim)});
 }
 template <class C>
 void pack_backward(const C* down, const C* up, PackedAdapter<C> packed) {

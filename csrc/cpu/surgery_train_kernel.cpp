@@ -73,7 +73,10 @@ template <class C>
 void read(const Moving<C>& down, const Moving<C>& up, int64_t rank, int64_t dim, const Factor<C>& to_down,
           const Factor<C>& to_minus_up) {
   const auto copy = [&](const C* from, Panel<C> to) { pad<C>(from, rank, dim, 1, to.at); };
-  const auto turn = [&](const C* from, C sign, Panel<C> to) { transpose<C>({from, rank}, dim, rank, sign, to.at); };
+  const auto turn = [&](const C* from, C sign, Panel<C> to) {
+    zero(to, rank);  // the padding too: the loss sums whole vectors
+    transpose<C>({from, rank}, dim, rank, sign, to);
+  };
   copy(down.value, to_down.value), turn(up.value, -1, to_minus_up.value);
   copy(down.first, to_down.first), turn(up.first, -1, to_minus_up.first);
   copy(down.second, to_down.second), turn(up.second, 1, to_minus_up.second);
@@ -86,8 +89,7 @@ void write(const Factor<C>& down, const Factor<C>& minus_up, int64_t rank, int64
     for (int64_t r = 0; r < rank; ++r) memcpy(to + r * dim, from.below(r).at, size_t(dim) * sizeof(C));
   };
   const auto turn = [&](Panel<C> from, C sign, C* to) {
-    for (int64_t r = 0; r < rank; ++r)
-      for (int64_t d = 0; d < dim; ++d) to[d * rank + r] = sign * from.below(r).at[d];
+    transpose<C>({from.at, from.row}, rank, dim, sign, {to, rank});
   };
   copy(down.value, to_down.value), turn(minus_up.value, -1, to_up.value);
   copy(down.first, to_down.first), turn(minus_up.first, -1, to_up.first);
@@ -116,8 +118,8 @@ void train(const SurgeryTraining<typename Compute<S>::Key>& args) {
 
   read(args.down, args.up, rank, dim, down, minus_up);
   for (int64_t s = 0; s < args.steps; ++s) {
-    transpose<C>({down.value.at, width}, rank, dim, 1, forward.in);
-    transpose<C>({minus_up.value.at, width}, rank, dim, 1, backward.in);
+    transpose<C>({down.value.at, width}, rank, dim, 1, {forward.in, padded(rank)});
+    transpose<C>({minus_up.value.at, width}, rank, dim, 1, {backward.in, padded(rank)});
     zero(down.gradient, rank);
     zero(minus_up.gradient, rank);
     double loss = 0;
