@@ -30,4 +30,11 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
   m.def(
       "linear_merge_out(Tensor[] base, Tensor[] experts, float[] weights, float lam=1.0, float divisor=1.0, "
       "str nonfinite=\"error\", str[]? names=None, *, Tensor(a!)[] out) -> ()");
+
+  // mean |features - targets| over the last two dimensions [...], and, for backward, the signs of features - targets
+  // (int8, -2 for NaN) like features, or [0] unless wanted.
+  m.def("representation_loss(Tensor features, Tensor targets, bool with_signs) -> (Tensor, Tensor)");
+
+  // The gradient of features in `dtype`: signs * grad / (rows * dim).
+  m.def("representation_loss_backward(Tensor grad, Tensor signs, ScalarType dtype) -> Tensor");
 }
