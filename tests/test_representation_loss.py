@@ -15,10 +15,10 @@ from torch import Tensor
 from surgery_kernels import _C, reference, representation_loss
 
 OPS = torch.ops.surgery_kernels
-FLOATS_OF_A_FOLD, FLOATS_OF_A_CHUNK = 512, 16384
+FOLD, CHUNK = 512, 16384  # elements after which sums move on to double, and to another thread
 SHAPES = [
-    (1, 1), (3, 21), (8, 8), (5, 13), (2, 3, 7), (8, 16, 64), (2, 3, 4, 5), (3, 1, FLOATS_OF_A_FOLD + 1),
-    (2, 3, FLOATS_OF_A_CHUNK), (FLOATS_OF_A_CHUNK + 33, 1), (9, 157, 111),
+    (1, 1), (3, 21), (8, 8), (5, 13), (2, 3, 7), (8, 16, 64), (2, 3, 4, 5), (3, 1, FOLD + 1),
+    (2, 3, CHUNK), (CHUNK + 33, 1), (9, 157, 111),
 ]  # fmt: skip
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -45,8 +45,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& features, const Tensor& targets
   const Tensor loss =
       torch::stable::new_empty(features, means.sizes, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
   const std::vector<int64_t> none{0};
-  const Tensor signs = with_signs ? torch::stable::new_empty(features, features.sizes(), ScalarType::Char)
-                                  : torch::stable::new_empty(features, none, ScalarType::Char);
+  const Tensor signs = torch::stable::new_empty(features, with_signs ? features.sizes() : none, ScalarType::Char);
   ask_for_huge_pages(signs);
 
   std::vector<double> sums(size_t(means.count * means.chunks));  // [means, chunks]

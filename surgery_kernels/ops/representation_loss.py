@@ -59,7 +59,7 @@ def _autocast(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _RepresentationLoss(torch.autograd.Function):
-    """Half the overhead of torch.library.register_autograd, which small inputs would feel."""
+    """Costs less per call than torch.library.register_autograd, which small inputs would feel."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, targets: Tensor) -> Tensor:
