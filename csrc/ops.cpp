@@ -37,14 +37,23 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
   m.def(
       "surgery_adapter(Tensor features, Tensor down, Tensor up, Tensor? task_index=None, bool token_mean=False, "
       "bool keep_hidden=False) -> (Tensor, Tensor, Tensor)");
+
   // The gradients of features, down and up; empty where not needed.
   m.def(
       "surgery_adapter_backward(Tensor? grad, Tensor? grad_means, Tensor features, Tensor down, Tensor up, "
       "Tensor? task_index, Tensor hidden, bool need_features, bool need_adapter) -> (Tensor, Tensor, Tensor)");
+
   // Many steps of gather, forward, L1 loss, backward and Adam for each task's adapter on cached features: the losses
   // [steps, num_tasks]. features, targets: one [images, dim] per task; indices [steps, num_tasks, batch].
   m.def(
       "surgery_train(Tensor[] features, Tensor[] targets, Tensor(a!) down, Tensor(b!) up, Tensor(c!) down_moments, "
       "Tensor(d!) up_moments, Tensor indices, int step=0, float lr=1e-3, float beta1=0.9, float beta2=0.999, "
       "float eps=1e-8, int zero_grad_steps=0) -> Tensor");
+
+  // mean |features - targets| over the last two dimensions [...], and, for backward, the signs of features - targets
+  // (int8, -2 for NaN) like features, or [0] unless wanted.
+  m.def("representation_loss(Tensor features, Tensor targets, bool with_signs) -> (Tensor, Tensor)");
+
+  // The gradient of features in `dtype`: signs * grad / (rows * dim).
+  m.def("representation_loss_backward(Tensor grad, Tensor signs, ScalarType dtype) -> Tensor");
 }

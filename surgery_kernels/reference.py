@@ -325,14 +325,19 @@ def surgery_adapter(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """features - relu(features down^T) up^T with each task's own adapter; differentiable by autograd."""
     compute = torch.promote_types(features.dtype, torch.float32)
-    y, down, up = features.to(compute), down.to(compute), up.to(compute)
+    down, up = down.to(compute), up.to(compute)
     if task_index is not None:
         down, up = down[task_index], up[task_index]
-    subscripts = ("n...d,nrd->n...r", "n...r,ndr->n...d")
-    corrected = y - torch.einsum(subscripts[1], torch.einsum(subscripts[0], y, down).relu(), up)
+    corrected = correct(features.to(compute), down, up)
     if token_mean:
         return corrected.to(features.dtype), corrected.mean(dim=-2).to(features.dtype)
     return corrected.to(features.dtype)
+
+
+def correct(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """features [n, ..., dim], each of the first dimension with its own down [n, rank, dim] and up [n, dim, rank]."""
+    hidden = torch.einsum("n...d,nrd->n...r", features, down).relu()
+    return features - torch.einsum("n...r,ndr->n...d", hidden, up)
 
 
 def representation_loss(features: Tensor, targets: Tensor) -> Tensor:
@@ -361,28 +366,28 @@ def surgery_train(
     for s, batches in enumerate(indices):
         for t, batch in enumerate(batches):
             parameters = [down[t : t + 1].clone().requires_grad_(), up[t : t + 1].clone().requires_grad_()]
-            corrected = surgery_adapter(features[t][batch].to(down.dtype)[None], *parameters)
+            corrected = correct(features[t][batch].to(down.dtype)[None], *parameters)
             loss = representation_loss(corrected, targets[t][batch].to(down.dtype)[None])
             gradients = torch.autograd.grad(loss.sum(), parameters)
             losses[s, t] = loss[0].detach()
             for value, moments, gradient in zip((down[t], up[t]), (down_moments, up_moments), gradients, strict=True):
                 for i in range(1 + zero_grad_steps):
-                    adam(value, *moments[:, t], gradient[0] * (i == 0), step + i + 1, lr, betas, eps)
+                    adam(value, moments[:, t], gradient[0] * (i == 0), step + i + 1, lr, betas, eps)
         step += 1 + zero_grad_steps
     return losses
 
 
 def adam(
     value: Tensor,
-    first: Tensor,
-    second: Tensor,
+    moments: Tensor,
     gradient: Tensor,
     step: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Algorithm 1 of arXiv 1412.6980, in place; `step` counts from 1."""
+    """Algorithm 1 of arXiv 1412.6980, in place; moments [2, ...]; `step` counts from 1."""
+    first, second = moments.unbind()
     first.mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
     second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     corrected = first / (1 - betas[0] ** step), second / (1 - betas[1] ** step)

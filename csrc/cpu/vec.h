@@ -41,7 +41,7 @@ struct Vec {
 
   Lanes v;
 
-  static Vec set(C x) { return {Lanes{} + x}; }
+  static Vec set(C x) { return {x - Lanes{}}; }  // adding 0 would lose the sign of -0
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
@@ -120,6 +120,10 @@ inline typename Vec<C>::Key bits(Vec<C> a) {
 template <class C>
 inline typename Vec<C>::Key magnitude(Vec<C> a) {
   return bits(a) & kMaxKey<typename Vec<C>::KeyLane>;
+}
+template <class C>
+inline Vec<C> absolute(Vec<C> a) {
+  return {(typename Vec<C>::Lanes)magnitude(a)};
 }
 template <class C>
 inline typename Vec<C>::Key flip_sign(typename Vec<C>::Key a) {
@@ -245,6 +249,10 @@ inline __m512i bits<float>(Vec<float> a) {
 template <>
 inline __m512i magnitude<float>(Vec<float> a) {
   return _mm512_and_si512(bits(a), _mm512_set1_epi32(0x7FFFFFFF));
+}
+template <>
+inline Vec<float> absolute<float>(Vec<float> a) {
+  return {_mm512_abs_ps(a.v)};
 }
 template <>
 inline __m512i flip_sign<float>(__m512i a) {
@@ -488,24 +496,24 @@ inline typename Vec<typename Compute<S>::type>::Mask lanes_of(int half, int coun
   return V::first(lanes < 0 ? 0 : lanes < V::N ? lanes : V::N);
 }
 
-// Past the caches: the line is not read before it is written. p must be aligned to 64 bytes.
+// Past the caches: the line is not read before it is written. Both pointers must be aligned to 64 bytes.
+template <size_t bytes>
+inline void stream_lines(const void* lines, void* p) {
+#if defined(__AVX512F__)
+  for (size_t i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)p + i / 64, ((const __m512i*)lines)[i / 64]);
+#elif defined(__AVX2__)
+  for (size_t i = 0; i < bytes; i += 32) _mm256_stream_si256((__m256i*)p + i / 32, ((const __m256i*)lines)[i / 32]);
+#elif defined(__x86_64__)
+  for (size_t i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i*)p + i / 16, ((const __m128i*)lines)[i / 16]);
+#else
+  memcpy(p, lines, bytes);
+#endif
+}
 template <class S>
 inline void stream_block(Block<typename Compute<S>::type> x, S* p) {
-#if defined(__x86_64__)
-  constexpr int bytes = Block<typename Compute<S>::type>::N * int(sizeof(S));
-  alignas(64) char line[bytes];
-  store_block(x, (S*)line);
-  char* target = (char*)p;
-#if defined(__AVX512F__)
-  for (int i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)(target + i), *(const __m512i*)(line + i));
-#elif defined(__AVX2__)
-  for (int i = 0; i < bytes; i += 32) _mm256_stream_si256((__m256i*)(target + i), *(const __m256i*)(line + i));
-#else
-  for (int i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i*)(target + i), *(const __m128i*)(line + i));
-#endif
-#else
-  store_block(x, p);
-#endif
+  alignas(64) S lines[Block<typename Compute<S>::type>::N];
+  store_block(x, lines);
+  stream_lines<sizeof lines>(lines, p);
 }
 // Makes streamed stores visible to other threads before the kernel returns.
 inline void fence() {

@@ -76,15 +76,12 @@ def _check(features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None
     for name, tensor in {"down": down, "up": up}.items():
         if tensor.dtype not in (features.dtype, torch.float32) or tensor.dtype != down.dtype:
             raise ValueError(f"{name} must be {features.dtype} like features, or float32, got {tensor.dtype}")
-    leading = "num_tasks, " if task_index is None else ""
-    dims = (4,) if token_mean else (3, 4)
-    if task_index is not None:
-        dims = tuple(d - 1 for d in dims)
-        if not isinstance(task_index, Tensor):
-            raise TypeError(f"task_index must be a tensor, got {type(task_index).__name__}")
-    if features.dim() not in dims:
-        shapes = " or ".join(f"[{leading}{'rows' if d == dims[0] and not token_mean else 'batch, tokens'}, dim]" for d in dims)
-        raise ValueError(f"features must be {shapes}, got {tuple(features.shape)}")
+    if task_index is not None and not isinstance(task_index, Tensor):
+        raise TypeError(f"task_index must be a tensor, got {type(task_index).__name__}")
+    axes = ["rows", "batch, tokens"] if task_index is None else ["rows", "rows, tokens"]
+    shapes = [f"[{'num_tasks, ' if task_index is None else ''}{axis}, dim]" for axis in axes[token_mean:]]
+    if features.dim() not in [shape.count(",") + 1 for shape in shapes]:
+        raise ValueError(f"features must be {' or '.join(shapes)}, got {tuple(features.shape)}")
     if features.shape[-1] != dim:
         raise ValueError(f"features must have the dim of down, {dim}, got {features.shape[-1]}")
     if task_index is None:
@@ -141,7 +138,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_means: Tensor | None, _: Tenso
     d_features, d_down, d_up = _ops.surgery_adapter_backward(
         grad, grad_means, features, down, up, task_index, hidden, need_features, need_down or need_up
     )
-    return d_features if need_features else None, d_down if need_down else None, d_up if need_up else None, None, None, None
+    needed = zip((d_features, d_down, d_up), (need_features, need_down, need_up), strict=True)
+    return *(gradient if need else None for gradient, need in needed), None, None, None
 
 
 torch.library.register_autograd("surgery_kernels::surgery_adapter", _backward, setup_context=_keep)
