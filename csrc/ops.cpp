@@ -30,4 +30,11 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
   m.def(
       "linear_merge_out(Tensor[] base, Tensor[] experts, float[] weights, float lam=1.0, float divisor=1.0, "
       "str nonfinite=\"error\", str[]? names=None, *, Tensor(a!)[] out) -> ()");
+
+  // base + sum_t coefficients[t, block] * task_vectors[t]. Flat tensors; coefficients: [num_tasks, num_blocks] in the
+  // compute type; block_offsets: int64 [num_blocks + 1]. Differentiable in the coefficients.
+  m.def("combine(Tensor base, Tensor[] task_vectors, Tensor coefficients, Tensor block_offsets) -> Tensor");
+
+  // Its gradient [num_tasks, num_blocks] in the compute type: <grad, task_vectors[t]> over every block.
+  m.def("combine_backward(Tensor grad, Tensor[] task_vectors, Tensor block_offsets) -> Tensor");
 }
