@@ -1,4 +1,4 @@
-"""combine, forward and backward, on the shapes of ViT-B/32 with one coefficient per expert and tensor, 8 experts.
+"""combine, forward and backward, on the shapes of ViT-B/32, one coefficient for each of 8 experts and each tensor.
 
 Against the sum that AdaMerging's users write: tensor by tensor, expert by expert, differentiated by autograd. Bound:
 forward reads base and task vectors and writes the result, backward reads the incoming gradient and the task vectors.
@@ -6,8 +6,8 @@ forward reads base and task vectors and writes the result, backward reads the in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,30 +20,35 @@ from torch import Tensor
 from surgery_kernels import combine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES = vit_b32_shapes()
-NUM_PARAMS = num_params_of(SHAPES)
+SMALL, WHOLE = 2, 12  # layers
 
 Step = Callable[[], list[Tensor]]  # the merged parameters, in one tensor or in many, and at last the gradient
 
 
-@dataclass
 class Problem:
     """A merge in the middle of its training: what it reads, and the gradient that a model gave it."""
 
-    base: Tensor  # [num_params]
-    task_vectors: list[Tensor]  # [num_tasks] of [num_params]
-    grad: Tensor  # [num_params]
-    coefficients: Tensor  # [num_tasks, num_blocks]
-    block_offsets: Tensor  # [num_blocks + 1]
+    def __init__(self, layers: int, dtype: torch.dtype) -> None:
+        self.shapes = vit_b32_shapes(layers)
+        self.num_params = num_params_of(self.shapes)
+        generator = torch.Generator().manual_seed(1)
+        self.base, self.grad = (
+            torch.empty(self.num_params, dtype=dtype).normal_(0, 0.02, generator=generator) for _ in range(2)
+        )
+        _, self.task_vectors = flat_inputs(self.num_params, dtype, takes_base=False)
+        self.coefficients = torch.rand(NUM_TASKS, len(self.shapes), generator=generator).requires_grad_()
+        self.block_offsets = torch.tensor([0, *map(math.prod, self.shapes.values())]).cumsum(0)
 
-    @classmethod
-    def make(cls, dtype: torch.dtype) -> Problem:
-        _, (base, grad, *_) = flat_inputs(NUM_PARAMS, dtype, takes_base=False)
-        base, grad = base.mul_(20), grad.mul(1)
-        _, task_vectors = flat_inputs(NUM_PARAMS, dtype, takes_base=False)
-        sizes = torch.tensor([0, *(num_params_of({name: shape}) for name, shape in SHAPES.items())])
-        coefficients = torch.rand(NUM_TASKS, len(SHAPES), generator=torch.Generator().manual_seed(0))
-        return cls(base, task_vectors, grad, coefficients.requires_grad_(), sizes.cumsum(0))
+    def describe(self, contender: str) -> dict[str, Any]:
+        return {
+            "op": "combine",
+            "num_params": self.num_params,
+            "num_tasks": NUM_TASKS,
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype == self.base.dtype),
+            "contender": contender,
+            "semantics": "paper",
+            "least_bytes": (2 * (NUM_TASKS + 1) + 1) * self.base.nbytes,
+        }
 
     def ours(self) -> list[Tensor]:
         merged = combine(self.base, self.task_vectors, self.coefficients, self.block_offsets)
@@ -51,7 +56,7 @@ class Problem:
 
     def by_tensors(self, merge: Callable[..., list[Tensor]]) -> Step:
         base, grad, *task_vectors = (
-            list(state_dict(flat, SHAPES).values()) for flat in (self.base, self.grad, *self.task_vectors)
+            list(state_dict(flat, self.shapes).values()) for flat in (self.base, self.grad, *self.task_vectors)
         )
 
         def step() -> list[Tensor]:
@@ -77,56 +82,60 @@ def compiled_merge() -> Callable[..., list[Tensor]]:
 BASELINES = {"eager": lambda: eager_merge, "compiled": compiled_merge}
 
 
-def describe(dtype: str, contender: str) -> dict[str, Any]:
-    return {
-        "op": "combine",
-        "num_params": NUM_PARAMS,
-        "num_tasks": NUM_TASKS,
-        "dtype": dtype,
-        "contender": contender,
-        "semantics": "paper",
-        "least_bytes": (2 * (NUM_TASKS + 1) + 1) * NUM_PARAMS * DTYPES[dtype].itemsize,
-    }
-
-
 def differing_share(theirs: list[Tensor], ours: list[Tensor]) -> float:
-    """The share of parameters that differ, none by more than the roundings of every step in the stored dtype."""
+    """The share of parameters that differ, by roundings alone: in bfloat16 eager rounds after every operation."""
     merged, gradients = torch.cat([x.flatten() for x in theirs[:-1]]), (theirs[-1], ours[-1])
     eps = torch.finfo(merged.dtype).eps
     assert (merged - ours[0]).abs().max() <= eps * ours[0].abs().max()
-    assert (gradients[0] - gradients[1]).abs().max() <= 4 * eps * gradients[1].abs().max()
+    # up to 2.4M products of random sign, in another order and precision
+    assert (gradients[0] - gradients[1]).abs().max() <= eps**0.5 * gradients[1].abs().max()
     return (merged != ours[0]).float().mean().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize(
+    ("baseline", "layers"),
+    [
+        ("eager", SMALL),
+        ("compiled", SMALL),
+        ("eager", WHOLE),
+        pytest.param("compiled", WHOLE, marks=pytest.mark.large),  # minutes to compile
+    ],
+)
 @pytest.mark.benchmark(group="combine")
-def test_baseline(measure: Measure, rounds: int, baseline: str, dtype: str) -> None:
-    problem = Problem.make(DTYPES[dtype])
-    theirs = problem.by_tensors(BASELINES[baseline]())
-    extra = describe(dtype, baseline)
+def test_baseline(measure: Measure, rounds: int, baseline: str, layers: int, dtype: str) -> None:
+    problem = Problem(layers, DTYPES[dtype])
+    theirs, extra = problem.by_tensors(BASELINES[baseline]()), problem.describe(baseline)
     expected = problem.ours()
     if baseline == "compiled":
-        theirs()  # what compiles is no memory of the merge
+        theirs()  # what compiling takes is not counted
     peak = Peak()
 
     def check(result: list[Tensor]) -> float:
         extra["peak_extra_bytes"] = peak.beyond(result)
         return differing_share(result, expected)
 
-    measure(theirs, ours=problem.ours, check=check, rounds=rounds, extra=extra)
+    measure(
+        theirs,
+        ours=problem.ours,
+        check=check,
+        rounds=1 if layers == WHOLE else rounds,
+        warm_up=False,
+        extra=extra,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [SMALL, WHOLE])
 @pytest.mark.benchmark(group="combine")
-def test_ours(measure: Measure, rounds: int, dtype: str) -> None:
-    problem = Problem.make(DTYPES[dtype])
-    extra = describe(dtype, "ours")
+def test_ours(measure: Measure, rounds: int, layers: int, dtype: str) -> None:
+    problem = Problem(layers, DTYPES[dtype])
+    extra = problem.describe("ours")
     expected = problem.ours()
     peak = Peak()
 
     def check(result: list[Tensor]) -> float:
-        extra["peak_extra_bytes"] = peak.beyond(result)
+        extra["peak_extra_bytes"] = peak.beyond(result[:1])
         return 1 - float(all(torch.equal(x, y) for x, y in zip(result, expected, strict=True)))
 
-    measure(problem.ours, check=check, rounds=2 * rounds, extra=extra)
+    measure(problem.ours, check=check, rounds=4 * rounds, extra=extra)
