@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import Measure
-from footprint import Peak
 from inputs import NUM_TASKS, flat_inputs, num_params_of, state_dict, vit_b32_shapes
 from torch import Tensor
 
@@ -105,23 +104,15 @@ def differing_share(theirs: list[Tensor], ours: list[Tensor]) -> float:
 @pytest.mark.benchmark(group="combine")
 def test_baseline(measure: Measure, rounds: int, baseline: str, layers: int, dtype: str) -> None:
     problem = Problem(layers, DTYPES[dtype])
-    theirs, extra = problem.by_tensors(BASELINES[baseline]()), problem.describe(baseline)
+    theirs = problem.by_tensors(BASELINES[baseline]())
     expected = problem.ours()
-    if baseline == "compiled":
-        theirs()  # what compiling takes is not counted
-    peak = Peak()
-
-    def check(result: list[Tensor]) -> float:
-        extra["peak_extra_bytes"] = peak.beyond(result)
-        return differing_share(result, expected)
-
     measure(
         theirs,
         ours=problem.ours,
-        check=check,
+        check=lambda result: differing_share(result, expected),
         rounds=1 if layers == WHOLE else rounds,
-        warm_up=False,
-        extra=extra,
+        warm_up=layers == SMALL or baseline == "compiled",
+        extra=problem.describe(baseline),
     )
 
 
@@ -130,12 +121,10 @@ def test_baseline(measure: Measure, rounds: int, baseline: str, layers: int, dty
 @pytest.mark.benchmark(group="combine")
 def test_ours(measure: Measure, rounds: int, layers: int, dtype: str) -> None:
     problem = Problem(layers, DTYPES[dtype])
-    extra = problem.describe("ours")
     expected = problem.ours()
-    peak = Peak()
-
-    def check(result: list[Tensor]) -> float:
-        extra["peak_extra_bytes"] = peak.beyond(result[:1])
-        return 1 - float(all(torch.equal(x, y) for x, y in zip(result, expected, strict=True)))
-
-    measure(problem.ours, check=check, rounds=4 * rounds, extra=extra)
+    measure(
+        problem.ours,
+        check=lambda result: 1 - float(all(map(torch.equal, result, expected))),
+        rounds=4 * rounds,
+        extra=problem.describe("ours"),
+    )

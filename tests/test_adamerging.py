@@ -234,6 +234,19 @@ def test_a_head_for_each_task_and_datasets_with_labels() -> None:
     assert values[0] <= 2 * math.log(2)
 
 
+def test_tied_tensors_are_replaced_wherever_they_are() -> None:
+    """Under one name in two modules, and in one module under two names; the model gets its own back."""
+    embed, head = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+    head.weight = embed.weight
+    for model in (nn.Sequential(embed, head), nn.Sequential(embed, embed)):
+        own, replaced = embed.weight.detach().clone(), torch.randn(6, 6, generator=generator("replaced"))
+        x = images()["even"]
+        loss = entropy_objective(model.eval(), {"even": x}, batch_size=24)({"0.weight": replaced}, 0)
+        p = (x @ replaced.T @ replaced.T).softmax(-1)
+        torch.testing.assert_close(loss, torch.special.entr(p).sum(-1).mean())
+        assert_same(embed.weight.detach(), own)
+
+
 def test_empty_models() -> None:
     assert merge_state_dicts({}, [{}], method="adamerging", objective=lambda merged, step: None) == {}
 

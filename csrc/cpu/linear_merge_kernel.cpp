@@ -37,9 +37,9 @@ template <class S>
 void merge(const LinearArgs<typename Compute<S>::Key>& args, void* out_) {
   constexpr int N = Block<typename Compute<S>::type>::N;
   S* out = static_cast<S*>(out_);
-  // Only whole lines are streamed: what comes before the first goes through the caches.
-  const int64_t head = args.stream ? int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(S)) : 0;
-  const bool streamed = args.stream && head + N <= args.n;
+  // Streams begin at a line: what comes before the first one goes through the caches.
+  const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(S));
+  const bool streamed = args.stream && head + N <= args.n && reinterpret_cast<uintptr_t>(out + head) % 64 == 0;
   int64_t i = 0;
   while (streamed && i < head) {
     const int count = int(std::min<int64_t>(N, head - i));

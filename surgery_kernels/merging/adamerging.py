@@ -45,11 +45,11 @@ class AdaMerging:
         steps: 0 or more; 0 merges with the initial coefficients.
         receive: Called once with what was learned.
 
-    Every step merges the whole model anew by one `combine`, forward and backward. The tensors of the base and the task
-    vectors are copied side by side, in their widest dtype: as much memory as base and experts take, for AdaMerging++
-    twice that of the experts while it trims them.
+    Every step merges the whole model by one `combine`, forward and backward; only the objective may draw at random. The
+    base and the task vectors are copied side by side in the widest dtype among the tensors: as much memory again as
+    base and experts take, for AdaMerging++ twice that of the experts while it trims them.
 
-    Source: AdaMerging (arXiv 2310.02575), sections 3.2 and 3.3.
+    Source: AdaMerging (arXiv 2310.02575), section 3.2.
     """
 
     objective: Objective | None = None
@@ -65,7 +65,7 @@ class AdaMerging:
 
     @property
     def reads(self) -> int:
-        return 2 * self.steps + (1 if self.density is None else 3)
+        return 2 * self.steps + 1  # forward, backward, and the result
 
     def check(self, num_tasks: int) -> None:
         if not callable(self.objective):

@@ -45,7 +45,7 @@ def entropy_objective(
     Raises:
         ValueError: the model is in training mode, there are no inputs, or batch_size is below 1.
 
-    Source: AdaMerging (arXiv 2310.02575), equation 7.
+    Source: AdaMerging (arXiv 2310.02575), section 3.2.
     """
     if model.training:
         raise ValueError("model must be in evaluation mode, got training mode")

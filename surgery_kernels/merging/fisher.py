@@ -22,11 +22,11 @@ class Fisher:
     Args:
         fishers: For each expert the diagonal of its Fisher information by the names of the tensors, in their shapes,
             0 or greater, as `diagonal_fisher` gives it. A tensor that no expert has one for (a buffer) is averaged.
-            Each is asked for once per expert: a mapping may read it from disk.
+            One is held at a time: a mapping may read them from disk.
         weights: 0 or greater, one number or one per expert.
         floor: Smaller entries count as this, so that a parameter no expert is certain about is averaged; above 0.
 
-    Source: Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832), section 3.
+    Source: Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832).
     """
 
     fishers: Sequence[Mapping[str, Tensor]] = ()
@@ -90,7 +90,7 @@ def diagonal_fisher(
     Raises:
         ValueError: the model is in training mode, or there are no inputs.
 
-    Source: Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832), section 3.
+    Source: Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832).
     """
     if model.training:
         raise ValueError("model must be in evaluation mode, got training mode")

@@ -19,15 +19,15 @@ class RegMean:
 
     Args:
         grams: For each expert the Gram matrices [in, in] of its layers' inputs by the names of the weights, as
-            `gram_matrices` gives them, for some or all of the linear layers, the same for every expert. Each is asked
-            for once: a mapping may read it from disk.
+            `gram_matrices` gives them, for some or all of the linear layers, the same for every expert. One is held at
+            a time: a mapping may read them from disk.
         off_diagonal: In [0, 1]: the entries of the Gram matrices off their diagonals are multiplied by it. 0 weighs
             inputs alone, 1 is the least-squares solution itself.
 
     Where the inputs say nothing (an input that always was 0, fewer rows than inputs) the experts are averaged. The base
     is not read. Solved in float64.
 
-    Source: RegMean (arXiv 2212.09849), section 3.
+    Source: RegMean (arXiv 2212.09849).
     """
 
     grams: Sequence[Mapping[str, Tensor]] = ()
@@ -90,7 +90,7 @@ def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
     Raises:
         ValueError: the model is in training mode, or there are no inputs.
 
-    Source: RegMean (arXiv 2212.09849), section 3.
+    Source: RegMean (arXiv 2212.09849).
     """
     if model.training:
         raise ValueError("model must be in evaluation mode, got training mode")

@@ -38,7 +38,7 @@ def combine(base: Tensor, task_vectors: Experts, coefficients: Tensor, block_off
         ValueError, TypeError: shapes, dtypes or devices differ, or `base` or a task vector requires a gradient.
         RuntimeError: `block_offsets` are out of order.
 
-    Source: AdaMerging (arXiv 2310.02575), section 3.2; aTLAS (arXiv 2407.02880), equation 3.
+    Source: AdaMerging (arXiv 2310.02575), section 3.2; aTLAS (arXiv 2407.02880).
     """
     if not isinstance(base, Tensor):
         raise TypeError(f"base must be a tensor, got {type(base).__name__}")
