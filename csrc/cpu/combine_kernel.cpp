@@ -12,7 +12,7 @@ template <class C>
 constexpr int kLanes = 128 / int(sizeof(C));  // as many on every instruction set
 constexpr int kProducts = 128;                // per lane and run
 
-// Task vectors read side by side: as many as have their sums in registers.
+// Task vectors read side by side, each in one long run that prefetching can follow: as many as the registers bear.
 #if defined(__AVX512F__)
 constexpr int kTogether = 8;
 #else
