@@ -25,8 +25,9 @@ DISTURBED = 0.1
 TIMES_NOTE = """\
 Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
 taken in turn). Bound: base and experts read twice (`trim_thresholds`: once) and the result written once, at the
-bandwidth of a large copy measured around every round; left out where everything fits in the caches. †: other processes
-took more than a tenth of the processors meanwhile."""
+bandwidth of a large copy measured around every round; left out where everything fits in the caches. `combine` is
+forward and backward; the second time it reads the incoming gradient instead of base. †: other processes took more than
+a tenth of the processors meanwhile."""
 MEMORY_NOTE = """\
 Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
 every tensor operation; what a selection or a sort moves inside itself is not counted."""
@@ -80,7 +81,7 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
         if row["contender"] == "ours" and row["semantics"] != "paper":
             continue
         grouped.setdefault((row["op"], row["num_params"], row["dtype"]), {})[row["contender"]] = row
-    order = ["ties_merge", "trim_thresholds", "merge_state_dicts"]
+    order = ["ties_merge", "trim_thresholds", "merge_state_dicts", "combine"]
     return dict(sorted(grouped.items(), key=lambda item: (order.index(item[0][0]), item[0][2] != "fp32", item[0][1])))
 
 

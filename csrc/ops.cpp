@@ -56,4 +56,11 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
 
   // The gradient of features in `dtype`: signs * grad / (rows * dim).
   m.def("representation_loss_backward(Tensor grad, Tensor signs, ScalarType dtype) -> Tensor");
+
+  // base + sum_t coefficients[t, block] * task_vectors[t]. Flat tensors; coefficients: [num_tasks, num_blocks] in the
+  // compute type; block_offsets: int64 [num_blocks + 1]. Differentiable in the coefficients.
+  m.def("combine(Tensor base, Tensor[] task_vectors, Tensor coefficients, Tensor block_offsets) -> Tensor");
+
+  // Its gradient [num_tasks, num_blocks] in the compute type: <grad, task_vectors[t]> over every block.
+  m.def("combine_backward(Tensor grad, Tensor[] task_vectors, Tensor block_offsets) -> Tensor");
 }

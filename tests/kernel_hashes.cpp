@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/combine_kernel.h"
 #include "cpu/linear_merge_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
@@ -75,7 +76,8 @@ void run(const Format& format) {
   const sk::TrimKernel<Key>& trim = sk::SK_ISA::trim_kernels.get<Key>(format.dtype);
   const sk::TiesKernel<Key>& ties = sk::SK_ISA::ties_kernels.get<Key>(format.dtype);
   const sk::LinearKernel<Key> linear = sk::SK_ISA::linear_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[4], averaged;
+  const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
+  Hash trimmed, merged[4], averaged, combined;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -116,6 +118,14 @@ void run(const Format& format) {
       sum.drop = drop;
       linear(sum, out.data());
       averaged.add(format, out);
+      sum.task_vectors = true;
+      linear(sum, out.data());
+      combined.add(format, out);
+      if (from) {
+        double sums[kTasks];
+        dot(from, pointers.data(), kTasks, n, sums);
+        for (double of_task : sums) combined.add(of_task);
+      }
       for (int rule = 0; rule < 4; ++rule) {
         const bool paper = rule < 2;
         std::vector<sk::Draw> draws(n);
@@ -162,6 +172,7 @@ void run(const Format& format) {
   print("ties_merge mergekit", merged[2]);
   print("ties_merge peft", merged[3]);
   print("linear_merge", averaged);
+  print("combine", combined);
 }
 
 }  // namespace

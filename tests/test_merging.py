@@ -282,7 +282,11 @@ def test_differences_are_named(method: str, changed: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "slerp"}, "method must be one of 'ties', 'average', 'task_arithmetic', got 'slerp'"),
+        (
+            {"method": "slerp"},
+            "method must be one of 'ties', 'average', 'task_arithmetic', 'adamerging', 'fisher', 'regmean', "
+            "got 'slerp'",
+        ),
         ({"scope": "layer"}, "scope must be one of 'model', 'tensor', got 'layer'"),
         ({"density": 0.0}, "density must be in (0, 1], got 0.0"),
         ({"lam": math.nan}, "lam must be finite, got nan"),

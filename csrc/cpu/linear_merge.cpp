@@ -27,6 +27,7 @@ void merge_scope(const Scope& scope, const std::vector<double>& weights, double 
                                     chunk.count,
                                     C(lam),
                                     C(divisor),
+                                    /*task_vectors=*/false,
                                     drop,
                                     stream};
       SK_KERNELS(linear_kernels).get<Key>(chunk.part.dtype)(args, outputs.at(scope, chunk.part_index, chunk.begin));

@@ -1,5 +1,7 @@
 #include "linear_merge_kernel.h"
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace sk {
@@ -15,10 +17,11 @@ inline Block<typename Compute<S>::type> merge_block(const LinearArgs<typename Co
   const V zero = V::set(0);
   Block<C> base = {zero, zero}, sum = base;
   if (args.base) base = load(args.base);
+  const bool subtract = args.base && !args.task_vectors;
   for (int t = 0; t < args.num_tasks; ++t) {
     const Block<C> expert = load(args.experts[t]);
     for (int h = 0; h < 2; ++h) {
-      V x = args.base ? expert.v[h] - base.v[h] : expert.v[h];
+      V x = subtract ? expert.v[h] - base.v[h] : expert.v[h];
       if (args.drop) x = zero_unless<C>(greater_key<C>(V::keys(kInfinityKey<typename V::KeyLane>), magnitude(x)), x);
       sum.v[h] = sum.v[h] + x * V::set(args.weights[t]);
     }
@@ -34,8 +37,15 @@ template <class S>
 void merge(const LinearArgs<typename Compute<S>::Key>& args, void* out_) {
   constexpr int N = Block<typename Compute<S>::type>::N;
   S* out = static_cast<S*>(out_);
-  const bool streamed = args.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  // Streams begin at a line: what comes before the first one goes through the caches.
+  const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(S));
+  const bool streamed = args.stream && head + N <= args.n && reinterpret_cast<uintptr_t>(out + head) % 64 == 0;
   int64_t i = 0;
+  while (streamed && i < head) {
+    const int count = int(std::min<int64_t>(N, head - i));
+    store_block(merge_block<S>(args, i, count), out + i, count);
+    i += count;
+  }
   for (; i + N <= args.n; i += N) {
     if (streamed)
       stream_block(merge_block<S>(args, i), out + i);

@@ -1,4 +1,5 @@
-// base + lam * (sum_t weight_t * (expert_t - base)) / divisor over raw pointers: one read, one rounding.
+// base + lam * (sum_t weight_t * (expert_t - base)) / divisor over raw pointers: one read, one rounding. With task
+// vectors for experts base is not subtracted.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -12,14 +13,15 @@ template <class Key>
 struct LinearArgs {
   using C = std::conditional_t<sizeof(Key) == 8, double, float>;
 
-  const void* base;            // may be null: then sum_t weight_t * expert_t, and nothing is added
+  const void* base;            // may be null: then nothing is subtracted and nothing is added
   const void* const* experts;  // [num_tasks]
   const C* weights;            // [num_tasks]
   int num_tasks;
   int64_t n;
   C lam, divisor;
-  bool drop;    // a non-finite entry counts as 0
-  bool stream;  // write past the caches
+  bool task_vectors;  // base is added only
+  bool drop;          // a non-finite entry counts as 0
+  bool stream;        // write past the caches
 };
 
 template <class Key>

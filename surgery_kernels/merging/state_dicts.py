@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 
 from ..ops import arguments
+from .adamerging import AdaMerging
 from .average import Average
+from .fisher import Fisher
 from .progress import progress_bar
+from .regmean import RegMean
 from .scope import Method, Scope
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
 
-METHODS: dict[str, type[Ties] | type[Average] | type[TaskArithmetic]] = {
+METHODS: dict[str, Any] = {  # dataclasses that are a Method
     "ties": Ties,
     "average": Average,
     "task_arithmetic": TaskArithmetic,
+    "adamerging": AdaMerging,
+    "fisher": Fisher,
+    "regmean": RegMean,
 }
 SCOPES = ("model", "tensor")
 
@@ -42,11 +48,12 @@ def merge_state_dicts(
             ones are copied from here.
         experts: num_tasks >= 1 state dicts with the names, shapes, dtypes and devices of `base`.
         method: "ties" (options density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, as in
-            `ties_merge`), "average" (weights, nonfinite; divided by their sum) or "task_arithmetic" (lam, weights,
-            nonfinite).
+            `ties_merge`), "average" (weights, nonfinite; divided by their sum), "task_arithmetic" (lam, weights,
+            nonfinite), "adamerging" (objective, granularity, density, initial, lr, steps, receive), "fisher" (fishers,
+            weights, floor) or "regmean" (grams, off_diagonal); see the classes in `surgery_kernels.merging`.
         scope: "model": thresholds, the number kept and the sign of drawn elections are taken over all tensors
             together, in the order of `base`, as the TIES paper does; "tensor": over each alone, as mergekit and PEFT
-            do. The other methods treat each tensor alone anyway.
+            do. Other methods have nothing to take over several tensors, or learn from the whole model anyway.
         progress: A bar on stderr: True, False, or None for one that appears after two seconds.
         **options: Of the method.
 
@@ -69,8 +76,8 @@ def merge_state_dicts(
 
     owner = _tied(base, experts)
     merged = [name for name, tensor in base.items() if tensor.is_floating_point() and owner[name] == name]
-    whole = scope == "model" and merging.shares
-    if whole and len({base[name].dtype == torch.float64 for name in merged}) > 1:
+    shared = scope == "model" and merging.shares
+    if shared and len({base[name].dtype == torch.float64 for name in merged}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     result = {
         name: (torch.empty_like if tensor.is_floating_point() else torch.clone)(
@@ -79,7 +86,8 @@ def merge_state_dicts(
         for name, tensor in base.items()
         if owner[name] == name
     }
-    groups = [merged] if whole else [[name] for name in merged]
+    owner_of_merged = {name: owner[name] for name in base if base[name].is_floating_point()}
+    groups = [merged] if shared or merging.whole else [[name] for name in merged]
     size = sum(base[name].nbytes for name in merged)
     with progress_bar(merging.reads * (len(experts) + 1) * size, progress):
         for names in filter(None, groups):
@@ -89,6 +97,7 @@ def merge_state_dicts(
                     base=[base[name].detach() for name in names],
                     experts=[[expert[name].detach() for expert in experts] for name in names],
                     out=[result[name] for name in names],
+                    owner=owner_of_merged,
                 )
             )
     return {name: result[owner[name]] for name in base}

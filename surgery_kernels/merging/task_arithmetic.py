@@ -25,6 +25,7 @@ class TaskArithmetic:
 
     reads: ClassVar[int] = 2
     shares: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     def check(self, num_tasks: int) -> None:
         arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)

@@ -28,6 +28,7 @@ class Ties:
 
     reads: ClassVar[int] = 2
     shares: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
 
     def check(self, num_tasks: int) -> None:
         self._options(num_tasks)

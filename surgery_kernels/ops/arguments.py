@@ -37,22 +37,24 @@ def check_like(argument: str, tensor: object, first: Tensor, first_name: str) ->
         raise ValueError(f"{argument} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
-def check_experts(base: Tensor | None, experts: Experts) -> tuple[Tensor | None, list[Tensor]]:
+def check_experts(
+    base: Tensor | None, experts: Experts, argument: str = "experts"
+) -> tuple[Tensor | None, list[Tensor]]:
     """The base and the list of experts, detached; one stacked tensor [num_tasks, ...] is taken apart."""
     if isinstance(experts, Tensor):
         if experts.dim() == 0:
-            raise ValueError("experts must be a list of tensors or one tensor [num_tasks, ...], got a 0-d tensor")
+            raise ValueError(f"{argument} must be a list of tensors or one tensor [num_tasks, ...], got a 0-d tensor")
         experts = experts.unbind(0)
     experts = list(experts)
     if not experts:
-        raise ValueError("experts must be at least one tensor, got none")
-    first, name = (experts[0], "experts[0]") if base is None else (base, "base")
+        raise ValueError(f"{argument} must be at least one tensor, got none")
+    first, name = (experts[0], f"{argument}[0]") if base is None else (base, "base")
     if not isinstance(first, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
     if first.dtype not in DTYPES:
         raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {first.dtype}")
     for i, expert in enumerate(experts):
-        check_like(f"experts[{i}]", expert, first, name)
+        check_like(f"{argument}[{i}]", expert, first, name)
     return None if base is None else base.detach(), [expert.detach() for expert in experts]
 
 

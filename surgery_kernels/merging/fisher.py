@@ -1,0 +1,115 @@
+"""Fisher merging: every parameter is averaged with the certainty of each expert about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import arguments
+from ..ops.arguments import PerExpert
+from .calling import call_with
+from .scope import Scope
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """``sum_t weights[t] * F_t * expert_t / sum_t weights[t] * F_t``; the base is not read.
+
+    Args:
+        fishers: For each expert the diagonal of its Fisher information by the names of the tensors, in their shapes,
+            0 or greater, as `diagonal_fisher` gives it. A tensor that no expert has one for (a buffer) is averaged.
+            One is held at a time: a mapping may read them from disk.
+        weights: 0 or greater, one number or one per expert.
+        floor: Smaller entries count as this, so that a parameter no expert is certain about is averaged; above 0.
+
+    Source: Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832).
+    """
+
+    fishers: Sequence[Mapping[str, Tensor]] = ()
+    weights: PerExpert = 1.0
+    floor: float = 1e-6
+
+    reads: ClassVar[int] = 1
+    shares: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
+
+    def check(self, num_tasks: int) -> None:
+        if len(self.fishers) != num_tasks:
+            raise ValueError(f"fishers must be one mapping per expert ({num_tasks}), got {len(self.fishers)}")
+        weights = arguments.per_expert("weights", self.weights, num_tasks)
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(f"weights must be 0 or greater with a sum above 0, got {self.weights}")
+        if not 0 < arguments.number("floor", self.floor) < torch.inf:
+            raise ValueError(f"floor must be finite and above 0, got {self.floor}")
+
+    def merge(self, scope: Scope) -> None:
+        known = scope.check_by_name("fishers", self.fishers)
+        scope.check_finite()
+        weights = arguments.per_expert("weights", self.weights, len(self.fishers))
+        for name, experts, out in zip(scope.names, scope.experts, scope.out, strict=True):
+            compute = torch.promote_types(out.dtype, torch.float32)
+            total, mass = torch.zeros_like(out, dtype=compute), torch.zeros_like(out, dtype=compute)
+            for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+                certainty = weight * (
+                    self._certainty(t, known[name], compute) if name in known else torch.ones_like(total)
+                )
+                total.addcmul_(certainty, expert.to(compute))
+                mass += certainty
+            out.copy_(total / mass)
+
+    def _certainty(self, t: int, name: str, compute: torch.dtype) -> Tensor:
+        fisher = self.fishers[t][name]
+        if not ((fisher >= 0) & fisher.isfinite()).all():
+            raise ValueError(f"fishers[{t}][{name!r}] must be finite and 0 or greater, got other values")
+        return fisher.to(compute).clamp(min=self.floor)
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    classify: Callable[[Tensor], Tensor] = lambda outputs: outputs,
+    *,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """``mean_input (d log p(label | input) / d parameter)^2``, the label drawn from the model's own prediction.
+
+    Args:
+        model: In evaluation mode; its parameters need not require gradients. It sees one input at a time.
+        batches: Unlabeled inputs [batch, ...].
+        classify: Gives the logits [1, classes] from the model's outputs.
+        seed: Of the draws.
+
+    Returns:
+        The diagonal of the Fisher information by the names of ``model.named_parameters()``, float32 (float64 for
+        float64 parameters).
+
+    Raises:
+        ValueError: the model is in training mode, or there are no inputs.
+
+    Source: Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832).
+    """
+    if model.training:
+        raise ValueError("model must be in evaluation mode, got training mode")
+    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    fisher = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+        for name, p in parameters.items()
+    }
+    generator, count = torch.Generator().manual_seed(seed), 0
+    for batch in batches:
+        for x in batch.split(1):
+            with torch.enable_grad():
+                log_p = classify(call_with(model, parameters, x)).log_softmax(dim=-1).flatten()
+                label = torch.multinomial(log_p.detach().float().exp().cpu(), 1, generator=generator).item()
+                gradients = torch.autograd.grad(log_p[int(label)], list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(fisher.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.to(total.dtype).square()
+            count += 1
+    if count == 0:
+        raise ValueError("batches must hold at least one input, got none")
+    return {name: total / count for name, total in fisher.items()}

@@ -1,0 +1,123 @@
+"""RegMean: every linear layer predicts, as well as one layer can, what the experts' layers predict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .scope import Scope
+
+
+@dataclass(frozen=True)
+class RegMean:
+    """``(sum_t G_t)^-1 sum_t G_t W_t`` for the weights W_t [in, out] of linear layers; the rest is averaged.
+
+    Args:
+        grams: For each expert the Gram matrices [in, in] of its layers' inputs by the names of the weights, as
+            `gram_matrices` gives them, for some or all of the linear layers, the same for every expert. One is held at
+            a time: a mapping may read them from disk.
+        off_diagonal: In [0, 1]: the entries of the Gram matrices off their diagonals are multiplied by it. 0 weighs
+            inputs alone, 1 is the least-squares solution itself.
+
+    Where the inputs say nothing (an input that always was 0, fewer rows than inputs) the experts are averaged. The base
+    is not read. Solved in float64.
+
+    Source: RegMean (arXiv 2212.09849).
+    """
+
+    grams: Sequence[Mapping[str, Tensor]] = ()
+    off_diagonal: float = 0.9
+
+    reads: ClassVar[int] = 1
+    shares: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
+
+    def check(self, num_tasks: int) -> None:
+        if len(self.grams) != num_tasks:
+            raise ValueError(f"grams must be one mapping per expert ({num_tasks}), got {len(self.grams)}")
+        if not 0 <= self.off_diagonal <= 1:
+            raise ValueError(f"off_diagonal must be in [0, 1], got {self.off_diagonal}")
+
+    def merge(self, scope: Scope) -> None:
+        known = scope.check_by_name("grams", self.grams, lambda weight: tuple(weight.shape[-1:]) * 2)
+        for name, weight in zip(scope.names, scope.base, strict=True):
+            if name in known and weight.dim() != 2:
+                raise ValueError(f"grams must be for matrices, got {known[name]!r} of shape {tuple(weight.shape)}")
+        scope.check_finite()
+        for name, experts, out in zip(scope.names, scope.experts, scope.out, strict=True):
+            mean = sum((expert.double() for expert in experts), torch.zeros_like(out, dtype=torch.float64))
+            mean /= len(experts)
+            out.copy_(mean + self._correction(known[name], experts, mean) if name in known else mean)
+
+    def _correction(self, name: str, experts: Sequence[Tensor], mean: Tensor) -> Tensor:
+        """From the mean to what minimises sum_t |X_t (W - W_t)|^2; 0 in directions that no input has.  # [out, in]"""
+        gram = torch.zeros(mean.shape[-1], mean.shape[-1], dtype=torch.float64, device=mean.device)
+        wanted = torch.zeros_like(mean)  # [out, in]
+        for t, (of_expert, expert) in enumerate(zip(self.grams, experts, strict=True)):
+            inputs = of_expert[name].double()
+            if not inputs.isfinite().all():
+                raise ValueError(f"grams[{t}][{name!r}] must be finite, got NaN or infinity")
+            scaled = self.off_diagonal * inputs
+            scaled.diagonal().copy_(inputs.diagonal())
+            gram += scaled
+            wanted += (expert.double() - mean) @ scaled
+        if self.off_diagonal == 1:
+            return wanted @ torch.linalg.pinv(gram, hermitian=True)
+        # With unit diagonal the eigenvalues are 1 - off_diagonal or more: no pivot vanishes.
+        width = gram.diagonal().sqrt()
+        width[width == 0] = 1
+        gram = gram / width / width[:, None]
+        gram.diagonal().fill_(1)
+        return torch.cholesky_solve((wanted / width).T, torch.linalg.cholesky(gram)).T / width
+
+
+def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """``mean_row x^T x`` of the inputs x of every nn.Linear that is called.
+
+    Args:
+        model: In evaluation mode; called with each batch under no_grad.
+        batches: Unlabeled inputs, whatever the model takes; tuples are its positional arguments.
+
+    Returns:
+        [in, in] by the names of the weights, float32 (float64 for float64 inputs). A layer whose weight is used
+        without calling it (inside nn.MultiheadAttention) has none.
+
+    Raises:
+        ValueError: the model is in training mode, or there are no inputs.
+
+    Source: RegMean (arXiv 2212.09849).
+    """
+    if model.training:
+        raise ValueError("model must be in evaluation mode, got training mode")
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def add(name: str, inputs: Tensor) -> None:
+        x = inputs.detach().flatten(end_dim=-2).to(torch.promote_types(inputs.dtype, torch.float32))
+        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+        rows[name] = rows.get(name, 0) + len(x)
+
+    with _inputs_of_linears(model, add), torch.no_grad():
+        for batch in batches:
+            model(*batch) if isinstance(batch, tuple) else model(batch)
+    if not sums:
+        raise ValueError("batches must reach at least one nn.Linear, got none")
+    return {name: total / rows[name] for name, total in sums.items()}
+
+
+@contextmanager
+def _inputs_of_linears(model: nn.Module, add: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+        for name, module in ((f"{path}.weight", m) for path, m in model.named_modules() if isinstance(m, nn.Linear))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
