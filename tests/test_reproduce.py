@@ -10,20 +10,24 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from surgery_kernels import merge_state_dicts
-from surgery_kernels.reproduce import digits, eager, experts
+from surgery_kernels.reproduce import ablations, digits, eager, experts
 from surgery_kernels.reproduce.__main__ import main
-from surgery_kernels.reproduce.experts import Config, load_experts
-from surgery_kernels.reproduce.report import table
+from surgery_kernels.reproduce.experts import Config, load_experts, one_thread
+from surgery_kernels.reproduce.merges import merge
+from surgery_kernels.reproduce.methods import MERGES
+from surgery_kernels.reproduce.repair import Job, Outcome, Setting, run_job, run_jobs
+from surgery_kernels.reproduce.report import average, table
 from surgery_kernels.reproduce.tasks import PATCH_ORDER, TASKS, TRANSFORMS, Split, load_splits
-from surgery_kernels.reproduce.timing import time_ties
+from surgery_kernels.reproduce.timing import published_setting, time_surgery, time_ties
 from surgery_kernels.reproduce.training import accuracy, frozen_heads
 from surgery_kernels.reproduce.vit import VisionTransformer
+from surgery_kernels.surgery import fit
 
 pytestmark = pytest.mark.any_isa
 
-TINY = Config(width=8, depth=1, num_heads=2, num_features=6, pretrain_steps=2, expert_steps=2, multi_task_steps=2)
-PLOTS = ("accuracy_by_task.png", "average_accuracy.png")
+TINY = Config(width=8, depth=2, num_heads=2, num_features=6, pretrain_steps=2, expert_steps=2, multi_task_steps=2)
+SITES = ["blocks.0", "blocks.1", ""]  # of TINY
+PLOTS = ("accuracy_by_task.png", "average_accuracy.png", "bias_by_depth.png", "features.png")
 CHECKPOINTS = {"pretrained", "multi-task", *(f"expert-{name}" for name in TASKS)}
 
 
@@ -127,7 +131,7 @@ def test_encoder_is_embed_blocks_and_projection() -> None:
 
 
 def test_training_makes_experts(tmp_path: Path) -> None:
-    config = replace(TINY, width=32, num_features=32, expert_steps=60, expert_rate=5e-3)
+    config = replace(TINY, depth=1, width=32, num_features=32, expert_steps=60, expert_rate=5e-3)
     made = load_experts(config, tmp_path)
     for task, expert in enumerate(made.experts):
         before = accuracy(config.encoder(made.pretrained), made.heads, made.test, task)
@@ -189,7 +193,8 @@ def test_fingerprint_follows_settings_and_code(tmp_path: Path, monkeypatch: pyte
 def test_merges_follow_their_formulas(tiny_folder: Path) -> None:
     base = load_file(tiny_folder / "pretrained.safetensors")
     tuned = [load_file(tiny_folder / f"expert-{name}.safetensors") for name in TASKS]
-    merged = {name: merge_state_dicts(base, tuned, **options) for name, options in digits.MERGES.items()}
+    made = load_experts(TINY, tiny_folder)
+    merged = {name: merge(made, name, adamerging_steps=1) for name in MERGES}
     for name in base:
         stacked = torch.stack([expert[name] for expert in tuned])
         torch.testing.assert_close(merged["weight averaging"][name], stacked.mean(0))
@@ -229,8 +234,97 @@ def test_table_has_a_column_per_task_and_the_average() -> None:
     assert len(table({"weight averaging": [100.0] * 8}).splitlines()[0]) <= 100
 
 
-def test_run_prints_the_table_and_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    digits.run(TINY, tmp_path)
+def test_table_names_repairs_below_their_merge_and_adds_columns() -> None:
+    accuracies = {"TIES": [1.0], "TIES + Surgery": [2.0], "individual": [3.0]}
+    lines = table(accuracies, ["digits"], {"bias": {"TIES": "0.250"}}).splitlines()
+    assert lines[0].split() == ["accuracy", "in", "%", "digits", "average", "bias"]
+    assert [line.split() for line in lines[2:]] == [
+        ["TIES", "1.0", "1.0", "0.250"],
+        ["+", "Surgery", "2.0", "2.0"],
+        ["individual", "3.0", "3.0"],
+    ]
+    assert lines[3].startswith("  + Surgery")
+
+
+@pytest.mark.parametrize("setting", [Setting("v1", 3, steps=4), Setting("v2", 2, steps=4)])
+def test_fit_is_the_published_loop(setting: Setting, tiny_folder: Path) -> None:
+    """The eager loop merges again and runs the expert at every step; what it learns is the same."""
+    made = load_experts(TINY, tiny_folder)
+    images, adapters = published_setting(made, setting.mode, setting.rank, setting.steps)
+    encoder = TINY.encoder(made.pretrained)
+    losses = eager.surgery(encoder, made.pretrained, made.experts, 0.3, images, adapters, lr=1e-3)
+    fitted = fit(
+        TINY.encoder(merge(made, "task arithmetic")),
+        dict(zip(TASKS, made.experts, strict=True)),
+        dict(zip(TASKS, made.test.images, strict=True)),
+        setting.mode,
+        rank=setting.rank,
+        steps=setting.steps,
+        progress=False,
+    )
+    torch.testing.assert_close(fitted.log.bias.sum(-1), losses, rtol=1e-5, atol=1e-6)
+    assert losses.shape == (4, 8) and not torch.equal(losses[0], losses[-1])
+    expected = [[factor for adapter in of_task for factor in adapter or ()] for of_task in adapters]
+    for task, factors in enumerate(expected):
+        pairs = zip(fitted.adapters.down, fitted.adapters.up, strict=True)
+        fitted_factors = [factor[task] for pair in pairs for factor in pair]
+        for theirs, ours in zip(factors, fitted_factors, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_time_surgery_scales_to_all_steps(tiny_folder: Path) -> None:
+    made = load_experts(TINY, tiny_folder)
+    timing = time_surgery(made, "Surgery", "v1", 2, lam=0.3, steps=1000, ours=0.5, eager_steps=2)
+    assert timing.eager_seconds > 0
+    assert replace(timing, eager_seconds=0.1).speedup == pytest.approx(100)
+    assert "100.0 times faster" in str(replace(timing, eager_seconds=0.1))
+
+
+def test_jobs_are_alike_in_any_process(tiny_folder: Path) -> None:
+    jobs = [Job("TIES"), Job("TIES", Setting("v1", 2, steps=2, num_images=20, on_train=True))]
+    side_by_side = run_jobs(TINY, tiny_folder, jobs)
+    assert list(side_by_side) == jobs
+    made = load_experts(TINY, tiny_folder)
+    with one_thread():
+        for job, outcome in side_by_side.items():
+            here = run_job(TINY, tiny_folder, job, merge(made, "TIES"))
+            assert here.accuracy == outcome.accuracy and here.bias == outcome.bias
+            assert torch.equal(here.features, outcome.features)
+            assert (outcome.seconds > 0) == (job.setting is not None)
+    merged, repaired = side_by_side.values()
+    assert repaired.bias["blocks.0"] == merged.bias["blocks.0"] and repaired.final_bias != merged.final_bias
+
+
+def outcome(accuracy: float, bias: float) -> Outcome:
+    return Outcome([accuracy] * 8, {"blocks.0": 9.0, "": bias}, torch.zeros(2, 2))
+
+
+def test_over_seeds_is_mean_and_range() -> None:
+    seeds = [
+        {"TIES": outcome(60, 1.0), "TIES + SurgeryV2": outcome(90, 0.25), "individual": outcome(95, 0.0)},
+        {"TIES": outcome(70, 2.0), "TIES + SurgeryV2": outcome(94, 0.3), "individual": outcome(97, 0.0)},
+    ]
+    lines = [line.split() for line in digits.over_seeds(seeds).splitlines()]
+    assert lines[2:] == [
+        ["TIES", "65.0", "60.0", "70.0", "1.500"],
+        ["+", "SurgeryV2", "92.0", "90.0", "94.0", "0.275", "20%"],
+        ["individual", "96.0", "95.0", "97.0", "0.000"],
+    ]
+
+
+def test_ablations_show_every_setting(tmp_path: Path) -> None:
+    jobs = ablations.jobs("TIES")
+    assert len(jobs) == len(set(jobs))
+    outcomes = {job: outcome(float(i), 0.0) for i, job in enumerate(jobs)}
+    lines = ablations.text("TIES", outcomes).splitlines()
+    assert len(lines) == 1 + 2 * len(ablations.SWEEPS) and all(len(line) <= 100 for line in lines)
+    assert lines[1].split() == ["rank", "Surgery", "4:", "0.0", "16:", "1.0", "52:", "2.0", "64:", "3.0"]
+    ablations.plot("TIES", outcomes, 95.0, tmp_path / "ablations.png")
+    assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_prints_the_tables_and_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits.run_seeds([TINY], tmp_path, steps=2)
     printed = capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
     assert folder.name == f"digits-{TINY.fingerprint()}"
@@ -242,17 +336,48 @@ def test_run_prints_the_table_and_writes_every_file(tmp_path: Path, capsys: pyte
         "results.txt",
     }
     for plot in PLOTS:
-        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    results = json.loads((folder / "results.json").read_text())["accuracy"]
-    assert list(results) == ["pretrained", "individual", "multi-task", *digits.MERGES]
-    assert all(list(values) == list(TASKS) for values in results.values())
-    assert table({name: list(values.values()) for name, values in results.items()}) in printed
-    assert all(len(line) <= 100 for line in printed.splitlines() if str(folder) not in line)
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG") and plot in printed
+    results = json.loads((folder / "results.json").read_text())
+    accuracies = results["accuracy"]
+    repaired = [f"{merged}{surgery}" for merged in MERGES for surgery in ("", *(f" + {s}" for s in digits.SURGERIES))]
+    assert list(accuracies) == list(results["bias"]) == ["pretrained", *repaired, "multi-task", "individual"]
+    assert all(list(values) == list(TASKS) for values in accuracies.values())
+    assert set(results["bias"]["individual"].values()) == {0.0} and list(results["bias"]["TIES"]) == SITES
+    bias = {name: f"{of_method['']:.3f}" for name, of_method in results["bias"].items()}
+    assert table({name: list(values.values()) for name, values in accuracies.items()}, more={"bias": bias}) in printed
+    assert (folder / "results.txt").read_text().strip() in printed
+    assert all(len(line) <= 110 for line in printed.splitlines() if str(folder) not in line and ".png" not in line)
 
     first = saved(folder)
     (folder / "pretrained.safetensors").write_bytes((folder / "multi-task.safetensors").read_bytes())
-    digits.run(TINY, tmp_path, retrain=True)
+    load_experts(TINY, folder)
+    digits.forget(folder)
+    load_experts(TINY, folder)
     assert saved(folder) == first
+
+
+@pytest.mark.slow
+def test_surgery_repairs_in_every_seed(tmp_path: Path) -> None:
+    """The bands that hold over seeds and merges; the fits of a seed run side by side."""
+    settings = [None, *digits.SURGERIES.values()]
+    for seed in range(3):
+        config = Config(seed=seed)
+        made = load_experts(config, tmp_path / str(seed))
+        jobs = [Job(name, setting) for name in MERGES for setting in settings]
+        individual = average(digits.individual(made).accuracy)
+        outcomes = run_jobs(config, tmp_path / str(seed), jobs)
+        for name in MERGES:
+            merged, v1, matched, v2 = (outcomes[Job(name, setting)] for setting in settings)
+            rising = [average(x.accuracy) for x in (merged, v1, matched, v2)]
+            assert rising == sorted(rising), (seed, name, rising)
+            assert rising[3] - rising[1] > 0.5, (seed, name, rising)
+            assert rising[3] >= individual - 2, (seed, name, rising, individual)
+            assert v1.final_bias < 0.55 * merged.final_bias and v2.final_bias < 0.35 * merged.final_bias
+            for site, bias in merged.bias.items():
+                assert v2.bias[site] < 0.5 * bias, (seed, name, site)
+                assert site == "" or v1.bias[site] == bias, (seed, name, site)
+            by_depth = list(merged.bias.values())
+            assert by_depth == sorted(by_depth), (seed, name, by_depth)
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "one", str(2**32)])
@@ -261,6 +386,16 @@ def test_seed_must_be_a_whole_number(seed: str, tmp_path: Path, capsys: pytest.C
         main(["digits", f"--seed={seed}", f"--out={tmp_path}"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"--seed must be a whole number from 0 to 4294967295, got {seed}\n"
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--steps"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5"])
+def test_counts_must_be_whole_numbers(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["digits", f"{option}={value}", f"--out={tmp_path}"])
+    assert capsys.readouterr().err == f"{option} must be a whole number from 1, got {value}\n"
 
 
 def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +410,7 @@ def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "command"), (["letters"], "'letters'"), (["digits", "--steps=3"], "--steps=3")],
+    [([], "command"), (["letters"], "'letters'"), (["digits", "--step-size=3"], "--step-size=3")],
 )
 def test_unknown_arguments_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -1,6 +1,6 @@
 """Merging methods over whole models."""
 
-from .adamerging import AdaMerging, Learned
+from .adamerging import AdaMerging, Learned, Objective
 from .average import Average
 from .entropy import entropy_objective
 from .fisher import Fisher, diagonal_fisher
@@ -16,6 +16,7 @@ __all__ = [
     "Fisher",
     "Learned",
     "Method",
+    "Objective",
     "RegMean",
     "Scope",
     "TaskArithmetic",

@@ -1,1 +1,1 @@
-"""The paper's experiment at a size that runs anywhere: `python -m surgery_kernels.reproduce digits`."""
+"""The paper's experiment: `python -m surgery_kernels.reproduce digits` runs anywhere, `clip` needs CLIP's models."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .clip import command as clip_command
+
 PACKAGES = ("matplotlib", "safetensors", "sklearn")
 LARGEST_SEED = 2**32 - 1  # scikit-learn's
 
@@ -23,7 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digits.add_argument(
         "--out", type=Path, default=Path(".cache"), help="folder for checkpoints, table and plots (default .cache)"
     )
+    digits.add_argument("--seeds", default="1", help="how many seeds, from --seed on (default 1)")
+    digits.add_argument("--steps", default="1000", help="training steps of every adapter (default 1000, the papers')")
+    digits.add_argument("--full", action="store_true", help="also vary rank, steps and images, one at a time")
     digits.add_argument("--retrain", action="store_true", help="train again even where a checkpoint is there")
+    clip = commands.add_parser("clip", help="CLIP ViT-B/32, B/16 or L/14 and the images you have")
+    clip_command.add_options(clip)
+    clip.add_argument("--seed", default="0", help="seed of adapters and of what --max-images draws (default 0)")
+    clip.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".cache"),
+        help="folder for pixels (150 KB an image), features, heads and results (default .cache)",
+    )
     options = parser.parse_args(arguments)
     if not options.seed.isdecimal() or int(options.seed) > LARGEST_SEED:
         parser.error(f"--seed must be a whole number from 0 to {LARGEST_SEED}, got {options.seed}")
@@ -33,17 +47,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pass
     except OSError as error:
         parser.error(f"--out must be a folder that can be written, got {options.out} ({error.strerror})")
+    if options.command == "digits":
+        for name in ("seeds", "steps"):
+            value = getattr(options, name)
+            if not value.isdecimal() or int(value) == 0:
+                parser.error(f"--{name} must be a whole number from 1, got {value}")
+    if options.command == "clip":
+        clip_command.run(options, parser.error)
+        return
     try:
         from safetensors import SafetensorError
 
-        from .digits import run
+        from .digits import run_seeds
         from .experts import Config
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
         parser.error(f"{error.name} must be installed for the experiments: pip install 'surgery-kernels[demo]'")
     try:
-        run(Config(seed=int(options.seed)), options.out, retrain=options.retrain)
+        run_seeds(
+            [Config(seed=int(options.seed) + i) for i in range(int(options.seeds))],
+            options.out,
+            retrain=options.retrain,
+            steps=int(options.steps),
+            full=options.full,
+        )
     except SafetensorError as error:
         parser.error(f"every checkpoint must be readable, got {error}: run again with --retrain")
 

@@ -1,75 +1,193 @@
-"""The experiment on scikit-learn's handwritten digits: experts, merges, their accuracy and the time a merge takes."""
+"""The experiment on scikit-learn's handwritten digits: experts, merges, surgery, and the time each takes."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from ..merging import merge_state_dicts
+from ..surgery import plot_bias, plot_features
+from . import ablations
 from .experts import Config, Experts, load_experts, one_thread
-from .report import average, plot_averages, plot_tasks, table
+from .methods import DENSITY, LAM, MERGES
+from .repair import STEPS, Job, Outcome, Setting, measure, run_jobs
+from .report import average, plot_averages, plot_tasks, short, table
 from .tasks import TASKS
-from .timing import time_ties
-from .training import accuracy
+from .timing import SurgeryTiming, Timing, time_surgery, time_ties
 
-DENSITY, LAM = 0.2, 0.3  # the papers' settings
-MERGES: dict[str, dict[str, Any]] = {
-    "weight averaging": {"method": "average"},
-    "task arithmetic": {"method": "task_arithmetic", "lam": LAM},
-    "TIES": {"method": "ties", "density": DENSITY, "lam": LAM, "reduce": "sum"},
+SURGERIES = {  # a rank of 52 gives Surgery as many parameters as SurgeryV2 has
+    "Surgery": Setting("v1", rank=16),
+    "Surgery, rank 52": Setting("v1", rank=52),
+    "SurgeryV2": Setting("v2", rank=4),
 }
+SHOWN = "task arithmetic"  # by the plots of a single merge and the ablations
+EAGER_STEPS = 3
+
+Outcomes = dict[str, Outcome]  # by method
 
 
-def evaluate(experts: Experts) -> dict[str, list[float]]:
-    """Accuracy of every method on the test images of each task, in percent."""
-    states = {  # one per task
-        "pretrained": [experts.pretrained] * len(TASKS),
-        "individual": experts.experts,
-        "multi-task": [experts.multi_task] * len(TASKS),
-    }
-    for name, options in MERGES.items():
-        states[name] = [merge_state_dicts(experts.pretrained, experts.experts, **options)] * len(TASKS)
-    return {
-        name: [
-            accuracy(experts.config.encoder(state), experts.heads, experts.test, task)
-            for task, state in enumerate(state_of_task)
-        ]
-        for name, state_of_task in states.items()
-    }
+def run_seeds(
+    configs: Sequence[Config], out: Path, *, retrain: bool = False, steps: int = STEPS, full: bool = False
+) -> list[Outcomes]:
+    """One run per seed; of several also their mean and spread."""
+    outcomes = [run(config, out, retrain=retrain, steps=steps, full=full) for config in configs]
+    if len(outcomes) > 1:
+        text = over_seeds(outcomes)
+        say(f"\n{text}")
+        (out / f"digits-seeds-{configs[0].seed}-{configs[-1].seed}.txt").write_text(f"{text}\n")
+    return outcomes
 
 
-def run(config: Config, out: Path, *, retrain: bool = False) -> None:
-    """Prints the table and the timing; writes both, and the plots, beside the checkpoints."""
+def run(config: Config, out: Path, *, retrain: bool = False, steps: int = STEPS, full: bool = False) -> Outcomes:
+    """Prints tables and timings; writes them, and the plots, beside the checkpoints."""
     folder = out / f"digits-{config.fingerprint()}"
     if retrain:
-        for path in folder.glob("*.safetensors"):
-            path.unlink()
+        forget(folder)
     say(f"{len(TASKS)} tasks from scikit-learn's handwritten digits, seed {config.seed}")
     say(f"Reading checkpoints from {folder}, training those that are missing")
     experts = load_experts(config, folder)
 
-    say(f"Merging {len(TASKS)} experts, testing on {len(experts.test.labels)} held-out images per task\n")
+    jobs = jobs_of(steps)
+    say(f"Merging in {len(MERGES)} ways, repairing each in {len(SURGERIES)}, {steps} steps per task")
+    repaired = run_jobs(config, folder, jobs, adamerging_steps=steps // 2)
     with one_thread():
-        accuracies = evaluate(experts)
+        outcomes = evaluate(experts, repaired, steps)
         timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
-    say(table(accuracies))
-    averages = {name: average(values) for name, values in accuracies.items()}
-    best = max(MERGES, key=averages.__getitem__)
-    say(f"\nThe best merge, {best}, is {averages['individual'] - averages[best]:.1f} points below the experts.\n")
-    say(str(timing))
+        surgery = [time_fit(experts, name, steps, repaired) for name in ("Surgery", "SurgeryV2")]
+    text = [f"{table_of(outcomes)}\n\n{in_words(outcomes)}", str(timing), timing_text(surgery)]
+    say("\n" + "\n\n".join(text))
+    if full:
+        sweeps = run_jobs(config, folder, ablations.jobs(SHOWN))
+        text.append(ablations.text(SHOWN, sweeps))
+        say("\n" + text[-1])
+        ablations.plot(SHOWN, sweeps, average(outcomes["individual"].accuracy), folder / "ablations.png")
 
+    write(folder, outcomes, timing, surgery, text)
+    draw(experts, outcomes, folder)
+    say(f"\nTables and plots: results.txt, results.json and {', '.join(sorted(p.name for p in folder.glob('*.png')))}")
+    say(f"in {folder}")
+    return outcomes
+
+
+def forget(folder: Path) -> None:
+    """Leaves nothing that would be read instead of trained."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+
+
+def jobs_of(steps: int) -> list[Job]:
+    """Every merge alone and with every surgery, those that take long first."""
+    settings = [*(replace(setting, steps=steps) for setting in reversed(SURGERIES.values())), None]
+    return [Job(name, setting) for name in MERGES for setting in settings]
+
+
+def evaluate(experts: Experts, repaired: dict[Job, Outcome], steps: int) -> Outcomes:
+    """Every row of the table, from the pretrained encoder to the experts."""
+    config, num_tasks = experts.config, len(TASKS)
+    outcomes = {"pretrained": measure(experts, [config.encoder(experts.pretrained)] * num_tasks)}
+    for name in MERGES:
+        outcomes[name] = repaired[Job(name)]
+        for surgery, setting in SURGERIES.items():
+            outcomes[f"{name} + {surgery}"] = repaired[Job(name, replace(setting, steps=steps))]
+    outcomes["multi-task"] = measure(experts, [config.encoder(experts.multi_task)] * num_tasks)
+    outcomes["individual"] = individual(experts)
+    return outcomes
+
+
+def individual(experts: Experts) -> Outcome:
+    return measure(experts, [experts.config.encoder(expert) for expert in experts.experts])
+
+
+def table_of(outcomes: Outcomes) -> str:
+    accuracies = {name: outcome.accuracy for name, outcome in outcomes.items()}
+    return table(accuracies, more={"bias": {name: f"{o.final_bias:.3f}" for name, o in outcomes.items()}})
+
+
+def over_seeds(outcomes: Sequence[Outcomes]) -> str:
+    """One row per method: the average accuracy of the seeds and its range; the final bias, and as a share of the
+    merge's own."""
+    lines = [f"{f'mean of {len(outcomes)} seeds':24}  accuracy  lowest  highest   bias  of the merge's", "-" * 72]
+    for name in outcomes[0]:
+        accuracies = [average(of_seed[name].accuracy) for of_seed in outcomes]
+        biases = [of_seed[name].final_bias for of_seed in outcomes]
+        cells = f"{average(accuracies):8.1f}  {min(accuracies):6.1f}  {max(accuracies):7.1f}  {average(biases):5.3f}"
+        lines.append(f"{short(name, outcomes[0]):24}  {cells}")
+        merged = name.split(" + ")[0]
+        if merged != name:
+            ratios = [of_seed[name].final_bias / of_seed[merged].final_bias for of_seed in outcomes]
+            lines[-1] += f"  {average(ratios):14.0%}"
+    return "\n".join(lines)
+
+
+def in_words(outcomes: Outcomes) -> str:
+    averages = {name: average(outcome.accuracy) for name, outcome in outcomes.items()}
+    below = {
+        name: averages["individual"] - max(averages[f"{merged}{name}"] for merged in MERGES)
+        for name in ("", *(f" + {surgery}" for surgery in SURGERIES))
+    }
+    return (
+        f"The best merge is {below['']:.1f} points below the experts, with Surgery {below[' + Surgery']:.1f}, "
+        f"with SurgeryV2 {below[' + SurgeryV2']:.1f}."
+    )
+
+
+def time_fit(experts: Experts, surgery: str, steps: int, repaired: dict[Job, Outcome]) -> SurgeryTiming:
+    setting = replace(SURGERIES[surgery], steps=steps)
+    return time_surgery(
+        experts,
+        surgery,
+        setting.mode,
+        setting.rank,
+        lam=LAM,
+        steps=steps,
+        ours=repaired[Job(SHOWN, setting)].seconds,
+        eager_steps=EAGER_STEPS,
+    )
+
+
+def timing_text(timings: list[SurgeryTiming]) -> str:
+    steps, eager_steps = timings[0].steps, timings[0].eager_steps
+    return "\n".join(
+        [
+            f"Surgery on {SHOWN}, {steps} steps of {len(TASKS)} tasks; 1 thread",
+            f"  {'':30}      here  published way, from {eager_steps} steps",
+            *map(str, timings),
+            "  Published: every step of a task merges again, and loads and runs the expert, in eager PyTorch.",
+        ]
+    )
+
+
+def write(folder: Path, outcomes: Outcomes, timing: Timing, surgery: list[SurgeryTiming], text: list[str]) -> None:
     results = {
-        "accuracy": {name: dict(zip(TASKS, values, strict=True)) for name, values in accuracies.items()},
+        "accuracy": {name: dict(zip(TASKS, o.accuracy, strict=True)) for name, o in outcomes.items()},
+        "bias": {name: o.bias for name, o in outcomes.items()},
+        "seconds": {name: o.seconds for name, o in outcomes.items() if o.seconds},
         "timing": asdict(timing),
+        "surgery_timing": [asdict(t) for t in surgery],
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "results.txt").write_text(f"{table(accuracies)}\n\n{timing}\n")
+    (folder / "results.txt").write_text("\n\n".join(text) + "\n")
+
+
+def draw(experts: Experts, outcomes: Outcomes, folder: Path) -> None:
+    """Accuracy by task and on average, bias by depth, and one task's features."""
+    accuracies = {name: outcome.accuracy for name, outcome in outcomes.items()}
     a_six = (experts.test.labels == 6).nonzero()[0, 0]  # upside down it is a nine
-    plot_tasks(accuracies, experts.test.images[:, a_six], folder / "accuracy_by_task.png")
-    plot_averages(accuracies, folder / "average_accuracy.png")
-    say(f"\nTable and plots: results.txt, results.json, accuracy_by_task.png, average_accuracy.png in {folder}")
+    shown = {"pretrained": "pretrained", SHOWN: SHOWN}
+    shown |= {f"{SHOWN} + {name}": f"+ {name}" for name in ("Surgery", "SurgeryV2")} | {"individual": "individual"}
+    of_one = {label: accuracies[name] for name, label in shown.items()}
+    plot_tasks(of_one, experts.test.images[:, a_six], folder / "accuracy_by_task.png")
+    plot_averages(
+        accuracies,
+        folder / "average_accuracy.png",
+        title="Eight experts in one model, and what surgery gives back",
+        label="accuracy on held-out digits, average of eight tasks (%)",
+    )
+    biases = {label: outcomes[name].bias for name, label in shown.items() if label not in ("pretrained", "individual")}
+    plot_bias(biases).savefig(folder / "bias_by_depth.png")
+    features = {label: outcomes[name].features for name, label in shown.items() if label != "pretrained"}
+    plot_features(features).savefig(folder / "features.png")
 
 
 def say(line: str) -> None:

@@ -66,6 +66,7 @@ class Experts:
     """What every merging method starts from."""
 
     config: Config
+    train: Split
     test: Split
     heads: Tensor  # [num_tasks, classes, num_features]
     pretrained: StateDict
@@ -84,11 +85,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def progress_bar(name: str, steps: int) -> tqdm:
+def progress_bar(name: str, total: int, unit: str = "step") -> tqdm:
     return tqdm(
-        total=steps,
+        total=total,
         desc=name,
-        bar_format="{desc:20} {percentage:3.0f} % |{bar:40}| step {n_fmt}/{total_fmt}, {elapsed}, {remaining} left",
+        unit=unit,
+        bar_format="{desc:20} {percentage:3.0f} % |{bar:40}| {unit} {n_fmt}/{total_fmt}, {elapsed}, {remaining} left",
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file keeps every state of the bar
     )
 
@@ -139,4 +141,4 @@ def load_experts(config: Config, folder: Path) -> Experts:
     multi_task = checkpoint(
         "multi-task", pretrained, heads, every_task, config.multi_task_steps, config.multi_task_rate
     )
-    return Experts(config, test_split, heads, pretrained, experts, multi_task)
+    return Experts(config, train_split, test_split, heads, pretrained, experts, multi_task)

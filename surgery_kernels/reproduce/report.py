@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,50 +13,64 @@ from .tasks import TASKS
 
 Accuracies = Mapping[str, Sequence[float]]  # method -> percentage for each of TASKS
 
-# Okabe and Ito's colours, apart for colour-blind readers too; markers differ as well.
-STYLES = {
-    "pretrained": ("#999999", "X"),
-    "weight averaging": ("#56B4E9", "v"),
-    "task arithmetic": ("#E69F00", "s"),
-    "TIES": ("#D55E00", "o"),
-    "multi-task": ("#009E73", "D"),
-    "individual": ("#000000", "^"),
-}
+# Okabe and Ito's colours, apart for colour-blind readers too.
+REFERENCE, MERGE, SURGERY, SURGERY_V2 = "#999999", "#56B4E9", "#E69F00", "#D55E00"
+MARKERS = ("X", "v", "s", "o", "^")
+
+
+def color(method: str) -> str:
+    """By what was done after the merge, if it is one."""
+    if method in ("pretrained", "multi-task", "individual"):
+        return REFERENCE
+    return SURGERY_V2 if "SurgeryV2" in method else SURGERY if "Surgery" in method else MERGE
 
 
 def average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def table(accuracies: Accuracies) -> str:
-    """One row per method, one column per task, then the average; long names of tasks break at a plus sign."""
-    headers = [[*name.replace("+", "\n+").split("\n"), ""][:2] for name in (*TASKS, "average")]
+def table(
+    accuracies: Accuracies, tasks: Sequence[str] = TASKS, more: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
+    """One row per method, one column per task, then the average; long names of tasks break at a plus sign.
+
+    `more` adds columns: header -> method -> cell, empty for a method that is not in it.
+    """
+    more = more or {}
+    headers = [[*name.replace("+", "\n+").split("\n"), ""][:2] for name in (*tasks, "average", *more)]
     widths = [max(5, *map(len, header)) for header in headers]
-    label = max(len(name) for name in ("accuracy in %", *accuracies))
+    labels = {method: short(method, accuracies) for method in accuracies}
+    label = max(map(len, ("accuracy in %", *labels.values())))
 
     def line(first: str, cells: Sequence[str]) -> str:
         return "  ".join([first.ljust(label), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
 
     rows = [
         line("accuracy in %", [header[0] for header in headers]),
-        line("", [header[1] for header in headers]),
+        *([line("", [header[1] for header in headers])] if any(header[1] for header in headers) else []),
         "-" * (label + sum(width + 2 for width in widths)),
     ]
     for method, values in accuracies.items():
-        rows.append(line(method, [f"{value:.1f}" for value in (*values, average(values))]))
+        cells = [f"{value:.1f}" for value in (*values, average(values))]
+        rows.append(line(labels[method], cells + [column.get(method, "") for column in more.values()]))
     return "\n".join(row.rstrip() for row in rows)
+
+
+def short(method: str, methods: Iterable[str]) -> str:
+    """What was done to a merge is named below the merge alone."""
+    merge, plus, repair = method.partition(" + ")
+    return f"  + {repair}" if plus and merge in methods else method
 
 
 def plot_tasks(accuracies: Accuracies, examples: Tensor, path: Path) -> None:
     """A marker per method and task; below, what each task makes of one digit, examples [num_tasks, 8, 8]."""
     figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(5.3, 1))
-    methods = methods_in_order(accuracies)
-    for index, method in enumerate(methods):
-        color, marker = STYLES[method]
-        shift = 0.11 * (index - (len(methods) - 1) / 2)
+    for index, ((method, values), marker) in enumerate(zip(accuracies.items(), MARKERS, strict=True)):
+        shift = 0.11 * (index - (len(accuracies) - 1) / 2)
         positions = [task + shift for task in range(len(TASKS))]
-        axes.plot(positions, accuracies[method], marker, color=color, markersize=7, label=method)
+        shade = "#000000" if method == "individual" else color(method)
+        axes.plot(positions, values, marker, color=shade, markersize=7, label=method)
     axes.set(xlim=(-0.5, len(TASKS) - 0.5), ylim=(0, 100), ylabel="accuracy on held-out digits (%)")
     axes.set_xticks(range(len(TASKS)), [name.replace("+", "\n+") for name in TASKS])
     axes.tick_params(axis="x", length=0)
@@ -65,7 +79,7 @@ def plot_tasks(accuracies: Accuracies, examples: Tensor, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Eight experts merged into one model: accuracy by task", loc="left", weight="bold", pad=28)
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), frameon=False, columnspacing=1, handletextpad=0
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(accuracies), frameon=False, columnspacing=1, handletextpad=0
     )
 
     for task, example in enumerate(examples):
@@ -80,23 +94,26 @@ def plot_tasks(accuracies: Accuracies, examples: Tensor, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_averages(accuracies: Accuracies, path: Path) -> None:
-    """One bar per method, and how far it stays below the individual experts."""
-    methods = methods_in_order(accuracies)
-    averages = [average(accuracies[method]) for method in methods]
-    best = average(accuracies["individual"])
-    figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
+def plot_averages(
+    accuracies: Accuracies, path: Path, *, title: str, label: str, published: Mapping[str, float] | None = None
+) -> None:
+    """One bar per method, coloured by the repair, with a line where others report it to end."""
+    methods = list(accuracies)
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(methods)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    bars = axes.barh(methods, averages, color=[STYLES[method][0] for method in methods])
-    below = [f"   ({best - value:.1f} below the experts)" if best - value >= 0.05 else "" for value in averages]
-    axes.bar_label(bars, [f"{value:.1f}{text}" for value, text in zip(averages, below, strict=True)], padding=4)
+    averages = [average(accuracies[method]) for method in methods]
+    axes.barh(range(len(methods)), averages, color=[color(method) for method in methods])
+    axes.set_yticks(range(len(methods)), [short(method, accuracies).strip() for method in methods])
+    for row, value in enumerate(averages):
+        axes.text(106, row, f"{value:.1f}", ha="right", va="center")
+    reported = [(published[method], row) for row, method in enumerate(methods) if published and method in published]
+    for value, row in reported:
+        (line,) = axes.plot([value, value], [row - 0.4, row + 0.4], color="black")
+    if reported:
+        axes.legend([line], ["published"], loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="accuracy on held-out digits, average of eight tasks (%)")
+    axes.set(xlim=(0, 106), xlabel=label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title("What is left of eight experts in one model", loc="left", weight="bold")
+    axes.set_title(title, loc="left", weight="bold")
     figure.savefig(path)
-
-
-def methods_in_order(accuracies: Accuracies) -> list[str]:
-    return [method for method in STYLES if method in accuracies]

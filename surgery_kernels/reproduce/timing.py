@@ -1,4 +1,4 @@
-"""The TIES merge of the experiment, timed: native against eager PyTorch."""
+"""The TIES merge and surgery of the experiment, timed: native against eager PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ..merging import merge_state_dicts
 from ..ops import ties_merge
+from ..surgery import SurgeryAdapters, find_sites
+from ..surgery.batches import sample_order
 from . import eager
+from .experts import Experts
+from .tasks import TASKS
 
 StateDict = dict[str, Tensor]
 
@@ -80,6 +84,60 @@ def time_ties(base: StateDict, experts: list[StateDict], *, density: float, lam:
         state_dicts=state_dicts_runs,
         largest_difference=difference,
     )
+
+
+@dataclass(frozen=True)
+class SurgeryTiming:
+    """A fit of `steps` steps for every task, and the published way of doing it, timed on a few."""
+
+    method: str
+    steps: int
+    seconds: float
+    eager_steps: int
+    eager_seconds: float
+
+    @property
+    def speedup(self) -> float:
+        return self.eager_seconds / self.eager_steps * self.steps / self.seconds
+
+    def __str__(self) -> str:
+        whole = self.eager_seconds / self.eager_steps * self.steps
+        return f"  {self.method:30}{self.seconds:8.1f} s {whole:8.0f} s   {self.speedup:5.1f} times faster"
+
+
+def time_surgery(
+    experts: Experts, method: str, mode: str, rank: int, *, lam: float, steps: int, ours: float, eager_steps: int
+) -> SurgeryTiming:
+    """`eager.surgery` on task arithmetic for `eager_steps` steps, beside a fit of `steps` that took `ours` seconds."""
+    encoder = experts.config.encoder(experts.pretrained)
+    images, adapters = published_setting(experts, mode, rank, eager_steps)
+    start = time.perf_counter()
+    eager.surgery(encoder, experts.pretrained, experts.experts, lam, images, adapters, lr=1e-3)
+    return SurgeryTiming(method, steps, ours, eager_steps, time.perf_counter() - start)
+
+
+def published_setting(
+    experts: Experts, mode: str, rank: int, steps: int
+) -> tuple[Tensor, list[list[eager.Adapter | None]]]:
+    """Images [steps, num_tasks, 16, 8, 8] and initial adapters of every task: those that `fit` takes."""
+    config = experts.config
+    sites = find_sites(config.encoder(), mode).names
+    widths = dict.fromkeys(sites[:-1], config.width) | {sites[-1]: config.num_features}
+    initial = SurgeryAdapters(len(TASKS), widths, rank, tasks=TASKS, seed=config.seed)
+    num_images = len(experts.test.labels)
+    images = torch.stack(
+        [
+            experts.test.images[task][sample_order(config.seed, name, num_images, steps, 16)]
+            for task, name in enumerate(TASKS)
+        ],
+        dim=1,
+    )
+    left_alone: list[eager.Adapter | None] = [None] * (config.depth + 1 - len(sites))
+    factors = zip(initial.down, initial.up, strict=True)
+    of_sites = [(down.detach(), up.detach()) for down, up in factors]
+    return images, [
+        left_alone + [(down[task].clone(), up[task].clone()) for down, up in of_sites] for task in range(len(TASKS))
+    ]
 
 
 def flatten(state: StateDict, order: StateDict) -> Tensor:

@@ -1,0 +1,109 @@
+"""The unlabeled samples of a task, and which of them each step uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .inputs import Inputs, batch_size, concatenate, select, without_labels
+from .seeds import generator
+
+Batches = Any  # a tensor, a mapping of tensors, a map-style dataset or an iterable of batches
+
+
+class Pool(Protocol):
+    """The samples of one task, by number."""
+
+    def __len__(self) -> int: ...
+
+    def stream(self, order: Sequence[Tensor]) -> Iterator[Inputs]:
+        """The samples of each batch of numbers in `order`, one batch after the other."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Samples that lie in memory."""
+
+    inputs: Inputs
+
+    def __len__(self) -> int:
+        return batch_size(self.inputs)
+
+    def stream(self, order: Sequence[Tensor]) -> Iterator[Inputs]:
+        return (select(self.inputs, numbers) for numbers in order)
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """Samples of a map-style dataset, read when they are needed."""
+
+    dataset: Any
+    num_workers: int
+    argument: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def stream(self, order: Sequence[Tensor]) -> Iterator[Inputs]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[numbers.tolist() for numbers in order],
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # so that torch's own stays as it is
+        )
+        return (without_labels(batch, self.argument) for batch in loader)
+
+
+def pool_of(argument: str, batches: Batches, num_workers: int = 0) -> Pool:
+    """Samples by number, from everything that `fit` takes; an iterable is read to its end and kept in memory."""
+    pool: Pool
+    if isinstance(batches, (Tensor, Mapping)):
+        pool = Memory(without_labels(batches, argument))
+    elif hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (list, tuple)):
+        pool = Lazy(batches, num_workers, argument)
+    elif isinstance(batches, Iterable):
+        read = [without_labels(batch, argument) for batch in batches]
+        pool = Memory(concatenate(read) if read else torch.empty(0))
+    else:
+        raise TypeError(
+            f"{argument} must be a tensor, a mapping of tensors, a dataset or an iterable of batches, "
+            f"got {type(batches).__name__}"
+        )
+    if not len(pool):
+        raise ValueError(f"{argument} must hold at least one sample, got none")
+    return pool
+
+
+def sample_order(seed: int, task: str, num_samples: int, steps: int, batch_size: int) -> Tensor:
+    """The samples of every step: shuffled once per epoch, as a function of seed and task.  # int64 [steps, batch_size]
+
+    More steps continue the order; neither the other tasks nor where a run was interrupted matter.
+    """
+    epochs = -(-steps * batch_size // num_samples)
+    shuffled = [torch.randperm(num_samples, generator=generator(seed, task, epoch)) for epoch in range(epochs)]
+    return torch.cat(shuffled)[: steps * batch_size].view(steps, batch_size)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task's samples, and which of them each step uses."""
+
+    task: str
+    pool: Pool
+    order: Tensor  # int64 [steps, batch_size]: numbers of samples
+    used: Tensor  # int64 [num_used]: those that occur, ascending
+    rows: Tensor  # int64 [steps, batch_size]: `order` as positions in `used`
+
+    def first(self) -> Inputs:
+        """A batch of one sample."""
+        return next(self.pool.stream([self.used[:1]]))
+
+
+def task_data(task: str, pool: Pool, order: Tensor) -> TaskData:
+    used, rows = order.unique(return_inverse=True)
+    return TaskData(task, pool, order, used, rows)

@@ -1,0 +1,254 @@
+"""Fitting adapters to unlabeled samples, so that a merged model's features become those of its experts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import arguments
+from .adapters import SurgeryAdapters
+from .batches import Batches, TaskData, pool_of, sample_order, task_data
+from .cache import fingerprint
+from .checks import check_count
+from .features import Recorder
+from .frozen import device_of, frozen
+from .hooks import is_hooked
+from .inputs import sample_shape
+from .progress import progress_bar
+from .resume import Checkpoint
+from .sites import MODES, Sites, check_sites, find_sites
+from .store import FeatureStore
+from .train import Adam, Trainer, train
+from .v1 import FinalTrainer
+from .v2 import DeepTrainer
+
+StateDict = Mapping[str, Tensor]
+Expert = nn.Module | StateDict | Callable[[], nn.Module | StateDict]
+
+
+@dataclass(frozen=True)
+class Log:
+    """How far the features were from the experts' before every step."""
+
+    bias: Tensor  # float32 [steps, num_tasks, num_sites]: mean |features - targets| of the step's samples
+    tasks: tuple[str, ...]
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fitted adapters, on the device of the merged model, and how the fit went."""
+
+    adapters: SurgeryAdapters
+    log: Log
+
+
+def fit(
+    merged: nn.Module,
+    experts: Mapping[str, Expert],
+    batches: Mapping[str, Batches],
+    mode: str = "v1",
+    *,
+    rank: int = 16,
+    steps: int = 1000,
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    legacy_zero_grad: bool = False,
+    detach_layers: bool = False,
+    seed: int = 0,
+    sites: Sites | None = None,
+    cache: str | PathLike[str] = "memory",
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = True,
+    autocast: torch.dtype | None = None,
+    num_workers: int = 0,
+    progress: bool | None = None,
+) -> Fit:
+    """Adam on ``sum over tasks and sites of mean |features - targets|``, with the experts' features as targets.
+
+    "v1" corrects the final representation, from cached features: no model takes part in its steps. "v2" corrects
+    every token after every block and compares token means there; the corrected tokens feed the next block and
+    gradients flow across all of them, while the merged model itself is a constant. Each expert runs once over the
+    samples that the steps will use. What a task learns does not depend on the other tasks of the call.
+
+    Args:
+        merged: Any module; its training mode and its parameters' requires_grad are as before afterwards.
+        experts: By name of the task: a module, a state dict (loaded into a copy of `merged`), or a function that
+            gives either when the expert's turn comes.
+        batches: By name of the task, unlabeled: a tensor [samples, ...], a mapping of such tensors (the keyword
+            arguments of the model), a map-style dataset, or an iterable of batches, which is read to its end and kept.
+            Of tuples the first item is used, of mappings all tensors but labels.
+        mode: "v1" or "v2".
+        rank: 1 or more.
+        steps: Steps of every task, 1 or more.
+        batch_size: Samples of every task in each step, 1 or more.
+        lr: Adam's learning rate, greater than 0; betas are 0.9 and 0.999.
+        legacy_zero_grad: After each step another num_tasks - 1 with gradient zero: tasks that take turns under
+            torch < 2, which zeroed gradients instead of dropping them, were moved on momentum at each other's turn.
+            The published numbers come from there; it acts like a learning rate about sqrt(num_tasks) times as high.
+        detach_layers: "v2" only: no gradient across blocks. An approximation that needs no backward pass through the
+            model, and corrects less.
+        seed: Of the adapters' start and the order of the samples; V1 and V2 see the same order.
+        sites: Where `find_sites` is wrong.
+        cache: "memory", or a folder for memory-mapped files that a later call with the same models and samples reads
+            instead of running them. A change is recognised by the models' parameters, the samples' numbers and the
+            contents of a few of them.
+        checkpoint: File that the state is written to, every `checkpoint_every` steps and at the end.
+        resume: Go on from `checkpoint` where it exists, with the same result bit for bit; more `steps` than it was
+            written for continue it. False starts anew.
+        autocast: bfloat16 or float16 for the models; the adapters stay float32.
+        num_workers: Processes that read a dataset.
+        progress: Bars on stderr: True, False, or None for ones that appear after two seconds.
+
+    Returns:
+        The adapters, ready for `attach`, and the log.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range, a task lacks expert or samples, features differ in
+            width from the merged model's or are not finite.
+
+    Source: Representation Surgery (arXiv 2402.02705); SurgeryV2 (arXiv 2410.14389).
+    """
+    _check_options(mode, rank, steps, batch_size, lr, detach_layers, checkpoint_every)
+    _check_tasks(experts, batches)
+    sites = _sites(merged, mode, sites)
+    data = []
+    for task in experts:
+        pool = pool_of(f"batches[{task!r}]", batches[task], num_workers)
+        data.append(task_data(task, pool, sample_order(seed, task, len(pool), steps, batch_size)))
+    if mode == "v2":
+        _check_alike(data)
+    with Recorder(merged, sites, autocast) as record:
+        probe = record(data[0].first())
+    store = FeatureStore(
+        sites=sites,
+        widths=tuple(features.shape[1] for features in probe),
+        dtype=probe[-1].dtype,
+        folder=None if cache == "memory" else Path(cache),
+        batch_size=batch_size * len(data),
+        autocast=autocast,
+    )
+    features, targets = _features_and_targets(store, merged, experts, data, mode, progress)
+
+    device = device_of(merged)
+    widths = dict(zip(sites.names, store.widths, strict=True))
+    adapters = SurgeryAdapters(len(data), widths, rank, tasks=tuple(experts), dtype=store.dtype, seed=seed)
+    adam = Adam(lr, zero_grad_steps=len(data) - 1 if legacy_zero_grad else 0)
+    trainer: Trainer
+    if mode == "v1":
+        trainer = FinalTrainer(adapters, data, features, targets, adam)
+    else:
+        adapters.to(device)
+        trainer = DeepTrainer(
+            adapters, merged, sites, data, targets, adam, detach_layers=detach_layers, autocast=autocast
+        )
+    interrupted = None
+    if checkpoint is not None:
+        configuration = {
+            "mode": mode,
+            "sites": list(sites.names),
+            "rank": rank,
+            "batch_size": batch_size,
+            "lr": lr,
+            "legacy_zero_grad": legacy_zero_grad,
+            "detach_layers": detach_layers,
+            "seed": seed,
+            "autocast": str(autocast),
+            "merged": fingerprint([merged.state_dict()]),
+            "samples": {of_task.task: len(of_task.pool) for of_task in data},
+        }
+        interrupted = Checkpoint(Path(checkpoint), configuration, checkpoint_every)
+    with frozen(merged):
+        bias = train(trainer, adapters, steps, interrupted, resume, progress)
+    return Fit(adapters.to(device), Log(bias, adapters.tasks, adapters.sites))
+
+
+def _features_and_targets(
+    store: FeatureStore,
+    merged: nn.Module,
+    experts: Mapping[str, Expert],
+    data: Sequence[TaskData],
+    mode: str,
+    progress: bool | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per task the merged model's features ("v1" only, elsewhere they change) and its expert's, one model at a time."""
+    models = 2 if mode == "v1" else 1
+    with progress_bar(models * sum(len(of_task.used) for of_task in data), "features", "sample", progress) as bar:
+        features = [store.features("features", merged, of_task, bar) for of_task in data if mode == "v1"]
+        targets = [
+            store.features("targets", _expert(of_task.task, experts[of_task.task], merged, store.sites), of_task, bar)
+            for of_task in data
+        ]
+    return features, targets
+
+
+def _expert(task: str, expert: Expert, merged: nn.Module, sites: Sites) -> nn.Module:
+    if not isinstance(expert, (nn.Module, Mapping)) and callable(expert):
+        expert = expert()
+    if isinstance(expert, nn.Module):
+        check_sites(f"experts[{task!r}]", expert, sites)
+        return expert
+    if not isinstance(expert, Mapping):
+        raise TypeError(f"experts[{task!r}] must be a module or a state dict, got {type(expert).__name__}")
+    loaded = copy.deepcopy(merged)
+    try:
+        loaded.load_state_dict(expert)
+    except RuntimeError as error:
+        raise ValueError(f"experts[{task!r}] must be a state dict of the merged model, got {error}") from error
+    return loaded
+
+
+def _sites(merged: nn.Module, mode: str, sites: Sites | None) -> Sites:
+    if is_hooked(merged):
+        raise ValueError("merged must be without adapters, got one with adapters attached: detach them first")
+    if sites is None:
+        return find_sites(merged, mode)
+    check_sites("merged", merged, sites)
+    if bool(sites.blocks) != (mode == "v2"):
+        wanted = "at least one block" if mode == "v2" else "no blocks"
+        raise ValueError(f"sites must have {wanted} with mode={mode!r}, got {len(sites.blocks)}")
+    return sites
+
+
+def _check_alike(data: Sequence[TaskData]) -> None:
+    """The samples of all tasks fit into one batch."""
+    expected = sample_shape(data[0].first())
+    for of_task in data[1:]:
+        shape = sample_shape(of_task.first())
+        if shape != expected:
+            raise ValueError(
+                f"batches[{of_task.task!r}] must hold samples like those of {data[0].task!r}, {expected}, got {shape}"
+            )
+
+
+def _check_tasks(experts: Mapping[str, Expert], batches: Mapping[str, Batches]) -> None:
+    if not experts:
+        raise ValueError("experts must be of at least one task, got none")
+    for task in batches:
+        if task not in experts:
+            raise ValueError(f"experts must have one for every task of batches, got none for {task!r}")
+    for task in experts:
+        if task not in batches:
+            raise ValueError(f"batches must have samples for every task of experts, got none for {task!r}")
+
+
+def _check_options(
+    mode: str, rank: int, steps: int, batch_size: int, lr: float, detach_layers: bool, checkpoint_every: int
+) -> None:
+    arguments.check_one_of("mode", mode, MODES)
+    check_count("rank", rank)
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
+    check_count("checkpoint_every", checkpoint_every)
+    if not 0 < arguments.number("lr", lr) < math.inf:
+        raise ValueError(f"lr must be finite and greater than 0, got {lr}")
+    if detach_layers and mode == "v1":
+        raise ValueError("detach_layers must be False with mode='v1', got True")

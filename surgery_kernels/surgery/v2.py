@@ -1,0 +1,95 @@
+"""Training of all blocks' adapters (SurgeryV2): every step is a pass through the merged model and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import representation_loss, surgery_adapter
+from .adapters import SurgeryAdapters
+from .batches import TaskData
+from .features import autocast_to
+from .frozen import device_of
+from .hooks import SiteHooks
+from .inputs import Inputs, concatenate, to_device
+from .sites import Sites
+from .train import Adam
+
+
+class DeepTrainer:
+    """V2: every site corrects what the next block reads, so each step is a pass forward and back.
+
+    All tasks go through the model as one batch, grouped by task. Only the first block's output is the same in every
+    step; keeping it would save one of some 3 * depth passes through a block, for `tokens` times the targets' memory.
+    """
+
+    stride = 1
+
+    def __init__(
+        self,
+        adapters: SurgeryAdapters,
+        merged: nn.Module,
+        sites: Sites,
+        data: Sequence[TaskData],
+        targets: Sequence[Tensor],  # [num_used, sum of widths] per task
+        adam: Adam,
+        *,
+        detach_layers: bool,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self._adapters = adapters
+        self._merged = merged
+        self._sites = sites
+        self._data = data
+        self._targets = targets
+        self._device = device_of(merged)
+        self._optimizer = torch.optim.Adam(adapters.parameters(), lr=adam.lr, fused=True)
+        self._zero_grad_steps = adam.zero_grad_steps
+        self._detach_layers = detach_layers
+        self._autocast = autocast
+        self._batches: Iterator[tuple[Inputs, ...]] | None = None  # from the first step on
+        self._targets_of_step: Sequence[Tensor] = ()  # per site [num_tasks, batch_size, dim]
+        self._losses = [torch.empty(0)] * len(sites.names)  # [num_tasks] each
+
+    def train(self, start: int, stop: int) -> Tensor:
+        if self._batches is None:
+            streams = [of_task.pool.stream(list(of_task.order[start:])) for of_task in self._data]
+            self._batches = zip(*streams, strict=True)
+        with SiteHooks(self._merged, self._sites, self._correct) as hooks:
+            return torch.stack([self._step(step, hooks, self._batches) for step in range(start, stop)])
+
+    @torch.enable_grad()
+    def _step(self, step: int, hooks: SiteHooks, batches: Iterator[tuple[Inputs, ...]]) -> Tensor:
+        targets = torch.stack([x[of_task.rows[step]] for of_task, x in zip(self._data, self._targets, strict=True)])
+        self._targets_of_step = targets.to(self._device).split(list(self._adapters.widths.values()), dim=-1)
+        with autocast_to(self._autocast, self._device):
+            hooks.run(self._merged, to_device(concatenate(next(batches)), self._device))
+        bias = torch.stack(self._losses, dim=-1)  # [num_tasks, num_sites]
+        # A sum over sites and tasks: Adam then sees each adapter's gradient at the scale it has alone.
+        bias.sum().backward()
+        self._optimizer.step()
+        for _ in range(self._zero_grad_steps):
+            self._optimizer.zero_grad(set_to_none=False)
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return bias.detach()
+
+    def _correct(self, site: int, features: Tensor) -> Tensor:
+        down, up = self._adapters.down[site], self._adapters.up[site]
+        grouped = features.unflatten(0, (len(down), -1))
+        if site < len(self._sites.blocks):
+            corrected, compared = surgery_adapter(grouped, down, up, token_mean=True)
+        else:
+            corrected = compared = surgery_adapter(grouped, down, up)
+        targets = self._targets_of_step[site]
+        self._losses[site] = representation_loss(compared.to(targets.dtype), targets)
+        return (corrected.detach() if self._detach_layers else corrected).flatten(0, 1)
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self._optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
