@@ -59,10 +59,10 @@ build: $(VENV)/dev.txt
 clean:
 	rm -rf build dist *.egg-info surgery_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache
 
-# An extra of pyproject.toml; torch comes first and alone, or pip would take another build of it.
+# An extra of pyproject.toml; torch comes first and alone, or pip would take another build of it, and stays what it is.
 $(VENV)/%.txt: pyproject.toml $(VENV)/torch
 	$(RUN) .ci/extra.py $* > $@
-	$(PIP) -r $@
+	$(PIP) -r $@ '$(REQUIREMENT)'
 
 $(VENV)/torch: $(VENV)/python
 	$(PIP) '$(REQUIREMENT)'

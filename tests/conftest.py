@@ -11,6 +11,12 @@ import torch
 
 from surgery_kernels import _C
 
+try:  # transformers, timm and open_clip look for it; its wheels for CUDA lack two operators where there is no GPU
+    import torchvision  # noqa: F401
+except RuntimeError:
+    for _operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
 hypothesis.settings.load_profile("fixed")
 

@@ -10,12 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-try:  # transformers, timm and open_clip look for it; its wheels for CUDA lack two operators where there is no GPU
-    import torchvision  # noqa: F401
-except RuntimeError:
-    for _operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 WIDTH = 16
 NUM_FEATURES = 12
 BATCH = 6

@@ -15,14 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
-
-try:
-    import torchvision  # noqa: F401
-except ModuleNotFoundError:
-    pass
-except (ImportError, RuntimeError):  # built for another torch: transformers takes it for usable and fails
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
-
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from surgery_kernels import merge_state_dicts
