@@ -19,15 +19,21 @@ from plots import draw
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-COLUMNS = {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"}
+MERGES = {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"}
+SURGERY = {"eager": "eager", "batched": "eager, tasks batched", "compiled": "torch.compile", "ours": "ours"}
+SECTIONS = {  # head of the first column -> its contenders and ops
+    "8 experts": (MERGES, ["ties_merge", "trim_thresholds", "merge_state_dicts", "combine"]),
+    "surgery": (SURGERY, ["surgery_adapter", "surgery_train", "representation_loss"]),
+}
 
 DISTURBED = 0.1
 TIMES_NOTE = """\
 Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
 taken in turn). Bound: base and experts read twice (`trim_thresholds`: once) and the result written once, at the
 bandwidth of a large copy measured around every round; left out where everything fits in the caches. `combine` is
-forward and backward; the second time it reads the incoming gradient instead of base. †: other processes took more than
-a tenth of the processors meanwhile."""
+forward and backward; the second time it reads the incoming gradient instead of base. Surgery is forward and backward;
+the bound of its adapters is the time of as many multiplications in a large matrix product of torch's, measured in the
+same run. †: other processes took more than a tenth of the processors meanwhile."""
 MEMORY_NOTE = """\
 Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
 every tensor operation; what a selection or a sort moves inside itself is not counted."""
@@ -74,15 +80,22 @@ def memory(count: float) -> str:
     return f"{number(max(count, 0) / 1024)} KiB"
 
 
-def groups(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
-    """Rows of one op, size and dtype by contender; ours under "paper" stands in the column, as eager does."""
-    grouped: dict[tuple[str, int, str], dict[str, Row]] = {}
-    for row in rows:
-        if row["contender"] == "ours" and row["semantics"] != "paper":
-            continue
-        grouped.setdefault((row["op"], row["num_params"], row["dtype"]), {})[row["contender"]] = row
-    order = ["ties_merge", "trim_thresholds", "merge_state_dicts", "combine"]
-    return dict(sorted(grouped.items(), key=lambda item: (order.index(item[0][0]), item[0][2] != "fp32", item[0][1])))
+def label(row: Row) -> str:
+    """What was measured: the op, its size or shape, the dtype."""
+    if "shape" not in row:
+        return f"`{row['op']}` {size(row['num_params'])} {row['dtype']}"
+    rank = f", rank {row['rank']}" if "rank" in row else ""
+    return f"`{row['op']}` {' x '.join(map(str, row['shape']))}{rank}"
+
+
+def groups(rows: Iterable[Row], ops: list[str]) -> dict[str, dict[str, Row]]:
+    """Rows by label and contender; ours under "paper" stands in the column, as eager does."""
+    chosen = [row for row in rows if row["op"] in ops and (row["contender"] != "ours" or row["semantics"] == "paper")]
+    chosen.sort(key=lambda row: (ops.index(row["op"]), row["dtype"] != "fp32", row["num_params"], row.get("rank", 0)))
+    grouped: dict[str, dict[str, Row]] = {}
+    for row in chosen:
+        grouped.setdefault(label(row), {})[row["contender"]] = row
+    return grouped
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
@@ -90,33 +103,38 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
 
 
-def time_table(rows: list[Row]) -> str:
+def bound(row: Row) -> float | None:
+    """Seconds that no implementation can beat: of the memory, or where it is longer of the arithmetic."""
+    if "flops" in row:
+        return row["flops"] / row["matmul_flops_per_second"]
+    return row["least_bytes"] / row["copy_bytes_per_second"] if "share_of_bound" in row else None
+
+
+def time_table(rows: list[Row], head: str) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
         shown = times(row["median"], row["min"]) + ("†" if row["others_cpu_share"] > DISTURBED else "")
         return f"{shown} ({number(row['speedup'])}x)" if "speedup" in row else f"**{shown}**"
 
+    columns, ops = SECTIONS[head]
     body = []
-    for (op, num_params, dtype), by in groups(rows).items():
-        ours = by.get("ours")
-        bound = share = ""
-        if ours and "share_of_bound" in ours:
-            bound = times(ours["least_bytes"] / ours["copy_bytes_per_second"])
-            share = f"{ours['share_of_bound']:.0%}"
-        body.append([f"`{op}` {size(num_params)} {dtype}", *(cell(by.get(name)) for name in COLUMNS), bound, share])
-    return markdown(["8 experts", *COLUMNS.values(), "bound", "of the bound"], body)
+    for name, by in groups(rows, ops).items():
+        least = bound(by["ours"]) if "ours" in by else None
+        share = "" if least is None else f"{by['ours'].get('share_of_bound', least / by['ours']['median']):.0%}"
+        body.append([name, *(cell(by.get(column)) for column in columns), "" if least is None else times(least), share])
+    return markdown([head, *columns.values(), "bound", "of the bound"], body)
 
 
 def memory_table(rows: list[Row]) -> str:
+    columns, ops = SECTIONS["8 experts"]
     body = []
-    for (op, num_params, dtype), by in groups(rows).items():
-        label = f"`{op}` {size(num_params)} {dtype}"
-        for name, field, shown in quantities(num_params):
+    for of_group, by in groups(rows, ops).items():
+        for name, field, shown in quantities(next(iter(by.values()))["num_params"]):
             if any(row.get(field) is not None for row in by.values()):
-                cells = [by.get(column, {}).get(field) for column in COLUMNS]
-                body.append([f"{label}: {name}", *("" if value is None else shown(value) for value in cells)])
-    return markdown(["", *COLUMNS.values()], body)
+                cells = [by.get(column, {}).get(field) for column in columns]
+                body.append([f"{of_group}: {name}", *("" if value is None else shown(value) for value in cells)])
+    return markdown(["", *columns.values()], body)
 
 
 def quantities(num_params: int) -> list[tuple[str, str, Callable[[float], str]]]:
@@ -134,7 +152,7 @@ def report(run: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             TIMES_NOTE,
-            time_table(rows),
+            *(time_table(rows, head) for head in SECTIONS),
             MEMORY_NOTE,
             memory_table(rows),
             f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, copy {min(rates):.0f} to "
