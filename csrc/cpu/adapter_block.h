@@ -1,5 +1,7 @@
 // The steps of an adapter on a block of rows, in panels of the compute type; for kernel files only.
 #pragma once
+#include <type_traits>
+
 #include "matmul.h"
 #include "surgery_adapter_kernel.h"
 
@@ -96,12 +98,18 @@ inline void load_row(const S* row, int64_t dim, C* to) {
 }
 template <class S, class C>
 inline void store_row(const C* from, int64_t dim, S* row) {
-  constexpr int N = Vec<C>::N;
+  using V = Vec<C>;
+  const auto rounded = [&](int64_t i) {
+    const V x = load(from + i);
+    if constexpr (!std::is_same_v<S, BFloat16>) return x;
+    // A float32 adapter may bring a NaN whose low bits would carry it away as it is rounded.
+    return select<C>(equal(x, x), x, V::set(__builtin_nanf("")));
+  };
   int64_t i = 0;
-  for (; i + N <= dim; i += N) store(load(from + i), row + i);
+  for (; i + V::N <= dim; i += V::N) store(rounded(i), row + i);
   if (i < dim) {
-    S last[N];
-    store(load(from + i), last);
+    S last[V::N];
+    store(rounded(i), last);
     memcpy(row + i, last, size_t(dim - i) * sizeof(S));
   }
 }

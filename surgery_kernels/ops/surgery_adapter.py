@@ -106,7 +106,12 @@ def _empty_like_rows(features: Tensor) -> Tensor:
 
 @torch.library.register_fake("surgery_kernels::surgery_adapter")
 def _(
-    features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, token_mean: bool, keep_hidden: bool
+    features: Tensor,
+    down: Tensor,
+    up: Tensor,
+    task_index: Tensor | None = None,
+    token_mean: bool = False,
+    keep_hidden: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     means = (*features.shape[:-2], features.shape[-1]) if token_mean else (0,)
     hidden = (features.shape[:-1].numel(), down.shape[1]) if keep_hidden else (0,)
@@ -133,12 +138,14 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, down, up, task_index, _, _ = inputs
+    features, down, up, task_index, token_mean, _ = inputs
     ctx.save_for_backward(features, down, up, task_index, output[2])
+    ctx.token_mean = token_mean
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_means: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_means = grad_means if ctx.token_mean else None
     if grad is None and grad_means is None:
         return (None,) * 6
     need_features, need_down, need_up, *_ = ctx.needs_input_grad

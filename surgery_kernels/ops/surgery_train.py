@@ -72,6 +72,8 @@ def surgery_train(
             raise ValueError(f"features[{t}] must be [images, {dim}], got {tuple(tensor.shape)}")
         if tensor.dtype not in arguments.DTYPES or tensor.dtype != features[0].dtype:
             raise ValueError(f"features[{t}] must have one floating dtype with the others, got {tensor.dtype}")
+        if tensor.device != down.device:
+            raise ValueError(f"features[{t}] must be on the device of down, {down.device}, got {tensor.device}")
         arguments.check_like(f"targets[{t}]", targets[t], tensor, f"features[{t}]")
     if down.dtype != torch.promote_types(features[0].dtype, torch.float32):
         raise ValueError(f"down must be float32, or float64 for float64 features, got {down.dtype}")
@@ -81,12 +83,16 @@ def surgery_train(
         raise ValueError(
             f"indices must be int64 [steps, {num_tasks}, batch], got {indices.dtype} {list(indices.shape)}"
         )
+    if indices.device != down.device:
+        raise ValueError(f"indices must be on the device of down, {down.device}, got {indices.device}")
     for name, number in {"lr": lr, "eps": eps}.items():
         if not 0 < arguments.number(name, number) < math.inf:
             raise ValueError(f"{name} must be finite and positive, got {number}")
     if len(betas) != 2 or not all(0 <= arguments.number("betas", beta) < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     for name, count in {"step": step, "zero_grad_steps": zero_grad_steps}.items():
+        if not isinstance(count, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an integer, got {count!r}")
         if count < 0:
             raise ValueError(f"{name} must be 0 or more, got {count}")
     losses = _ops.surgery_train(
@@ -113,8 +119,10 @@ def _check_parameters(down: Tensor, up: Tensor, down_moments: Tensor, up_moments
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
         if tensor.dtype != down.dtype:
             raise ValueError(f"{name} must have the dtype of down, {down.dtype}, got {tensor.dtype}")
-    if down.dim() != 3:
-        raise ValueError(f"down must be [num_tasks, rank, dim], got {tuple(down.shape)}")
+        if tensor.device != down.device:
+            raise ValueError(f"{name} must be on the device of down, {down.device}, got {tensor.device}")
+    if down.dim() != 3 or len(down) == 0:
+        raise ValueError(f"down must be [num_tasks, rank, dim] of at least one task, got {tuple(down.shape)}")
     num_tasks, rank, dim = down.shape
     shapes = {
         "up": (up, (num_tasks, dim, rank)),
