@@ -21,35 +21,23 @@ from surgery_kernels import surgery_adapter
 SITES, ROWS, DIM = 12, 16 * 50, 768
 RANKS = [16, 64]
 
-Problem = tuple[Tensor, Tensor, Tensor]
+Leaves = tuple[Tensor, Tensor, Tensor]
 Correct = Callable[[Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[], list[Tensor]]
 
 pytestmark = pytest.mark.parametrize("rank", RANKS)
 
 
-def site_by_site(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """As the published code does it: modules called one after the other."""
-    corrected = [f - torch.relu(f @ d.T) @ u.T for f, d, u in zip(features, down, up, strict=True)]
-    return torch.stack(corrected)
-
-
-def batched(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def formula(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return features - torch.relu(features @ down.mT) @ up.mT
 
 
-def compiled() -> Correct:
+def compiled_formula() -> Correct:
     torch.compiler.reset()
-    return torch.compile(batched, dynamic=False)
+    return torch.compile(formula, dynamic=False)
 
 
-BASELINES: dict[str, Callable[[], Correct]] = {
-    "eager": lambda: site_by_site,
-    "batched": lambda: batched,
-    "compiled": compiled,
-}
-
-
-def problem(rank: int) -> tuple[Problem, Tensor]:
+def problem(rank: int) -> tuple[Leaves, Tensor]:
     """The leaves and the incoming gradient."""
     generator = torch.Generator().manual_seed(0)
     features, grad = (torch.randn(SITES, ROWS, DIM, generator=generator) for _ in range(2))
@@ -58,14 +46,47 @@ def problem(rank: int) -> tuple[Problem, Tensor]:
     return (features.requires_grad_(), down.requires_grad_(), up.requires_grad_()), grad
 
 
-def forward_and_backward(correct: Correct, leaves: Problem, grad: Tensor) -> list[Tensor]:
-    corrected = correct(*leaves)
-    return [corrected.detach(), *torch.autograd.grad(corrected, leaves, grad)]
+def batched_step(correct: Correct, leaves: Leaves, grad: Tensor) -> Step:
+    """Corrected features and the gradients of the leaves."""
+
+    def step() -> list[Tensor]:
+        corrected = correct(*leaves)
+        return [corrected.detach(), *torch.autograd.grad(corrected, leaves, grad)]
+
+    return step
+
+
+def step_by_site(leaves: Leaves, grad: Tensor) -> Step:
+    """As the published code does it: every site is a module and a graph of its own. Corrected features, then gradients
+    site after site; nothing is stacked, before or after."""
+    sites = [tuple(x.detach().requires_grad_() for x in site) for site in zip(*leaves, strict=True)]
+    grads, flat = grad.unbind(), [x for site in sites for x in site]
+
+    def step() -> list[Tensor]:
+        corrected = [formula(*site) for site in sites]
+        return [*(x.detach() for x in corrected), *torch.autograd.grad(corrected, flat, grads)]
+
+    return step
+
+
+BASELINES: dict[str, Callable[[Leaves, Tensor], Step]] = {
+    "eager": step_by_site,
+    "batched": lambda leaves, grad: batched_step(formula, leaves, grad),
+    "compiled": lambda leaves, grad: batched_step(compiled_formula(), leaves, grad),
+}
+
+
+def stacked(results: list[Tensor]) -> list[Tensor]:
+    """The results of `step_by_site` as those of `batched_step`."""
+    if len(results) == 4:
+        return results
+    corrected, gradients = results[:SITES], results[SITES:]
+    return [torch.stack(corrected), *(torch.stack(gradients[i::3]) for i in range(3))]
 
 
 def differing_share(results: list[Tensor], expected: list[Tensor]) -> float:
     """Sums of up to 800 products in another order; raises where more than that differs."""
-    for result, other in zip(results, expected, strict=True):
+    for result, other in zip(stacked(results), expected, strict=True):
         assert (result - other).norm() <= 1e-5 * other.norm()
     return 0.0
 
@@ -99,11 +120,11 @@ def describe(rank: int, contender: str) -> dict[str, Any]:
 @pytest.mark.benchmark(group="surgery_adapter")
 def test_baseline(measure: Measure, rounds: int, baseline: str, rank: int) -> None:
     leaves, grad = problem(rank)
-    correct = BASELINES[baseline]()
+    ours = batched_step(surgery_adapter, leaves, grad)
     measure(
-        lambda: forward_and_backward(correct, leaves, grad),
-        ours=lambda: forward_and_backward(surgery_adapter, leaves, grad),
-        check=lambda results: differing_share(results, forward_and_backward(surgery_adapter, leaves, grad)),
+        BASELINES[baseline](leaves, grad),
+        ours=ours,
+        check=lambda results: differing_share(results, ours()),
         rounds=2 * rounds,
         extra=describe(rank, baseline),
     )
@@ -112,11 +133,11 @@ def test_baseline(measure: Measure, rounds: int, baseline: str, rank: int) -> No
 @pytest.mark.benchmark(group="surgery_adapter")
 def test_ours(measure: Measure, rounds: int, rank: int) -> None:
     leaves, grad = problem(rank)
-    expected = forward_and_backward(batched, leaves, grad)
+    expected = batched_step(formula, leaves, grad)()
     products = Products()
     before = products.rate()
     measure(
-        lambda: forward_and_backward(surgery_adapter, leaves, grad),
+        batched_step(surgery_adapter, leaves, grad),
         check=lambda results: differing_share(results, expected),
         rounds=4 * rounds,
         extra=describe(rank, "ours"),

@@ -59,7 +59,7 @@ struct TrainedAdapter {
 
   void write(const Moving<C>& to_down, const Moving<C>& to_up) const {
     const auto copy = [&](Panel<C> from, C* to) {
-      for (int64_t r = 0; r < rank; ++r) memcpy(to + r * dim, from.below(r).at, size_t(dim) * sizeof(C));
+      for (int64_t r = 0; r < rank; ++r) store_row(from.below(r).at, dim, to + r * dim);
     };
     const auto turn = [&](Panel<C> from, C sign, C* to) {
       transpose<C>({from.at, from.row}, rank, dim, sign, {to, rank});
