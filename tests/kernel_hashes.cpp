@@ -8,6 +8,7 @@
 
 #include "cpu/combine_kernel.h"
 #include "cpu/linear_merge_kernel.h"
+#include "cpu/representation_loss_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
 
@@ -77,11 +78,18 @@ void run(const Format& format) {
   const sk::TiesKernel<Key>& ties = sk::SK_ISA::ties_kernels.get<Key>(format.dtype);
   const sk::LinearKernel<Key> linear = sk::SK_ISA::linear_kernels.get<Key>(format.dtype);
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[4], averaged, combined;
+  const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
+  Hash trimmed, merged[4], averaged, combined, lost;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
     for (int t = 0; t < kTasks; ++t) experts.push_back(tensor(format, n));
+    std::vector<int8_t> signs(n);
+    lost.add(loss.forward(base.data(), experts[0].data(), n, signs.data()));
+    for (const int8_t sign : signs) lost.add(uint64_t(sign));
+    std::vector<char> gradient(n * format.bytes);
+    loss.backward(signs.data(), n, C(-0.37), /*stream=*/false, gradient.data());
+    lost.add(format, gradient);
     for (int option = 0; option < 32; ++option) {
       const bool drop = option & 1, elect_count = option & 2, divide = option & 4, weighted = option & 8;
       const void* from = option & 16 ? base.data() : nullptr;
@@ -173,6 +181,7 @@ void run(const Format& format) {
   print("ties_merge peft", merged[3]);
   print("linear_merge", averaged);
   print("combine", combined);
+  print("representation_loss", lost);
 }
 
 }  // namespace

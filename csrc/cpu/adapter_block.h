@@ -1,5 +1,7 @@
 // The steps of an adapter on a block of rows, in panels of the compute type; for kernel files only.
 #pragma once
+#include <type_traits>
+
 #include "matmul.h"
 #include "surgery_adapter_kernel.h"
 
@@ -24,8 +26,8 @@ inline void transpose_tile(const C* from, int64_t from_row, C sign, C* to, int64
   for (int j = 0; j < 4; ++j) memcpy(to + j * to_row, &columns[j], sizeof(Four));
 }
 
-// to [columns, rows] = sign * from^T; from [rows, columns]. A strip of rows at a time: at power-of-two widths more of
-// them would share too few cache lines.
+// to [columns, rows] = sign * from^T, its rows filled up with zeros; from [rows, columns]. A strip of rows at a time:
+// at power-of-two widths more of them would share too few cache lines.
 template <class C>
 inline void transpose(Panel<const C> from, int64_t rows, int64_t columns, C sign, Panel<C> to) {
   for (int64_t strip = 0; strip < rows; strip += kPadding) {
@@ -40,6 +42,8 @@ inline void transpose(Panel<const C> from, int64_t rows, int64_t columns, C sign
           for (int64_t r = i; r < i + 4 && r < end; ++r) to.at[c * to.row + r] = sign * from.at[r * from.row + c];
       }
   }
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = rows; i < to.row; ++i) to.at[j * to.row + i] = 0;
 }
 
 // to [rows, padded(columns)] = sign * from [rows, columns]
@@ -94,12 +98,18 @@ inline void load_row(const S* row, int64_t dim, C* to) {
 }
 template <class S, class C>
 inline void store_row(const C* from, int64_t dim, S* row) {
-  constexpr int N = Vec<C>::N;
+  using V = Vec<C>;
+  const auto rounded = [&](int64_t i) {
+    const V x = load(from + i);
+    if constexpr (!std::is_same_v<S, BFloat16>) return x;
+    // A float32 adapter may bring a NaN whose low bits would carry it away as it is rounded.
+    return select<C>(equal(x, x), x, V::set(__builtin_nanf("")));
+  };
   int64_t i = 0;
-  for (; i + N <= dim; i += N) store(load(from + i), row + i);
+  for (; i + V::N <= dim; i += V::N) store(rounded(i), row + i);
   if (i < dim) {
-    S last[N];
-    store(load(from + i), last);
+    S last[V::N];
+    store(rounded(i), last);
     memcpy(row + i, last, size_t(dim - i) * sizeof(S));
   }
 }
@@ -115,14 +125,14 @@ inline void forward_hidden(PackedAdapter<C> adapter, Panel<C> features, Panel<C>
   }
 }
 
-// d_hidden = grad in, where hidden is positive
+// d_hidden = grad in, where hidden is not 0: where it is NaN too, as in torch
 template <class C>
 inline void backward_hidden(PackedAdapter<C> adapter, Panel<C> grad, Panel<C> hidden, Panel<C> d_hidden, int64_t rows) {
   using V = Vec<C>;
   multiply(scalars(grad), {adapter.in, padded(adapter.rank)}, d_hidden, rows, adapter.rank, adapter.dim, false);
   for (int64_t i = 0; i < rows * hidden.row; i += V::N) {
     const V x = load(d_hidden.at + i);
-    store(zero_unless<C>(greater(load(hidden.at + i), V::set(0)), x), d_hidden.at + i);
+    store(select<C>(equal(load(hidden.at + i), V::set(0)), V::set(0), x), d_hidden.at + i);
   }
 }
 

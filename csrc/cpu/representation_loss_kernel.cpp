@@ -76,8 +76,10 @@ inline auto stored_bits(typename Compute<S>::type x) {
 template <class S>
 void backward(const int8_t* signs, int64_t n, typename Compute<S>::type scale, bool stream, void* gradient_) {
   using C = typename Compute<S>::type;
+  constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
+  if (scale != scale) scale = kNaN;  // of other bits it could round to a number
   const auto plus = stored_bits<S>(scale), zero = stored_bits<S>(scale * 0), minus = stored_bits<S>(-scale),
-             nan = stored_bits<S>(std::numeric_limits<C>::quiet_NaN());
+             nan = stored_bits<S>(kNaN);
   S* gradient = static_cast<S*>(gradient_);
   const bool streamed = stream && reinterpret_cast<uintptr_t>(gradient) % 64 == 0;
   alignas(64) std::remove_const_t<decltype(nan)> lines[kFold];

@@ -23,7 +23,7 @@ void forward(const AdapterForward<typename Compute<S>::Key>& args) {
   for (int64_t i = 0; i < args.rows; ++i) {
     const C* row = panel.below(i).at;
     if (args.hidden) memcpy(args.hidden + i * rank, hidden.below(i).at, size_t(rank) * sizeof(C));
-    if (args.sums) add_row(row, dim, args.sums[i]);
+    if (args.sums) add_row(row, dim, static_cast<C*>(args.sums[i]));
     store_row(row, dim, static_cast<S*>(args.corrected[i]));
   }
 }
@@ -39,8 +39,10 @@ inline void load_grad(const AdapterBackward<typename Compute<S>::Key>& args, int
   } else {
     memset(grad, 0, size_t(padded(dim)) * sizeof(C));
   }
-  if (args.grad_means)
-    for (int64_t j = 0; j < dim; ++j) grad[j] += args.grad_means[i][j] / args.tokens;
+  if (args.grad_means) {
+    const C* const of_mean = static_cast<const C*>(args.grad_means[i]);
+    for (int64_t j = 0; j < dim; ++j) grad[j] += of_mean[j] / args.tokens;
+  }
 }
 
 template <class S>

@@ -27,7 +27,8 @@ def surgery_adapter(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``features - relu(features @ down.T) @ up.T``, every task with its own adapter, in one call.
 
-    Products and sums run in float32 (float64 for float64 features) and do not depend on the number of threads.
+    Products and sums run in float32 (float64 for float64 features), relu has gradient 0 at 0. Results do not depend on
+    the number of threads; those of two instruction sets differ by rounding.
 
     Args:
         features: [num_tasks, rows, dim] or [num_tasks, batch, tokens, dim], or with `task_index` [rows, dim] or
@@ -39,13 +40,14 @@ def surgery_adapter(
         token_mean: Also return the mean of the corrected features over the tokens, taken before they are rounded.
 
     Returns:
-        Corrected features with the shape, dtype and strides of `features`; with `token_mean` also the means,
-        [num_tasks, batch, dim] or [rows, dim], NaN where there are no tokens. Differentiable once, in `features`,
-        `down` and `up`. NaN in a row reaches that row alone.
+        Corrected features with the shape, dtype and strides of `features`, contiguous where those overlap; with
+        `token_mean` also the means, [num_tasks, batch, dim] or [rows, dim], NaN where there are no tokens.
+        Differentiable once, in `features`, `down` and `up`. NaN in a row reaches that row alone, its mean, and the
+        gradients of its task's adapter.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        RuntimeError: `task_index` holds a number outside [0, num_tasks).
+        RuntimeError: `task_index` holds a number outside [0, num_tasks), or a gradient's gradient is asked for.
 
     Source: Representation Surgery (arXiv 2402.02705), equation 4; SurgeryV2 (arXiv 2410.14389), section 4.
     """
@@ -96,13 +98,24 @@ def _check(features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None
         raise ValueError(f"task_index must be on the device of features, {features.device}, got {task_index.device}")
 
 
+def _empty_like_rows(features: Tensor) -> Tensor:
+    """In the layout of `features`, unless their rows overlap: then torch may put another dimension last."""
+    like = torch.empty_like(features)
+    return like if like.shape[-1] < 2 or like.stride(-1) == 1 else features.new_empty(features.shape)
+
+
 @torch.library.register_fake("surgery_kernels::surgery_adapter")
 def _(
-    features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, token_mean: bool, keep_hidden: bool
+    features: Tensor,
+    down: Tensor,
+    up: Tensor,
+    task_index: Tensor | None = None,
+    token_mean: bool = False,
+    keep_hidden: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     means = (*features.shape[:-2], features.shape[-1]) if token_mean else (0,)
     hidden = (features.shape[:-1].numel(), down.shape[1]) if keep_hidden else (0,)
-    return torch.empty_like(features), down.new_empty(means), down.new_empty(hidden)
+    return _empty_like_rows(features), down.new_empty(means), down.new_empty(hidden)
 
 
 @torch.library.register_fake("surgery_kernels::surgery_adapter_backward")
@@ -118,19 +131,21 @@ def _(
     need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(features) if need_features else features.new_empty(0),
+        _empty_like_rows(features) if need_features else features.new_empty(0),
         torch.empty_like(down, memory_format=torch.contiguous_format) if need_adapter else down.new_empty(0),
         torch.empty_like(up, memory_format=torch.contiguous_format) if need_adapter else up.new_empty(0),
     )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, down, up, task_index, _, _ = inputs
+    features, down, up, task_index, token_mean, _ = inputs
     ctx.save_for_backward(features, down, up, task_index, output[2])
+    ctx.token_mean = token_mean
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_means: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_means = grad_means if ctx.token_mean else None
     if grad is None and grad_means is None:
         return (None,) * 6
     need_features, need_down, need_up, *_ = ctx.needs_input_grad
@@ -142,4 +157,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_means: Tensor | None, _: Tenso
     return *(gradient if need else None for gradient, need in needed), None, None, None
 
 
+def _refuse_twice(*_: object) -> None:
+    raise RuntimeError("surgery_adapter must be differentiated once, got a gradient of its gradient")
+
+
 torch.library.register_autograd("surgery_kernels::surgery_adapter", _backward, setup_context=_keep)
+torch.library.register_autograd("surgery_kernels::surgery_adapter_backward", _refuse_twice)
