@@ -86,7 +86,7 @@ def describe(contender: str, steps: int) -> dict[str, Any]:
     factors = 2 * NUM_TASKS * DIM * RANK
     return {
         "op": "surgery_train",
-        "shape": (NUM_TASKS, steps, BATCH, DIM),
+        "shape": (NUM_TASKS, STEPS, BATCH, DIM),
         "rank": RANK,
         "num_params": factors,
         "num_tasks": NUM_TASKS,
