@@ -30,7 +30,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &sk::machine_isas, "The instruction sets this machine runs, narrowest first.");
   m.def("isa", [] { return sk::isa_name(sk::current_isa()); }, "The instruction set the CPU kernels use now.");
   m.def("set_isa", &sk::set_isa, py::arg("name"), py::arg("argument") = "name",
-        "Chooses the instruction set of every later call; results do not depend on it. `argument` is named in errors.");
+        "Chooses the instruction set of every later call; merges do not depend on it. `argument` is named in errors.");
   m.def(
       "bytes_read", [] { return sk::bytes_read.load(); },
       "Bytes of tensors that every call went through so far, for progress bars.");

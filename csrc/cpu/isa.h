@@ -39,7 +39,8 @@ const char* isa_name(Isa isa);
 std::vector<std::string> compiled_isas();
 std::vector<std::string> machine_isas();  // those compiled in that this machine runs
 
-// Safe while ops run: results do not depend on it. Throws std::invalid_argument that names `argument`.
+// Safe while ops run: merges do not depend on it, surgery by rounding only. Throws std::invalid_argument that names
+// `argument`.
 void set_isa(const std::string& name, const std::string& argument);
 
 }  // namespace sk
