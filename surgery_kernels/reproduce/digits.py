@@ -22,7 +22,7 @@ SURGERIES = {  # a rank of 52 gives Surgery as many parameters as SurgeryV2 has
     "SurgeryV2": Setting("v2", rank=4),
 }
 SHOWN = "task arithmetic"  # by the plots of a single merge and the ablations
-EAGER_STEPS = 3
+EAGER_STEPS = 5
 
 Outcomes = dict[str, Outcome]  # by method
 

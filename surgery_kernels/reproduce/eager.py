@@ -64,7 +64,8 @@ def surgery(
     """Surgery on task arithmetic the way it was published: nothing is kept from one step to the next.
 
     Every step of every task merges all experts again, with gradients to their parameters, loads and runs the expert
-    of the task, and moves the adapters of that task.
+    of the task, and moves its adapters, and those of the other tasks on momentum: until torch 2 `zero_grad` left
+    gradients of zero, which Adam steps on.
 
     Args:
         encoder: Gives the architecture.
@@ -96,7 +97,7 @@ def surgery(
             biases = [(x - target).abs().mean() for x, target in zip(features, targets, strict=True)]
             loss = torch.stack([bias for bias, used in zip(biases, compared, strict=True) if used]).sum()
             losses[step, task] = loss.detach()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             loss.backward()
             optimizer.step()
             for leaf in leaves:

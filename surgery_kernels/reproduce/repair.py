@@ -85,6 +85,7 @@ def repair(experts: Experts, merged: nn.Module, setting: Setting) -> SurgeryMode
         setting.mode,
         rank=setting.rank,
         steps=setting.steps,
+        legacy_zero_grad=True,  # as the published results were made
         seed=experts.config.seed,
         progress=False,
     )
