@@ -12,7 +12,7 @@ inline void zero(Panel<C> panel, int64_t rows) {
 }
 
 // A factor while it is trained, each panel [rank, padded(dim)]: down, or -up^T, which is what the products read; Adam
-// moves a parameter and its negative alike. Padding is zero.
+// moves a parameter and its negative alike. What their padding holds stays there: loss_row drops it.
 template <class C>
 struct Factor {
   Panel<C> value, first, second, gradient;

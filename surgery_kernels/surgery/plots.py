@@ -71,7 +71,7 @@ def plot_features(features: Mapping[str, Tensor]) -> Figure:
     axes.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Features, projected to two dimensions", loc="left", weight="bold")
-    figure.legend(loc="outside lower center", ncols=len(clouds), frameon=False, markerscale=2, handletextpad=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, markerscale=2, handletextpad=0)
     return figure
 
 
