@@ -1,0 +1,142 @@
+"""What users of mergekit, PEFT and FusionBench call, with the toolkit's own code and with ours inside it, 8 experts.
+
+mergekit: one tensor of the model through the registered method, without reading and writing files, which both share.
+PEFT: `add_weighted_adapter` on adapters of rank 16. FusionBench: `run` on the modules of a pool.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Measure
+from inputs import NUM_TASKS, flat_inputs, num_params_of, state_dict, vit_b32_shapes
+from torch import Tensor, nn
+
+try:  # transformers looks for it; its wheels for CUDA lack two operators where there is no GPU
+    import torchvision  # noqa: F401
+except RuntimeError:
+    for _operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+DENSITY = 0.2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUM_PARAMS = 1 << 20
+METHODS = [
+    "ties", "task_arithmetic", "breadcrumbs", "breadcrumbs_ties", "dare_ties", "dare_linear", "della", "della_linear",
+]  # fmt: skip
+LAYERS, WIDTH, RANK = 8, 512, 16
+
+Call = Callable[[], list[Tensor]]
+
+
+def measure_both(measure: Measure, rounds: int, op: str, num_params: int, dtype: str, stock: Call, ours: Call) -> None:
+    expected = ours()
+    extra = {"op": op, "num_params": num_params, "num_tasks": NUM_TASKS, "dtype": dtype, "contender": "toolkit"}
+    measure(
+        stock,
+        ours=ours,
+        check=lambda result: differing_share(result, expected),
+        rounds=rounds,
+        warm_up=False,
+        extra=extra,
+    )
+
+
+def differing_share(theirs: list[Tensor], ours: list[Tensor]) -> float:
+    """The share of outputs that differ: at ties, and where sums of eight in another order or precision round apart."""
+    flat, mine = (torch.cat([x.flatten() for x in tensors]).float() for tensors in (theirs, ours))
+    differs = (flat - mine).abs() > 8 * torch.finfo(theirs[0].dtype).eps * mine.abs().max()
+    share = differs.float().mean().item()
+    assert share < 0.02
+    return share
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.benchmark(group="mergekit")
+def test_mergekit(measure: Measure, rounds: int, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str) -> None:
+    pytest.importorskip("mergekit", reason="mergekit is not installed", exc_type=ImportError)
+    integration = importlib.import_module("surgery_kernels.integrations.mergekit")
+    stock = integration.registry.get(name)
+    monkeypatch.setattr(integration.registry, "_METHODS", dict(integration.registry._METHODS))
+    integration.install()
+    ours = integration.registry.get(name)
+    base, experts = flat_inputs(NUM_PARAMS, DTYPES[dtype])
+    tensors = [x.view(1 << 10, -1) for x in (base, *experts)]
+    group = integration.TensorGroup.from_tensors(tensors, base_index=0)
+
+    def merge(method: Any) -> Call:
+        def call() -> list[Tensor]:
+            torch.manual_seed(0)
+            return list(method([group], parameters={"density": DENSITY, "weight": 1 / NUM_TASKS}))
+
+        return call
+
+    measure_both(measure, rounds, f"mergekit {name}", NUM_PARAMS, dtype, merge(stock), merge(ours))
+
+
+@pytest.mark.parametrize("combination", ["ties", "linear", "magnitude_prune", "dare_ties", "dare_linear"])
+@pytest.mark.benchmark(group="peft")
+def test_peft(measure: Measure, rounds: int, combination: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed", exc_type=ImportError)
+    integration = importlib.import_module("surgery_kernels.integrations.peft")
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    config = peft.LoraConfig(r=RANK, target_modules=[str(i) for i in range(LAYERS)], init_lora_weights=False)
+    names = [f"task_{t}" for t in range(NUM_TASKS)]
+    model = peft.get_peft_model(network, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    options = {} if combination == "linear" else {"density": DENSITY}
+
+    def stock() -> list[Tensor]:
+        torch.manual_seed(0)
+        model.add_weighted_adapter(names, [1.0] * NUM_TASKS, "merged", combination, **options)
+        merged = [x.detach().clone() for name, x in model.named_parameters() if ".merged." in name]
+        model.delete_adapter("merged")
+        return merged
+
+    def ours() -> list[Tensor]:
+        with integration.accelerated():
+            return stock()
+
+    measure_both(measure, rounds, f"PEFT {combination}", 2 * LAYERS * RANK * WIDTH, "fp32", stock, ours)
+
+
+class Parameters(nn.Module):
+    """The parameters of a model, without its computation."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(x) for name, x in tensors.items()})
+
+
+@pytest.mark.parametrize("algorithm", ["TiesMerging", "TaskArithmetic"])
+@pytest.mark.benchmark(group="fusion_bench")
+def test_fusion_bench(measure: Measure, algorithm: str) -> None:
+    pytest.importorskip("fusion_bench", reason="fusion-bench is not installed", exc_type=ImportError)
+    integration = importlib.import_module("surgery_kernels.integrations.fusion_bench")
+    logging.getLogger("fusion_bench").setLevel(logging.ERROR)
+    shapes = vit_b32_shapes(layers=2)
+    base, experts = flat_inputs(num_params_of(shapes), torch.float32)
+    names = ["_pretrained_", *(f"task_{t}" for t in range(NUM_TASKS))]
+    models = {name: Parameters(state_dict(flat, shapes)) for name, flat in zip(names, (base, *experts), strict=True)}
+    options: dict[str, Any] = {"scaling_factor": 0.3}
+    if algorithm == "TiesMerging":
+        options |= {"threshold": 20, "remove_keys": [], "merge_func": "sum"}
+
+    def merge(cls: Any) -> Call:
+        def call() -> list[Tensor]:
+            pool = integration.BaseModelPool(models | {"_pretrained_": copy.deepcopy(models["_pretrained_"])})
+            return list(cls(**options).run(pool).state_dict().values())
+
+        return call
+
+    stock, ours = getattr(integration, f"{algorithm}Algorithm"), getattr(integration, algorithm)
+    measure_both(measure, 1, f"FusionBench {algorithm}", base.numel(), "fp32", merge(stock), merge(ours))

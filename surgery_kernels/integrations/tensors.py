@@ -1,0 +1,51 @@
+"""Tensors as the toolkits hand them over: which of them the ops take, and the weighted sum that two of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..ops import arguments
+
+# The toolkits let NaN through to the result.
+NONFINITE = "propagate"
+
+
+def mergeable(tensors: Sequence[Tensor]) -> bool:
+    """Whether the ops take them; where not, the toolkit's own code runs and says what it has to say."""
+    if not tensors:
+        return False
+    first = tensors[0]
+    return (
+        first.numel() > 0
+        and first.dtype in arguments.DTYPES
+        and all(
+            type(tensor) in (Tensor, Parameter)
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+            and tensor.dtype == first.dtype
+            and tensor.shape == first.shape
+            and not (tensor.requires_grad and torch.is_grad_enabled())  # the ops carry no gradient
+            for tensor in tensors
+        )
+    )
+
+
+def linear_merge(
+    base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float], *, lam: float = 1.0, divisor: float = 1.0
+) -> Tensor:
+    """``base + lam * sum_t weights[t] * (expert_t - base) / divisor``, rounded once; of the experts without a base."""
+    merged = torch.empty_like(experts[0], memory_format=torch.contiguous_format, requires_grad=False)
+    torch.ops.surgery_kernels.linear_merge_out(
+        [] if base is None else [base.detach()],
+        [expert.detach() for expert in experts],
+        list(weights),
+        lam=lam,
+        divisor=divisor,
+        nonfinite=NONFINITE,
+        out=[merged],
+    )
+    return merged

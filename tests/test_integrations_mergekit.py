@@ -1,0 +1,243 @@
+"""mergekit's own methods against ours inside mergekit, and its command."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same, gaussian, inputs, option_id, weights_of
+from safetensors.torch import load_file
+from torch import Tensor
+from untied import untied
+
+from surgery_kernels import _C
+
+pytestmark = pytest.mark.any_isa
+
+METHODS = [
+    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della_linear", "della",
+]  # fmt: skip
+ELECTING = ["ties", "dare_ties", "breadcrumbs_ties", "della"]
+
+
+@pytest.fixture
+def integration() -> ModuleType:
+    pytest.importorskip("mergekit", reason="mergekit is not installed", exc_type=ImportError)
+    return importlib.import_module("surgery_kernels.integrations.mergekit")
+
+
+@pytest.fixture
+def registered(integration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The methods that mergekit knows in this test; it knows its own again afterwards."""
+    monkeypatch.setattr(integration.registry, "_METHODS", dict(integration.registry._METHODS))
+    return integration.registry._METHODS
+
+
+@pytest.fixture
+def pair(integration: ModuleType, registered: dict[str, Any]) -> Callable[[str], tuple[Any, Any]]:
+    """mergekit's method and ours."""
+    stock = dict(registered)
+    integration.install()
+    return lambda name: (stock[name], registered[name])
+
+
+def merged(method: Any, base: Tensor, experts: list[Tensor], **parameters: Any) -> Tensor:
+    from mergekit.merge_methods import TensorGroup
+
+    torch.manual_seed(7)
+    (result,) = method([TensorGroup.from_tensors([base, *experts], base_index=0)], parameters=parameters)
+    return result
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"normalize": True, "lambda": 0.4},
+    {"normalize": False, "rescale": True, "lambda": -1.7},
+    {"rescale": False, "int8_mask": True, "density": [0.29, 0.57, 1.0, 0.3]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+@pytest.mark.parametrize("name", METHODS)
+def test_same_as_mergekit(pair: Any, name: str, options: dict[str, Any]) -> None:
+    for num_tasks in (1, 4):
+        for shape in ((67, 61), (511,)):
+            base, experts = untied(shape, num_tasks, torch.float32)
+            density = options.get("density", [0.3] * 4)[:num_tasks]
+            parameters = {**options, "density": density, "weight": weights_of(num_tasks)}
+            expected, actual = (merged(method, base, experts, **parameters) for method in pair(name))
+            assert_same(actual, expected, f"{num_tasks} experts of {shape}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=option_id)
+@pytest.mark.parametrize("name", ELECTING)
+def test_same_as_mergekit_in_other_dtypes(pair: Any, name: str, dtype: torch.dtype) -> None:
+    base, experts = untied((40, 37), 3, dtype)
+    parameters = {"density": 0.3, "weight": weights_of(3), "lambda": 0.6, "rescale": False}
+    expected, actual = (merged(method, base, experts, **parameters) for method in pair(name))
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=option_id)
+@pytest.mark.parametrize("name", ["dare_ties", "della"])
+def test_ties_do_not_matter_to_random_masks(pair: Any, name: str, dtype: torch.dtype) -> None:
+    base, experts = inputs(gaussian, (67, 61), 4, dtype)
+    expected, actual = (merged(method, base, experts, density=0.5, weight=weights_of(4)) for method in pair(name))
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=option_id)
+@pytest.mark.parametrize("name", ["task_arithmetic", "dare_linear", "breadcrumbs", "della_linear"])
+def test_sums_without_an_election_round_less(pair: Any, name: str, dtype: torch.dtype) -> None:
+    # mergekit rounds products, sums and the scaled sum to 16 bits one after the other
+    base, experts = untied((40, 37), 4, dtype)
+    parameters = {"density": 0.3, "weight": [0.75, -0.25, 0.5, 1.25], "lambda": 0.625}
+    stock, ours = (merged(method, base, experts, **parameters) for method in pair(name))
+    assert (ours - stock).abs().max() <= 4 * torch.finfo(dtype).eps * stock.abs().max()
+    if name == "task_arithmetic":
+        exact = merged(pair(name)[0], base.double(), [expert.double() for expert in experts], **parameters)
+        assert (ours - exact).abs().max() <= (stock - exact).abs().max()
+        assert_same(ours, exact.to(dtype))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.9])
+def test_breadcrumbs(pair: Any, gamma: float) -> None:
+    base, experts = untied((67, 61), 2, torch.float32)
+    for density in (1e-5, 0.25, 0.999, 1.0):
+        parameters = {"density": density, "gamma": gamma, "weight": 1.0, "rescale": density == 0.25}
+        expected, actual = (merged(method, base, experts, **parameters) for method in pair("breadcrumbs"))
+        assert_same(actual, expected, f"density {density}")
+
+
+def test_nan_stays_where_it_is(pair: Any) -> None:
+    base, experts = untied((40, 37), 3, torch.float32)
+    experts[1][3, 5] = torch.nan
+    for name in ("ties", "task_arithmetic", "breadcrumbs_ties"):
+        expected, actual = (merged(method, base, experts, density=0.3, weight=1.0) for method in pair(name))
+        assert expected.isnan().sum() == 1
+        assert_same(actual, expected, name)
+
+
+def test_many_experts(pair: Any) -> None:
+    base, experts = untied((40, 37), 9, torch.float32)
+    for name in METHODS:
+        # dyadic weights: all sums are exact, in whatever order torch adds
+        parameters = {"density": 0.3, "weight": [1.0, 0.5, 0.25] * 3, "rescale": False, "normalize": False}
+        expected, actual = (merged(method, base, experts, **parameters) for method in pair(name))
+        if name in ("dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "ties", "task_arithmetic"):
+            assert_same(actual, expected, name)
+        else:
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_runs_on_our_ops(pair: Any, name: str) -> None:
+    base, experts = untied((40, 37), 2, torch.float32)
+    stock, ours = pair(name)
+    before = _C.bytes_read()
+    merged(stock, base, experts, density=0.3, weight=1.0)
+    assert _C.bytes_read() == before
+    merged(ours, base, experts, density=0.3, weight=1.0)
+    assert _C.bytes_read() > before
+
+
+def test_leaves_the_rest_to_mergekit(pair: Any) -> None:
+    stock, ours = pair("ties")
+    base, experts = untied((40, 37), 2, torch.float32)
+    before = _C.bytes_read()
+    assert merged(ours, base, [], weight=[]) is base
+    for density, lam in ((0.0, 1.0), (0.3, torch.inf)):
+        parameters = {"density": density, "weight": 1.0, "lambda": lam}
+        assert_same(merged(ours, base, experts, **parameters), merged(stock, base, experts, **parameters))
+    leaf = experts[0].clone().requires_grad_()
+    merged(ours, base, [leaf, experts[1]], density=0.3, weight=1.0).sum().backward()
+    assert leaf.grad is not None
+    assert _C.bytes_read() == before
+
+
+def test_leaves_other_devices_to_mergekit(pair: Any) -> None:
+    from mergekit.merge_methods import TensorGroup
+
+    base, experts = untied((40, 37), 2, torch.float32)
+    group = TensorGroup.from_tensors([x.to("meta") for x in (base, *experts)], base_index=0)
+    numbers = {name: {1: 1.0, 2: 1.0} for name in ("weight", "density")}
+    options = {"lambda": 1.0, "normalize": True, "rescale": False, "int8_mask": False}
+    for method in pair("ties"):
+        assert method.merge_group(group, **numbers, **options).device.type == "meta"
+
+
+def test_install(integration: ModuleType, registered: dict[str, Any]) -> None:
+    stock = dict(registered)
+    integration.install()
+    once = dict(registered)
+    integration.install()
+    assert list(registered) == list(stock)
+    assert all(registered[name] is once[name] for name in stock)
+    assert {name for name in stock if registered[name] is not stock[name]} == set(METHODS)
+    assert all(registered[name].spec == stock[name].spec for name in METHODS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `base`, `first` and `second` with a model of two thousand parameters each."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp("models")
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    tensors = {name: untied(tensor.shape, 2, torch.float32) for name, tensor in model.state_dict().items()}
+    for i, name in enumerate(("base", "first", "second")):
+        model.load_state_dict({key: [base, *experts][i] for key, (base, experts) in tensors.items()})
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_command(
+    integration: ModuleType,
+    registered: dict[str, Any],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    experts = [
+        {"model": str(models / model), "parameters": {"weight": w}} for model, w in (("first", 1), ("second", 0.5))
+    ]
+    merge = {
+        "merge_method": name, "base_model": str(models / "base"), "models": experts,
+        "parameters": {"density": 0.4}, "dtype": "float32",
+    }  # fmt: skip
+    (tmp_path / "merge.yaml").write_text(json.dumps(merge))  # JSON is YAML
+    results = {}
+    for command, main in (("stock", integration.run_yaml.main), ("ours", integration.main)):
+        options = ["--no-copy-tokenizer", "--quiet", "--random-seed", "3"]
+        monkeypatch.setattr(
+            sys, "argv", ["mergekit-yaml", str(tmp_path / "merge.yaml"), str(tmp_path / command), *options]
+        )
+        before = _C.bytes_read()
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        assert (_C.bytes_read() > before) == (command == "ours")
+        results[command] = load_file(tmp_path / command / "model.safetensors")
+    assert results["ours"].keys() == results["stock"].keys()
+    for key, expected in results["stock"].items():
+        assert_same(results["ours"][key], expected, key)
+
+
+def test_without_mergekit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mergekit.merge_methods", None)
+    monkeypatch.delitem(sys.modules, "surgery_kernels.integrations.mergekit", raising=False)
+    message = r"^mergekit must be installed in a version .* run `pip install 'surgery-kernels\[mergekit\]'`$"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("surgery_kernels.integrations.mergekit")
