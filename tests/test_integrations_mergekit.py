@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same, gaussian, inputs, option_id, weights_of
+from cases import assert_same, gaussian, grid, inputs, option_id, weights_of
 from safetensors.torch import load_file
 from torch import Tensor
 from untied import untied
@@ -60,7 +60,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"normalize": True, "lambda": 0.4},
     {"normalize": False, "rescale": True, "lambda": -1.7},
-    {"rescale": False, "int8_mask": True, "density": [0.29, 0.57, 1.0, 0.3]},
+    {"rescale": False, "int8_mask": True, "density": [0.29, 0.57, 1.5, 0.3]},
 ]
 
 
@@ -107,6 +107,14 @@ def test_sums_without_an_election_round_less(pair: Any, name: str, dtype: torch.
         assert_same(ours, exact.to(dtype))
 
 
+def test_weights_that_cancel(pair: Any) -> None:
+    base, experts = untied((40, 37), 2, torch.float32)
+    for name in METHODS:
+        parameters = {"density": 0.3, "weight": [0.5, -0.5], "normalize": True, "rescale": False}
+        expected, actual = (merged(method, base, experts, **parameters) for method in pair(name))
+        assert_same(actual, expected, name)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.01, 0.9])
 def test_breadcrumbs(pair: Any, gamma: float) -> None:
     base, experts = untied((67, 61), 2, torch.float32)
@@ -114,6 +122,22 @@ def test_breadcrumbs(pair: Any, gamma: float) -> None:
         parameters = {"density": density, "gamma": gamma, "weight": 1.0, "rescale": density == 0.25}
         expected, actual = (merged(method, base, experts, **parameters) for method in pair("breadcrumbs"))
         assert_same(actual, expected, f"density {density}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=option_id)
+def test_tied_entries_are_kept_in_flat_order(pair: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    argsort = torch.argsort
+    monkeypatch.setattr(torch, "argsort", lambda x, descending: argsort(x, descending=descending, stable=True))
+    base, experts = inputs(grid, (67, 61), 4, dtype)
+    expected, actual = (merged(method, base, experts, density=0.3, weight=weights_of(4)) for method in pair("ties"))
+    assert_same(actual, expected)
+
+
+def test_breadcrumbs_keep_as_many_tied_entries(pair: Any) -> None:
+    base, experts = inputs(grid, (67, 61), 1, torch.float32)
+    stock, ours = (merged(method, base, experts, density=0.3, gamma=0.1, weight=1.0) for method in pair("breadcrumbs"))
+    assert not torch.equal(ours, stock)
+    assert_same(*((x - base).abs().flatten().sort().values for x in (ours, stock)))
 
 
 def test_nan_stays_where_it_is(pair: Any) -> None:

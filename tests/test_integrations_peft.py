@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same, gaussian, inputs, option_id, weights_of
+from cases import assert_same, gaussian, grid, inputs, option_id, weights_of
 from torch import Tensor, nn
 from untied import untied
 
@@ -70,6 +70,22 @@ def test_ties_do_not_matter_without_a_trim(integration: ModuleType, name: str, d
     for options in options_of(name, 0.5):
         expected, actual = both(integration, name, tensors, torch.tensor(weights_of(4)), *options)
         assert_same(actual, expected, str(options))
+
+
+@pytest.mark.parametrize("name", ["ties", "magnitude_prune"])
+def test_tied_entries_are_kept_in_flat_order(
+    integration: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def topk(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+        values, indices = torch.sort(x, descending=largest, stable=True)
+        return values[:k], indices[:k]
+
+    monkeypatch.setattr(torch, "topk", topk)
+    for dtype in (torch.float32, torch.bfloat16):
+        _, tensors = inputs(grid, (67, 61), 4, dtype)
+        for options in options_of(name):
+            expected, actual = both(integration, name, tensors, torch.tensor(weights_of(4)), *options)
+            assert_same(actual, expected, f"{dtype}, {options}")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ trims nothing) goes to PEFT.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ def _takes(task_tensors: Sequence[Tensor], weights: Tensor) -> bool:
         and weights.shape == (len(task_tensors),)
         and weights.dtype == torch.float32
         and not weights.requires_grad
-        and bool(weights.isfinite().all())
+        and all(map(math.isfinite, weights.tolist()))
     )
 
 
@@ -124,7 +125,8 @@ def _trims(density: Any) -> bool:
 
 def _widened(task_tensors: Sequence[Tensor]) -> list[Tensor]:
     """PEFT's float32 weights make float32 of 16-bit tensors before any sum; their trim and election stay the same."""
-    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in task_tensors]
+    wide = torch.promote_types(task_tensors[0].dtype, torch.float32)
+    return [tensor.to(wide) for tensor in task_tensors]
 
 
 def _masked(task_tensors: Sequence[Tensor], density: float) -> list[Tensor]:
