@@ -21,9 +21,11 @@ README = Path(__file__).parent.parent / "README.md"
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 MERGES = {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"}
 SURGERY = {"eager": "eager", "batched": "eager, tasks batched", "compiled": "torch.compile", "ours": "ours"}
-SECTIONS = {  # head of the first column -> its contenders and ops
+TOOLKITS = {"toolkit": "its own code", "ours": "with ours"}
+SECTIONS = {  # head of the first column -> its contenders and families of ops
     "8 experts": (MERGES, ["ties_merge", "trim_thresholds", "merge_state_dicts", "combine"]),
     "surgery": (SURGERY, ["surgery_adapter", "surgery_train", "representation_loss"]),
+    "inside a toolkit, 8 experts": (TOOLKITS, ["mergekit", "PEFT", "FusionBench"]),
 }
 
 DISTURBED = 0.1
@@ -91,10 +93,23 @@ def label(row: Row) -> str:
     return f"`{row['op']}` {' x '.join(map(str, row['shape']))}{rank}"
 
 
+def family(row: Row) -> str:
+    """The op, or the toolkit whose method it is."""
+    return row["op"].split()[0]
+
+
+def is_variant(row: Row) -> bool:
+    """Ours under another toolkit's semantics: what that toolkit's row is compared with."""
+    return row["contender"] == "ours" and row.get("semantics", "paper") != "paper"
+
+
 def groups(rows: Iterable[Row], ops: list[str]) -> dict[str, dict[str, Row]]:
     """Rows by label and contender; ours under "paper" stands in the column, as eager does."""
-    chosen = [row for row in rows if row["op"] in ops and (row["contender"] != "ours" or row["semantics"] == "paper")]
-    chosen.sort(key=lambda row: (ops.index(row["op"]), row["dtype"] != "fp32", row["num_params"], row.get("rank", 0)))
+
+    def order(row: Row) -> tuple[int, bool, int, int]:
+        return ops.index(family(row)), row["dtype"] != "fp32", row["num_params"], row.get("rank", 0)
+
+    chosen = sorted((row for row in rows if family(row) in ops and not is_variant(row)), key=order)
     grouped: dict[str, dict[str, Row]] = {}
     for row in chosen:
         grouped.setdefault(label(row), {})[row["contender"]] = row

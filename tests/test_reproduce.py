@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.any_isa
 
 TINY = Config(width=8, depth=2, num_heads=2, num_features=6, pretrain_steps=2, expert_steps=2, multi_task_steps=2)
 SITES = ["blocks.0", "blocks.1", ""]  # of TINY
+BANDS_HOLD_FOR = ("weight averaging", "task arithmetic", "TIES")
 PLOTS = ("accuracy_by_task.png", "average_accuracy.png", "bias_by_depth.png", "features.png")
 CHECKPOINTS = {"pretrained", "multi-task", *(f"expert-{name}" for name in TASKS)}
 
@@ -361,13 +364,14 @@ def test_run_prints_the_tables_and_writes_every_file(tmp_path: Path, capsys: pyt
 def test_surgery_repairs_in_every_seed(tmp_path: Path) -> None:
     """The bands that hold over seeds and merges; the fits of a seed run side by side."""
     settings = [None, *digits.SURGERIES.values()]
-    for seed in range(3):
-        config = Config(seed=seed)
-        made = load_experts(config, tmp_path / str(seed))
-        jobs = [Job(name, setting) for name in MERGES for setting in settings]
+    configs, folders = [Config(seed=seed) for seed in range(3)], [tmp_path / str(seed) for seed in range(3)]
+    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
+        seeds = list(pool.map(load_experts, configs, folders))
+    for seed, (config, folder, made) in enumerate(zip(configs, folders, seeds, strict=True)):
+        jobs = [Job(name, setting) for name in BANDS_HOLD_FOR for setting in settings]
         individual = average(digits.individual(made).accuracy)
-        outcomes = run_jobs(config, tmp_path / str(seed), jobs)
-        for name in MERGES:
+        outcomes = run_jobs(config, folder, jobs)
+        for name in BANDS_HOLD_FOR:
             merged, v1, matched, v2 = (outcomes[Job(name, setting)] for setting in settings)
             rising = [average(x.accuracy) for x in (merged, v1, matched, v2)]
             assert rising == sorted(rising), (seed, name, rising)
