@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -194,14 +195,15 @@ def test_mixed_dtypes() -> None:
     assert seen == {name: base[name].dtype for name in learned.names}
 
 
-def test_under_no_grad_and_with_parameters() -> None:
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_outside_and_with_parameters(off: Callable[[], Any]) -> None:
     base, experts = models()
     expected, _ = learn(base, experts, steps=3)
     as_parameters = [
         {name: nn.Parameter(x) if x.is_floating_point() else x for name, x in model.items()}
         for model in (base, *experts)
     ]
-    with torch.no_grad():
+    with off():
         merged, _ = learn(as_parameters[0], as_parameters[1:], steps=3)
     for name in floats(base):
         assert_same(merged[name], expected[name], name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -166,6 +167,16 @@ def test_diagonal_fisher_is_reproducible() -> None:
     assert list(first) == [name for name, _ in classifier().named_parameters()]
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_diagonal_fisher_with_gradients_off_outside(off: Callable[[], Any]) -> None:
+    x = torch.randn(4, 3, generator=generator("inputs"))
+    model = classifier()
+    expected = diagonal_fisher(model, [x])
+    with off():
+        actual = diagonal_fisher(model, [x])
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_diagonal_fisher_refused() -> None:

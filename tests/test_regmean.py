@@ -165,6 +165,27 @@ def test_gram_matrices() -> None:
     assert gram_matrices(model.bfloat16(), [(x.bfloat16(),)])["embed.weight"].dtype == torch.float32
 
 
+def test_every_form_of_batches() -> None:
+    model, x = network(), inputs(0, 24).view(4, 6, 6)
+    expected = gram_matrices(model, [x])
+    for batch in ((x,), [x], {"x": x}):
+        assert torch.equal(gram_matrices(model, [batch])["embed.weight"], expected["embed.weight"])
+
+
+def test_layers_that_share_a_weight_have_one_matrix() -> None:
+    model = network()
+    model.embed = nn.Linear(8, 8).double()
+    model.embed.weight = model.again.weight
+    x = torch.cat([inputs(0, 24), inputs(1, 24)[:, :2]], dim=1).view(4, 6, 8)
+    known = gram_matrices(model, [x])
+    assert list(known) == ["embed.weight"]
+    with torch.no_grad():
+        tokens = model.embed(x)
+        first = tokens + model.attention(tokens, tokens, tokens)[0]
+        rows = torch.cat([x, first, model.again(first)]).flatten(end_dim=-2)
+    torch.testing.assert_close(known["embed.weight"], rows.T @ rows / len(rows))
+
+
 def test_gram_matrices_refused() -> None:
     with pytest.raises(ValueError, match="^model must be in evaluation mode, got training mode$"):
         gram_matrices(network().train(), [inputs(0)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -550,6 +551,15 @@ def test_saved_heads(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None
             InputError, match=r"zoo.pt must hold one tensor \[classes, num_features\], got something else$"
         ):
             read_head(tmp_path / "folder", "zoo")
+    (tmp_path / "folder" / "zoo.pt").write_text("text")
+    with pytest.raises(InputError, match=r"zoo.pt must hold one tensor \[classes, num_features\], got something else$"):
+        read_head(tmp_path / "folder", "zoo")
+    with zipfile.ZipFile(tmp_path / "folder" / "dtd.pt") as saved:
+        parts = {name: saved.read(name) for name in saved.namelist()}
+    with zipfile.ZipFile(tmp_path / "folder" / "dtd.pt", "w") as saved:  # as if it had been written on a GPU
+        for name, part in parts.items():
+            saved.writestr(name, part.replace(b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:0"))
+    torch.testing.assert_close(read_head(tmp_path / "folder", "dtd"), heads["dtd"], atol=1e-3, rtol=1e-3)
     results = run("--methods", "pretrained", f"--heads={tmp_path / 'heads.safetensors'}")
     assert list(results["accuracy"]) == ["pretrained"]
     assert not (tmp_path / "heads").exists()

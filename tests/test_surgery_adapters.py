@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_same
@@ -99,7 +100,9 @@ def test_task_index() -> None:
     assert made.task_index(2) == 2
     assert made.task_index(torch.tensor(1)) == 1
     assert_same(made.task_index(["c", 0, "b"]), torch.tensor([2, 0, 1]))
-    assert_same(made.task_index(torch.tensor([2, 0], dtype=torch.int32)), torch.tensor([2, 0]))
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert_same(made.task_index(torch.tensor([2, 0], dtype=dtype)), torch.tensor([2, 0]))
+    assert made.task_index(np.int64(1)) == 1
     assert_same(made.task_index(torch.empty(0, dtype=torch.int64)), torch.empty(0, dtype=torch.int64))
 
 
@@ -112,6 +115,7 @@ def test_task_index() -> None:
         (torch.tensor([0, -1]), "task must be in [0, 3), got -1"),
         (torch.tensor([0, 3]), "task must be in [0, 3), got 3"),
         (torch.tensor([0.0]), "task must be integers [batch], got torch.float32 of shape (1,)"),
+        (torch.tensor([True]), "task must be integers [batch], got torch.bool of shape (1,)"),
         (torch.zeros(1, 2, dtype=torch.int64), "task must be integers [batch], got torch.int64 of shape (1, 2)"),
     ],
     ids=str,

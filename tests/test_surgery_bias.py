@@ -131,6 +131,7 @@ def test_refused(pair: tuple[Encoder, Encoder]) -> None:
             "task must be None for a model without adapters, got 'a'",
         ),
         (lambda: representation_bias(*pair, x, batch_size=0), "batch_size must be 1 or greater, got 0"),
+        (lambda: representation_bias(*pair, x, num_workers=-1), "num_workers must be 0 or greater, got -1"),
         (lambda: representation_bias(*pair, x[:0]), "batches must hold at least one sample, got none"),
         (
             lambda: representation_bias(*pair, x, Sites(final="nowhere")),

@@ -201,6 +201,21 @@ def test_models_of_every_kind_come_closer_to_their_experts(case: Callable[[], Ca
             assert (run(surgery, task=task) - target).abs().mean() < (run(it.model) - target).abs().mean()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 12])
+def test_token_major_models_learn_the_same(merged: nn.Module, experts: dict[str, nn.Module], num_tokens: int) -> None:
+    """Also with batches as long as their samples have tokens: 12 in a step, 3 at the end of a pool."""
+    batches = {task: samples(size, num_tokens, 3, seed=size).double() for task, size in POOLS.items()}
+
+    def token_major(model: nn.Module) -> nn.Module:
+        turned = Encoder(depth=3, token_major=True).double()
+        turned.load_state_dict(model.state_dict())
+        return turned
+
+    turned = {task: token_major(expert) for task, expert in experts.items()}
+    actual = fitted(token_major(merged), turned, batches, "v2")
+    assert_close(actual.log.bias, fitted(merged, experts, batches, "v2").log.bias)
+
+
 def test_v1_and_v2_see_the_same_samples() -> None:
     """A function of seed, task and step: shuffled per epoch, the same for more steps."""
     order = sample_order(5, "mnist", 11, 6, BATCH)
@@ -220,7 +235,7 @@ def test_only_the_samples_in_use_are_run(merged: nn.Module, experts: dict[str, n
     seen = []
     experts["dtd"].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     fitted(merged, {"dtd": experts["dtd"]}, {"dtd": samples(64, 5, 3).double()}, "v2", steps=2)
-    assert sum(seen) == 2 * BATCH
+    assert sum(seen) == 1 + 2 * BATCH  # one alone tells the layout
 
 
 class Samples(torch.utils.data.Dataset):
@@ -240,6 +255,19 @@ class Samples(torch.utils.data.Dataset):
         return self.inputs[number], 7
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Batches of three, whose number is known."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        self.batches = inputs.split(3)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
 @pytest.mark.parametrize("mode", ["v1", "v2"])
 def test_every_form_of_batches(merged: nn.Module, experts: dict[str, nn.Module], mode: str) -> None:
     expert = {"dtd": experts["dtd"]}
@@ -247,6 +275,7 @@ def test_every_form_of_batches(merged: nn.Module, experts: dict[str, nn.Module],
     expected = fitted(merged, expert, {"dtd": x}, mode)
     forms: list[Any] = [
         Samples(x),
+        Stream(x),
         TensorDataset(x, torch.zeros(10)),
         [x[:7], x[7:]],
         [(x[:7], torch.zeros(7)), (x[7:], torch.zeros(3))],
@@ -315,12 +344,16 @@ def test_the_models_are_as_before(
     assert state() == before
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", ["v1", "v2"])
 def test_gradients_may_be_off_outside(
-    merged: nn.Module, experts: dict[str, nn.Module], batches: dict[str, Tensor]
+    merged: nn.Module, experts: dict[str, nn.Module], batches: dict[str, Tensor], mode: str, off: Callable[[], Any]
 ) -> None:
-    expected = fitted(merged, experts, batches, "v2").log.bias
-    with torch.no_grad():
-        assert_same(fitted(merged, experts, batches, "v2").log.bias, expected)
+    expected = fitted(merged, experts, batches, mode).log.bias
+    with off():
+        result = fitted(merged, experts, {task: x.clone() for task, x in batches.items()}, mode)
+    assert_same(result.log.bias, expected)
+    assert not any(parameter.is_inference() for parameter in result.adapters.parameters())
 
 
 @contextlib.contextmanager
@@ -359,6 +392,23 @@ def test_resume(
         fitted(merged, experts, batches, mode, steps=10, **{**options, "seed": 6})
     with pytest.raises(ValueError, match=r"^checkpoint must be of a fit with merged='\w+', got '\w+'$"):
         fitted(perturbed(merged, 9), experts, batches, mode, steps=10, **options)
+    with pytest.raises(ValueError, match=r"^checkpoint must be of a fit with experts\['cars'\]='\w+', got '\w+'$"):
+        fitted(merged, {**experts, "cars": experts["dtd"]}, batches, mode, steps=10, **options)
+    reordered = {task: experts[task] for task in sorted(TASKS)}
+    message = "checkpoint must be of a fit with tasks=['cars', 'dtd', 'mnist'], got ['mnist', 'cars', 'dtd']"
+    assert refusal(lambda: fitted(merged, reordered, batches, mode, steps=10, **options)) == message
+
+
+def test_a_checkpoint_that_is_none(
+    merged: nn.Module, experts: dict[str, nn.Module], batches: dict[str, Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "empty").touch()
+    torch.save([1], tmp_path / "list")
+    torch.save({"step": 1}, tmp_path / "other")
+    for path in (tmp_path, *tmp_path.iterdir()):
+        message = refusal(lambda path=path: fitted(merged, experts, batches, "v1", checkpoint=path))
+        assert message == f"checkpoint must be a file written by fit, got {str(path)!r}"
 
 
 @pytest.mark.parametrize("mode", ["v1", "v2"])
@@ -450,8 +500,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"lr": 0.0}, "lr must be finite and greater than 0, got 0.0"),
     ({"lr": math.inf}, "lr must be finite and greater than 0, got inf"),
     ({"lr": math.nan}, "lr must be finite and greater than 0, got nan"),
+    ({"num_workers": -1}, "num_workers must be 0 or greater, got -1"),
+    ({"autocast": "bfloat16"}, "autocast must be bfloat16, float16 or None, got 'bfloat16'"),
+    ({"autocast": torch.float32}, "autocast must be bfloat16, float16 or None, got torch.float32"),
     ({"mode": "v1", "detach_layers": True}, "detach_layers must be False with mode='v1', got True"),
     ({"experts": {}}, "experts must be of at least one task, got none"),
+    ({"experts": [Encoder()]}, "experts must be a mapping from names of tasks, got list"),
+    ({"experts": {1: Encoder(), 2: Encoder()}}, "experts must be a mapping from names of tasks, got [1, 2]"),
+    ({"batches": [samples(4, 5, 3)]}, "batches must be a mapping from names of tasks, got list"),
     ({"without": "experts"}, "experts must have one for every task of batches, got none for 'cars'"),
     ({"without": "batches"}, "batches must have samples for every task of experts, got none for 'cars'"),
     ({"cars": torch.empty(0, 5, 3)}, "batches['cars'] must hold at least one sample, got none"),
@@ -463,6 +519,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"cars": ["x"]},
         "batches['cars'] must be tensors, tuples that start with one or mappings of tensors, got str",
+    ),
+    (
+        {"cars": [samples(4, 5, 3), samples(4, 6, 3)]},
+        "batches['cars'] must hold samples of one shape, got (5, 3) and (6, 3)",
+    ),
+    (
+        {"cars": (samples(4, 5, 3), torch.zeros(4))},  # a pair of inputs and labels is no list of batches
+        "batches['cars'] must hold samples of one shape, got (5, 3) and ()",
+    ),
+    (
+        {"cars": {"samples": samples(4, 5, 3), "mask": torch.ones(3, 5)}},
+        "batches['cars'] must be tensors with a row per sample each, got {'samples': (4, 5, 3), 'mask': (3, 5)}",
     ),
     ({"cars": samples(4, 6, 3)}, "batches['cars'] must hold samples like those of 'mnist', (5, 3), got (6, 3)"),
     ({"cars": NAN}, "targets of task 'cars' at site 'blocks.0' must be finite, got NaN"),
@@ -503,7 +571,7 @@ def test_refused(
     missing = options.pop("without", None)
     if missing:
         del {"experts": experts, "batches": batches}[missing]["cars"]
-    experts = options.pop("experts", experts)
+    experts, batches = options.pop("experts", experts), options.pop("batches", batches)
     assert refusal(lambda: fitted(merged, experts, batches, **options)) == message
 
 

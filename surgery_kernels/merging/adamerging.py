@@ -85,18 +85,19 @@ class AdaMerging:
     def merge(self, scope: Scope) -> None:
         num_tasks, sizes = len(scope.experts[0]), [x.numel() for x in scope.base]
         num_blocks = 1 if self.granularity == "task" else len(sizes)
-        raw = self._start(num_tasks, num_blocks).requires_grad_()
         scope.check_finite()
-        base, task_vectors = self._flatten(scope)
         blocks = sizes if self.granularity == "layer" else [sum(sizes)]
-        block_offsets = torch.tensor([0, *blocks]).cumsum(0)
+        with torch.inference_mode(False):  # its tensors take no part in gradients
+            raw = self._start(num_tasks, num_blocks).requires_grad_()
+            base, task_vectors = self._flatten(scope)
+            block_offsets = torch.tensor([0, *blocks]).cumsum(0)
 
         def merged() -> dict[str, Tensor]:
             flat = combine(base, task_vectors, raw.clamp(0, 1), block_offsets)
             parts = zip(scope.names, scope.base, flat.split(sizes), strict=True)
             return {name: part.view(like.shape).to(like.dtype) for name, like, part in parts}
 
-        with torch.enable_grad():
+        with torch.inference_mode(False):  # gradients must work wherever the caller is
             losses = self._learn(raw, merged)
         with torch.no_grad():
             for out, part in zip(scope.out, merged().values(), strict=True):

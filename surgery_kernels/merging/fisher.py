@@ -68,6 +68,7 @@ class Fisher:
         return fisher.to(compute).clamp(min=self.floor)
 
 
+@torch.inference_mode(False)  # gradients must work wherever the caller is
 def diagonal_fisher(
     model: nn.Module,
     batches: Iterable[Tensor],
@@ -102,10 +103,9 @@ def diagonal_fisher(
     generator, count = torch.Generator().manual_seed(seed), 0
     for batch in batches:
         for x in batch.split(1):
-            with torch.enable_grad():
-                log_p = classify(call_with(model, parameters, x)).log_softmax(dim=-1).flatten()
-                label = torch.multinomial(log_p.detach().float().exp().cpu(), 1, generator=generator).item()
-                gradients = torch.autograd.grad(log_p[int(label)], list(parameters.values()), allow_unused=True)
+            log_p = classify(call_with(model, parameters, x)).log_softmax(dim=-1).flatten()
+            label = torch.multinomial(log_p.detach().float().exp().cpu(), 1, generator=generator).item()
+            gradients = torch.autograd.grad(log_p[int(label)], list(parameters.values()), allow_unused=True)
             for total, gradient in zip(fisher.values(), gradients, strict=True):
                 if gradient is not None:
                     total += gradient.to(total.dtype).square()

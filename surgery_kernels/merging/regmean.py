@@ -81,11 +81,12 @@ def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
 
     Args:
         model: In evaluation mode; called with each batch under no_grad.
-        batches: Unlabeled inputs, whatever the model takes; tuples are its positional arguments.
+        batches: Unlabeled inputs, whatever the model takes; tuples and lists are its positional arguments, mappings
+            its keyword arguments.
 
     Returns:
-        [in, in] by the names of the weights, float32 (float64 for float64 inputs). A layer whose weight is used
-        without calling it (inside nn.MultiheadAttention) has none.
+        [in, in] by the names of the weights, float32 (float64 for float64 inputs). Layers that share a weight have one,
+        by its first name; a layer whose weight is used without calling it (inside nn.MultiheadAttention) has none.
 
     Raises:
         ValueError: the model is in training mode, or there are no inputs.
@@ -104,7 +105,12 @@ def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
 
     with _inputs_of_linears(model, add), torch.no_grad():
         for batch in batches:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
     if not sums:
         raise ValueError("batches must reach at least one nn.Linear, got none")
     return {name: total / rows[name] for name, total in sums.items()}
@@ -112,10 +118,12 @@ def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
 
 @contextmanager
 def _inputs_of_linears(model: nn.Module, add: Any) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-        for name, module in ((f"{path}.weight", m) for path, m in model.named_modules() if isinstance(m, nn.Linear))
-    ]
+    handles = []
+    names: dict[int, str] = {}  # of layers that share a weight the first
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            name = names.setdefault(id(module.weight), f"{path}.weight")
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
     try:
         yield
     finally:

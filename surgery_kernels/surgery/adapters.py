@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from os import PathLike
 
 import torch
@@ -97,7 +98,7 @@ class SurgeryAdapters(nn.Module):
                 raise ValueError(f"task must be one of {', '.join(map(repr, self.tasks))}, got {task!r}")
             return self.tasks.index(task)
         if isinstance(task, Tensor):
-            if task.dim() > 1 or task.dtype not in (torch.int64, torch.int32):
+            if task.dim() > 1 or task.dtype == torch.bool or task.is_floating_point() or task.is_complex():
                 raise ValueError(f"task must be integers [batch], got {task.dtype} of shape {tuple(task.shape)}")
             index = task.long()
             least, most = index.aminmax() if index.numel() else (index.new_zeros(()),) * 2
@@ -106,9 +107,9 @@ class SurgeryAdapters(nn.Module):
             return index if index.dim() else int(index)
         if isinstance(task, Sequence):
             return torch.tensor([self.task_index(of_sample) for of_sample in task], dtype=torch.int64)
-        if not isinstance(task, int):
+        if not isinstance(task, Integral):  # numpy's are
             raise TypeError(f"task must be a name, a number or one per sample, got {task!r}")
-        return self._check_range(task)
+        return self._check_range(int(task))
 
     def _check_range(self, task: int) -> int:
         if not 0 <= task < self.num_tasks:

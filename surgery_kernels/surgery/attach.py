@@ -16,7 +16,8 @@ class SurgeryModel(nn.Module):
 
     ``surgery(images, task="mnist")`` runs the model with the adapters of that task; ``task=3`` takes a number,
     ``task=[...]`` or an integer tensor [batch] one task per sample, in any order. Other arguments are the model's; a
-    single mapping is taken as its keyword arguments. A direct call of the model runs it without adapters.
+    single mapping is taken as its keyword arguments. A direct call of the model runs it without adapters. One call at a
+    time: threads need a copy each.
     """
 
     def __init__(self, model: nn.Module, adapters: SurgeryAdapters, sites: Sites) -> None:

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from .inputs import Inputs, batch_size, concatenate, select, without_labels
+from .checks import check_count
+from .inputs import Inputs, batch_size, concatenate, sample_shape, select, without_labels
 from .seeds import generator
 
 Batches = Any  # a tensor, a mapping of tensors, a map-style dataset or an iterable of batches
@@ -61,13 +62,15 @@ class Lazy:
 
 def pool_of(argument: str, batches: Batches, num_workers: int = 0) -> Pool:
     """Samples by number, from everything that `fit` takes; an iterable is read to its end and kept in memory."""
+    check_count("num_workers", num_workers, least=0)
     pool: Pool
     if isinstance(batches, (Tensor, Mapping)):
         pool = Memory(without_labels(batches, argument))
-    elif hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (list, tuple)):
+    elif _is_map_style(batches):
         pool = Lazy(batches, num_workers, argument)
     elif isinstance(batches, Iterable):
         read = [without_labels(batch, argument) for batch in batches]
+        _check_one_shape(argument, read)
         pool = Memory(concatenate(read) if read else torch.empty(0))
     else:
         raise TypeError(
@@ -77,6 +80,19 @@ def pool_of(argument: str, batches: Batches, num_workers: int = 0) -> Pool:
     if not len(pool):
         raise ValueError(f"{argument} must hold at least one sample, got none")
     return pool
+
+
+def _is_map_style(batches: object) -> bool:
+    if isinstance(batches, (list, tuple, IterableDataset)):  # the last inherits a __getitem__ that raises
+        return False
+    return hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
+
+
+def _check_one_shape(argument: str, batches: Sequence[Inputs]) -> None:
+    shapes = [sample_shape(batch) for batch in batches]
+    for shape in shapes:
+        if shape != shapes[0]:
+            raise ValueError(f"{argument} must hold samples of one shape, got {shapes[0]} and {shape}")
 
 
 def sample_order(seed: int, task: str, num_samples: int, steps: int, batch_size: int) -> Tensor:

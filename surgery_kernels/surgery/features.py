@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attach import SurgeryModel
 from .frozen import device_of, frozen
 from .hooks import SiteHooks
-from .inputs import Inputs, to_device
+from .inputs import Inputs, batch_size, select, to_device
 from .sites import Sites
 
 
@@ -26,7 +26,14 @@ class Recorder(ExitStack):
         hooked = model.model if isinstance(model, SurgeryModel) else model
         # After those of the adapters, if any: later hooks see what earlier ones did.
         self._hooks = self.enter_context(SiteHooks(hooked, sites, self._record))
+        self._is_first = None in self._hooks.token_major
         self.enter_context(frozen(model))
+
+    @property
+    def token_major(self) -> bool | None:
+        """Of the blocks, as the batches so far tell; None if they do not, or differ."""
+        layouts = set(self._hooks.token_major[:-1])
+        return layouts.pop() if len(layouts) == 1 else None
 
     def _record(self, site: int, features: Tensor) -> None:
         self._features[site] = features.mean(dim=1) if features.dim() == 3 else features
@@ -34,6 +41,10 @@ class Recorder(ExitStack):
     @torch.no_grad()
     def __call__(self, inputs: Inputs, **options: object) -> list[Tensor]:
         """Float32 or float64 on the CPU, site by site.  # [batch, dim] each"""
+        if self._is_first and batch_size(inputs) > 1:
+            # One sample tells the layout, unless it has one token; a batch as long as its tokens would not.
+            self(select(inputs, torch.zeros(1, dtype=torch.int64)), **options)
+        self._is_first = False
         with autocast_to(self._autocast, self._device):
             self._hooks.run(self._model, to_device(inputs, self._device), **options)
         return [x.to("cpu", torch.promote_types(x.dtype, torch.float32)) for x in self._features]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class Fit:
     log: Log
 
 
+@torch.inference_mode(False)  # gradients must work wherever the caller is
 def fit(
     merged: nn.Module,
     experts: Mapping[str, Expert],
@@ -103,7 +104,8 @@ def fit(
             contents of a few of them.
         checkpoint: File that the state is written to, every `checkpoint_every` steps and at the end.
         resume: Go on from `checkpoint` where it exists, with the same result bit for bit; more `steps` than it was
-            written for continue it. False starts anew.
+            written for continue it. It is refused for other models, tasks, numbers of samples or options. False starts
+            anew.
         autocast: bfloat16 or float16 for the models; the adapters stay float32.
         num_workers: Processes that read a dataset.
         progress: Bars on stderr: True, False, or None for ones that appear after two seconds.
@@ -117,7 +119,7 @@ def fit(
 
     Source: Representation Surgery (arXiv 2402.02705); SurgeryV2 (arXiv 2410.14389).
     """
-    _check_options(mode, rank, steps, batch_size, lr, detach_layers, checkpoint_every)
+    _check_options(mode, rank, steps, batch_size, lr, detach_layers, checkpoint_every, autocast)
     _check_tasks(experts, batches)
     sites = _sites(merged, mode, sites)
     data = []
@@ -128,6 +130,7 @@ def fit(
         _check_alike(data)
     with Recorder(merged, sites, autocast) as record:
         probe = record(data[0].first())
+        sites_of_merged = replace(sites, token_major=record.token_major)
     store = FeatureStore(
         sites=sites,
         widths=tuple(features.shape[1] for features in probe),
@@ -136,7 +139,9 @@ def fit(
         batch_size=batch_size * len(data),
         autocast=autocast,
     )
-    features, targets = _features_and_targets(store, merged, experts, data, mode, progress)
+    features, targets, identities = _features_and_targets(
+        store, merged, experts, data, mode, progress, identify=checkpoint is not None
+    )
 
     device = device_of(merged)
     widths = dict(zip(sites.names, store.widths, strict=True))
@@ -148,7 +153,7 @@ def fit(
     else:
         adapters.to(device)
         trainer = DeepTrainer(
-            adapters, merged, sites, data, targets, adam, detach_layers=detach_layers, autocast=autocast
+            adapters, merged, sites_of_merged, data, targets, adam, detach_layers=detach_layers, autocast=autocast
         )
     interrupted = None
     if checkpoint is not None:
@@ -163,6 +168,8 @@ def fit(
             "seed": seed,
             "autocast": str(autocast),
             "merged": fingerprint([merged.state_dict()]),
+            "tasks": list(adapters.tasks),
+            **{f"experts[{task!r}]": identity for task, identity in zip(experts, identities, strict=True)},
             "samples": {of_task.task: len(of_task.pool) for of_task in data},
         }
         interrupted = Checkpoint(Path(checkpoint), configuration, checkpoint_every)
@@ -178,16 +185,23 @@ def _features_and_targets(
     data: Sequence[TaskData],
     mode: str,
     progress: bool | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Per task the merged model's features ("v1" only, elsewhere they change) and its expert's, one model at a time."""
+    *,
+    identify: bool,
+) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """Per task the merged model's features ("v1" only, elsewhere they change), its expert's and what tells that expert
+    from others; one model at a time."""
+    identities = []
+
+    def of_expert(of_task: TaskData) -> Tensor:
+        expert = _expert(of_task.task, experts[of_task.task], merged, store.sites)
+        identities.append(fingerprint([expert.state_dict()]) if identify else "")
+        return store.features("targets", expert, of_task, bar)
+
     models = 2 if mode == "v1" else 1
     with progress_bar(models * sum(len(of_task.used) for of_task in data), "features", "sample", progress) as bar:
         features = [store.features("features", merged, of_task, bar) for of_task in data if mode == "v1"]
-        targets = [
-            store.features("targets", _expert(of_task.task, experts[of_task.task], merged, store.sites), of_task, bar)
-            for of_task in data
-        ]
-    return features, targets
+        targets = [of_expert(of_task) for of_task in data]
+    return features, targets, identities
 
 
 def _expert(task: str, expert: Expert, merged: nn.Module, sites: Sites) -> nn.Module:
@@ -230,6 +244,10 @@ def _check_alike(data: Sequence[TaskData]) -> None:
 
 
 def _check_tasks(experts: Mapping[str, Expert], batches: Mapping[str, Batches]) -> None:
+    for argument, by_task in {"experts": experts, "batches": batches}.items():
+        if not isinstance(by_task, Mapping) or not all(isinstance(task, str) for task in by_task):
+            got = list(by_task) if isinstance(by_task, Mapping) else type(by_task).__name__
+            raise TypeError(f"{argument} must be a mapping from names of tasks, got {got}")
     if not experts:
         raise ValueError("experts must be of at least one task, got none")
     for task in batches:
@@ -241,7 +259,14 @@ def _check_tasks(experts: Mapping[str, Expert], batches: Mapping[str, Batches]) 
 
 
 def _check_options(
-    mode: str, rank: int, steps: int, batch_size: int, lr: float, detach_layers: bool, checkpoint_every: int
+    mode: str,
+    rank: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    detach_layers: bool,
+    checkpoint_every: int,
+    autocast: torch.dtype | None,
 ) -> None:
     arguments.check_one_of("mode", mode, MODES)
     check_count("rank", rank)
@@ -252,3 +277,5 @@ def _check_options(
         raise ValueError(f"lr must be finite and greater than 0, got {lr}")
     if detach_layers and mode == "v1":
         raise ValueError("detach_layers must be False with mode='v1', got True")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be bfloat16, float16 or None, got {autocast!r}")

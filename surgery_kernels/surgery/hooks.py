@@ -28,12 +28,14 @@ class SiteHooks:
         self._batch = 0
         self._seen: set[int] | None = None  # outside of `run` there is nothing to see
         self._handles = []
+        self.token_major: list[bool | None] = []  # per site; None until a batch tells
         for site, name in enumerate(sites.names):
             module = model.get_submodule(name)
             token_major = None
             if site < len(sites.blocks):
                 token_major = _token_major(module) if sites.token_major is None else sites.token_major
-            self._handles.append(module.register_forward_hook(partial(self._show, site, token_major)))
+            self.token_major.append(token_major)
+            self._handles.append(module.register_forward_hook(partial(self._show, site)))
 
     def run(self, model: nn.Module, *inputs: Any, **options: Any) -> Any:
         """Calls the model, or one around it; every site must take part once."""
@@ -58,17 +60,17 @@ class SiteHooks:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _show(self, site: int, token_major: bool | None, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    def _show(self, site: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         if self._seen is None:
             return None
         if site in self._seen:
             raise ValueError(f"site {self._sites.names[site]!r} must run once in a forward pass, got a second time")
         self._seen.add(site)
-        slot = self._features(site, token_major, open_output(output, self._sites.names[site]))
+        slot = self._features(site, open_output(output, self._sites.names[site]))
         replaced = self._visit(site, slot.tensor)
         return None if replaced is None else slot.put(replaced)
 
-    def _features(self, site: int, token_major: bool | None, slot: Slot) -> Slot:
+    def _features(self, site: int, slot: Slot) -> Slot:
         is_block, shape = site < len(self._sites.blocks), slot.tensor.shape
         if len(shape) != 3 and (is_block or len(shape) != 2):
             wanted = "[batch, tokens, dim]" if is_block else "[batch, dim] or [batch, tokens, dim]"
@@ -77,8 +79,11 @@ class SiteHooks:
             )
         if len(shape) == 2:
             return slot
+        token_major = self.token_major[site]
         if token_major is None:
             token_major = shape[0] != self._batch and shape[1] == self._batch
+            if (shape[0] == self._batch) != (shape[1] == self._batch):
+                self.token_major[site] = token_major
         if token_major:
             slot = batch_first(slot)
         return slot if is_block else first_token(slot)

@@ -36,6 +36,9 @@ def without_labels(batch: object, argument: str) -> Inputs:
         return batch
     if isinstance(batch, Mapping):
         inputs = {name: value for name, value in batch.items() if name not in LABELS and isinstance(value, Tensor)}
+        if len({len(value) if value.dim() else 0 for value in inputs.values()}) > 1:
+            shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+            raise ValueError(f"{argument} must be tensors with a row per sample each, got {shapes}")
         if inputs:
             return inputs
     raise TypeError(

@@ -30,9 +30,13 @@ class Checkpoint:
         """The last state on the CPU; None where there is no file."""
         if not self.path.exists():
             return None
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            configuration = state["configuration"]
+        except Exception as error:  # unpickling other bytes may raise any
+            raise ValueError(f"checkpoint must be a file written by fit, got {str(self.path)!r}") from error
         for name, here in self.configuration.items():
-            there = state.get("configuration", {}).get(name)
+            there = configuration.get(name)
             if there != here:
                 raise ValueError(f"checkpoint must be of a fit with {name}={here!r}, got {there!r}")
         return state

@@ -20,7 +20,8 @@ class Sites:
         blocks: Modules that return tokens [batch, tokens, dim], in order of depth; none in V1.
         final: The module that returns the final representation [batch, dim]; "" is the model itself.
         token_major: Whether blocks return [tokens, batch, dim]. None: as ``nn.MultiheadAttention`` inside the block
-            says, else as the shapes say; where both sizes are equal, False.
+            says, else as the shapes say: `fit` looks at one sample, `attach` at the first batch that is not as long as
+            its samples have tokens; False until then.
     """
 
     blocks: tuple[str, ...] = ()

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -104,10 +103,13 @@ def read_head(path: Path, task: str) -> Tensor:
 
 def read_tensor(file: Path) -> Tensor:
     """The only tensor of a file."""
-    try:
-        content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-    except UnpicklingError:  # a module, say: it may run code
-        content = None
+    if file.suffix == ".safetensors":
+        content = load_file(file)
+    else:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # a module, which may run code, or bytes that unpickling trips over in its own way
+            content = None
     tensors = list(content.values()) if isinstance(content, dict) else [content]
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
         raise InputError(f"{file} must hold one tensor [classes, num_features], got something else")
