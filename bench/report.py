@@ -1,8 +1,8 @@
-"""A run of the benchmarks as a table and plots.
+"""A run of the benchmarks as tables and plots.
 
 python -m pytest bench --benchmark-json=run.json
 python bench/report.py run.json              # prints the table
-python bench/report.py run.json --publish    # also the README's table, bench/results/*.png and the run's JSON
+python bench/report.py run.json --publish    # also the README's tables, bench/results/*.png and the run's JSON
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,58 @@ from plots import draw
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-MERGES = {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"}
-SURGERY = {"eager": "eager", "batched": "eager, tasks batched", "compiled": "torch.compile", "ours": "ours"}
-TOOLKITS = {"toolkit": "its own code", "ours": "with ours"}
-SECTIONS = {  # head of the first column -> its contenders and families of ops
-    "8 experts": (MERGES, ["ties_merge", "trim_thresholds", "merge_state_dicts", "combine"]),
-    "surgery": (SURGERY, ["surgery_adapter", "surgery_train", "representation_loss"]),
-    "inside a toolkit, 8 experts": (TOOLKITS, ["mergekit", "PEFT", "FusionBench"]),
-}
-
 DISTURBED = 0.1
-TIMES_NOTE = """\
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A table of the README, between markers of its own: a run replaces those that it has rows for."""
+
+    name: str
+    head: str  # of the first column
+    columns: dict[str, str]  # contender -> head
+    families: list[str]  # of ops, in order
+    note: str
+
+    @property
+    def markers(self) -> tuple[str, str]:
+        return f"<!-- benchmarks: {self.name} -->", f"<!-- /benchmarks: {self.name} -->"
+
+
+RATIOS_NOTE = """\
 Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
-taken in turn). Bound: base and experts read twice (`trim_thresholds`: once) and the result written once, at the
-bandwidth of a large copy measured around every round; left out where everything fits in the caches. `combine` is
-forward and backward; the second time it reads the incoming gradient instead of base. Surgery is forward and backward;
-the bound of an adapter is one read and write of what goes in and out or, where that takes longer, its multiplications
-at the rate of a large product of torch's in the same run: more than 100 % is faster than that product. The loops that
-`surgery_train` replaces ran 25 of the 1000 steps, and their times are scaled. †: other processes took more than a tenth
-of the processors meanwhile."""
+taken in turn). †: other processes took more than a tenth of the processors meanwhile."""
 MEMORY_NOTE = """\
 Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
 every tensor operation; what a selection or a sort moves inside itself is not counted."""
+
+MERGING = Section(
+    "merging",
+    "8 experts",
+    {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"},
+    ["ties_merge", "trim_thresholds", "merge_state_dicts"],
+    f"""\
+{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`: once) and the result written once, at the
+bandwidth of a large copy measured around every round; left out where everything fits in the caches.""",
+)
+LEARNING = Section(
+    "learning",
+    "forward and backward",
+    {"eager": "eager", "batched": "eager, batched", "compiled": "torch.compile", "ours": "ours"},
+    ["combine", "surgery_adapter", "surgery_train", "representation_loss"],
+    """\
+Bound: what goes in read and what comes out written once each way, at the bandwidth of a copy, or where that takes
+longer the multiplications at the rate of a large product of torch's in the same run: more than 100 % is faster than
+that product. The loops that `surgery_train` replaces ran 25 of the 1000 steps; their times are scaled.""",
+)
+TOOLKITS = Section(
+    "toolkits",
+    "8 experts",
+    {"toolkit": "the toolkit's own code", "ours": "with ours"},
+    ["mergekit", "PEFT", "FusionBench"],
+    "Inside a toolkit, whose random masks (DARE, DELLA) and file handling stay its own:",
+)
+SECTIONS = [MERGING, LEARNING, TOOLKITS]
 
 Row = dict[str, Any]
 
@@ -103,13 +133,13 @@ def is_variant(row: Row) -> bool:
     return row["contender"] == "ours" and row.get("semantics", "paper") != "paper"
 
 
-def groups(rows: Iterable[Row], ops: list[str]) -> dict[str, dict[str, Row]]:
+def groups(section: Section, rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     """Rows by label and contender; ours under "paper" stands in the column, as eager does."""
 
     def order(row: Row) -> tuple[int, bool, int, int]:
-        return ops.index(family(row)), row["dtype"] != "fp32", row["num_params"], row.get("rank", 0)
+        return section.families.index(family(row)), row["dtype"] != "fp32", row["num_params"], row.get("rank", 0)
 
-    chosen = sorted((row for row in rows if family(row) in ops and not is_variant(row)), key=order)
+    chosen = sorted((row for row in rows if family(row) in section.families and not is_variant(row)), key=order)
     grouped: dict[str, dict[str, Row]] = {}
     for row in chosen:
         grouped.setdefault(label(row), {})[row["contender"]] = row
@@ -135,31 +165,31 @@ def share_of_bound(row: Row, least: float) -> float:
     return row["share_of_bound"] if by_memory else least / row["median"]
 
 
-def time_table(rows: list[Row], head: str) -> str:
+def time_table(section: Section, rows: list[Row]) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
         shown = times(row["median"], row["min"]) + ("†" if row["others_cpu_share"] > DISTURBED else "")
         return f"{shown} ({number(row['speedup'])}x)" if "speedup" in row else f"**{shown}**"
 
-    columns, ops = SECTIONS[head]
     body = []
-    for name, by in groups(rows, ops).items():
+    for name, by in groups(section, rows).items():
         least = bound(by["ours"]) if "ours" in by else None
-        share = "" if least is None else f"{share_of_bound(by['ours'], least):.0%}"
-        body.append([name, *(cell(by.get(column)) for column in columns), "" if least is None else times(least), share])
-    return markdown([head, *columns.values(), "bound", "of the bound"], body)
+        cells = ["", ""] if least is None else [times(least), f"{share_of_bound(by['ours'], least):.0%}"]
+        body.append([name, *(cell(by.get(column)) for column in section.columns), *cells])
+    head = [section.head, *section.columns.values(), "bound", "of the bound"]
+    bounded = any(line[-1] for line in body)
+    return markdown(head, body) if bounded else markdown(head[:-2], [line[:-2] for line in body])
 
 
-def memory_table(rows: list[Row]) -> str:
-    columns, ops = SECTIONS["8 experts"]
+def memory_table(section: Section, rows: list[Row]) -> str:
     body = []
-    for of_group, by in groups(rows, ops).items():
+    for of_group, by in groups(section, rows).items():
         for name, field, shown in quantities(next(iter(by.values()))["num_params"]):
             if any(row.get(field) is not None for row in by.values()):
-                cells = [by.get(column, {}).get(field) for column in columns]
+                cells = [by.get(column, {}).get(field) for column in section.columns]
                 body.append([f"{of_group}: {name}", *("" if value is None else shown(value) for value in cells)])
-    return markdown(["", *columns.values()], body)
+    return markdown(["", *section.columns.values()], body) if body else ""
 
 
 def quantities(num_params: int) -> list[tuple[str, str, Callable[[float], str]]]:
@@ -169,27 +199,31 @@ def quantities(num_params: int) -> list[tuple[str, str, Callable[[float], str]]]
     ]
 
 
-def report(run: dict[str, Any]) -> str:
-    rows, machine, commit = load(run), run["machine_info"], run["commit_info"]
+def report(section: Section, run: dict[str, Any]) -> str:
+    """The section, or nothing if the run has no rows of it."""
+    rows = [row for row in load(run) if family(row) in section.families]
+    if not rows:
+        return ""
+    machine, commit = run["machine_info"], run["commit_info"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     rates = [row["copy_bytes_per_second"] / 1e9 for row in rows]
     changes = " with changes" if commit["dirty"] else ""
+    memory = memory_table(section, rows)
     return "\n\n".join(
         [
-            TIMES_NOTE,
-            *(time_table(rows, head) for head in SECTIONS),
-            MEMORY_NOTE,
-            memory_table(rows),
+            section.note,
+            time_table(section, rows),
+            *([MEMORY_NOTE, memory] if memory else []),
             f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, copy {min(rates):.0f} to "
             f"{max(rates):.0f} GB/s; {versions}; commit {commit['id'][:10]}{changes}, {run['datetime'][:10]}.",
         ]
     )
 
 
-def write_between_markers(path: Path, text: str) -> None:
+def write_between_markers(path: Path, text: str, markers: tuple[str, str]) -> None:
     """Leaves a document without the markers alone."""
     document = path.read_text(encoding="utf-8")
-    begin, end = MARKERS
+    begin, end = markers
     if begin not in document or end not in document:
         return
     before, after = document.split(begin, 1)[0], document.split(end, 1)[1]
@@ -202,26 +236,28 @@ def keep(run: dict[str, Any]) -> None:
     for benchmark in run["benchmarks"]:
         benchmark["stats"].pop("data", None)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{run['datetime'][:10]}-{slug}.json"
+    path = RESULTS / f"{run['datetime'][:10]}-{run['commit_info']['id'][:7]}-{slug}.json"
     path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="JSON of pytest-benchmark; a run may be taken in parts")
-    parser.add_argument("--publish", action="store_true", help="write the README's table, the plots and the JSON")
+    parser.add_argument("--publish", action="store_true", help="write the README's tables, the plots and the JSON")
     arguments = parser.parse_args()
     run, *more = (json.loads(path.read_text(encoding="utf-8")) for path in arguments.run)
     for other in more:
         if other["machine_info"] != run["machine_info"]:
             raise SystemExit("run must be parts of one run, got different machines, versions or builds")
         run["benchmarks"] += other["benchmarks"]
-    text = report(run)
-    print(text)
+    texts = {section: text for section in SECTIONS if (text := report(section, run))}
+    print("\n\n".join(texts.values()))
     if arguments.publish:
         keep(run)
-        draw(load(run), RESULTS)
-        write_between_markers(README, text)
+        if MERGING in texts:
+            draw(load(run), RESULTS)
+        for section, text in texts.items():
+            write_between_markers(README, text, section.markers)
 
 
 if __name__ == "__main__":
