@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from .folders import InputError
 
-try:
-    from transformers import CLIPImageProcessorPil as ImageProcessor  # transformers 5: the one without torchvision
-except ImportError:
-    from transformers import CLIPImageProcessor as ImageProcessor  # type: ignore[assignment]
+# transformers 5 has one that does without torchvision
+ImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 StateDict = dict[str, Tensor]
 
