@@ -263,12 +263,15 @@ def test_expanded_out() -> None:
         ties_merge(None, [torch.ones(10)] * 2, out=torch.empty(1).expand(10))
 
 
-@pytest.mark.parametrize("argument", ["density", "lam", "thresholds"])
-def test_what_is_no_number(argument: str) -> None:
+@pytest.mark.parametrize(
+    ("argument", "required"),
+    [("density", "a number or a list of numbers"), ("lam", "a number"), ("thresholds", "a list of numbers")],
+)
+def test_what_is_no_number(argument: str, required: str) -> None:
     for value in ("0.2", torch.ones(1)):
         if argument == "thresholds" and isinstance(value, torch.Tensor):
             continue
-        with pytest.raises(TypeError, match=rf"^{argument} must be a number or a list of numbers, got "):
+        with pytest.raises(TypeError, match=rf"^{argument} must be {required}, got "):
             ties_merge(None, [torch.ones(3)], **{argument: value})
 
 

@@ -29,11 +29,11 @@ class Average:
 
     def check(self, num_tasks: int) -> None:
         arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)
-        if math.fsum(self._weights(num_tasks)) == 0:
+        if math.fsum(arguments.check_weights(self.weights, num_tasks)) == 0:
             raise ValueError(f"weights must have a sum other than 0, got {self.weights}")
 
     def merge(self, scope: Scope) -> None:
-        weights = self._weights(len(scope.experts[0]))
+        weights = arguments.check_weights(self.weights, len(scope.experts[0]))
         torch.ops.surgery_kernels.linear_merge_out(
             [],
             scope.flat_experts,
@@ -43,6 +43,3 @@ class Average:
             names=scope.names,
             out=scope.out,
         )
-
-    def _weights(self, num_tasks: int) -> list[float]:
-        return arguments.per_expert("weights", 1.0 if self.weights is None else self.weights, num_tasks)

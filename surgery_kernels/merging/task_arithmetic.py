@@ -30,18 +30,15 @@ class TaskArithmetic:
     def check(self, num_tasks: int) -> None:
         arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)
         arguments.check_lam(self.lam)
-        self._weights(num_tasks)
+        arguments.check_weights(self.weights, num_tasks)
 
     def merge(self, scope: Scope) -> None:
         torch.ops.surgery_kernels.linear_merge_out(
             scope.base,
             scope.flat_experts,
-            self._weights(len(scope.experts[0])),
+            arguments.check_weights(self.weights, len(scope.experts[0])),
             lam=arguments.check_lam(self.lam),
             nonfinite=self.nonfinite,
             names=scope.names,
             out=scope.out,
         )
-
-    def _weights(self, num_tasks: int) -> list[float]:
-        return arguments.per_expert("weights", 1.0 if self.weights is None else self.weights, num_tasks)

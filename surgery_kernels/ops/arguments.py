@@ -60,21 +60,19 @@ def check_experts(
 
 def per_expert(argument: str, value: PerExpert, num_tasks: int) -> list[float]:
     """One finite number per expert, from one for all or a list."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        values = [number(argument, v) for v in value]
-        if len(values) != num_tasks:
-            raise ValueError(f"{argument} must be one number or one per expert ({num_tasks}), got {len(values)}")
-    else:
-        values = [number(argument, value)] * num_tasks
+    given = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * num_tasks
+    values = [number(argument, v, "a number or a list of numbers") for v in given]
+    if len(values) != num_tasks:
+        raise ValueError(f"{argument} must be one number or one per expert ({num_tasks}), got {len(values)}")
     for v in values:
         if not -math.inf < v < math.inf:
             raise ValueError(f"{argument} must be finite, got {v}")
     return values
 
 
-def number(argument: str, value: object) -> float:
+def number(argument: str, value: object, required: str = "a number") -> float:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{argument} must be a number or a list of numbers, got {value!r}")
+        raise TypeError(f"{argument} must be {required}, got {value!r}")
     return float(value)
 
 
@@ -84,6 +82,11 @@ def check_density(density: PerExpert, num_tasks: int) -> list[float]:
         if not 0 < v <= 1:
             raise ValueError(f"density must be in (0, 1], got {v}")
     return values
+
+
+def check_weights(weights: PerExpert | None, num_tasks: int) -> list[float]:
+    """One for every expert where there are none."""
+    return per_expert("weights", 1.0 if weights is None else weights, num_tasks)
 
 
 def check_lam(lam: float) -> float:

@@ -88,7 +88,7 @@ def surgery_train(
     for name, number in {"lr": lr, "eps": eps}.items():
         if not 0 < arguments.number(name, number) < math.inf:
             raise ValueError(f"{name} must be finite and positive, got {number}")
-    if len(betas) != 2 or not all(0 <= arguments.number("betas", beta) < 1 for beta in betas):
+    if len(betas) != 2 or not all(0 <= arguments.number("betas", beta, "two numbers") < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     for name, count in {"step": step, "zero_grad_steps": zero_grad_steps}.items():
         if not isinstance(count, (int, torch.SymInt)):

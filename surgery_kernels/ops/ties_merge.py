@@ -57,7 +57,7 @@ def _check_thresholds(thresholds: Tensor | Sequence[float] | None, num_tasks: in
     if thresholds is None:
         return None
     if not isinstance(thresholds, Tensor):
-        values = [arguments.number("thresholds", value) for value in thresholds]
+        values = [arguments.number("thresholds", value, "a list of numbers") for value in thresholds]
         thresholds = torch.tensor(values, dtype=torch.float64)
     if thresholds.shape != (num_tasks,):
         raise ValueError(f"thresholds must have shape ({num_tasks},), got {tuple(thresholds.shape)}")
