@@ -139,9 +139,8 @@ def fit(
         batch_size=batch_size * len(data),
         autocast=autocast,
     )
-    features, targets, identities = _features_and_targets(
-        store, merged, experts, data, mode, progress, identify=checkpoint is not None
-    )
+    identified = store.folder is not None or checkpoint is not None
+    features, targets, identities = _features_and_targets(store, merged, experts, data, mode, progress, identified)
 
     device = device_of(merged)
     widths = dict(zip(sites.names, store.widths, strict=True))
@@ -167,9 +166,9 @@ def fit(
             "detach_layers": detach_layers,
             "seed": seed,
             "autocast": str(autocast),
-            "merged": fingerprint([merged.state_dict()]),
+            "merged": identities[0],
             "tasks": list(adapters.tasks),
-            **{f"experts[{task!r}]": identity for task, identity in zip(experts, identities, strict=True)},
+            **{f"experts[{task!r}]": identity for task, identity in zip(experts, identities[1:], strict=True)},
             "samples": {of_task.task: len(of_task.pool) for of_task in data},
         }
         interrupted = Checkpoint(Path(checkpoint), configuration, checkpoint_every)
@@ -185,21 +184,24 @@ def _features_and_targets(
     data: Sequence[TaskData],
     mode: str,
     progress: bool | None,
-    *,
-    identify: bool,
+    identified: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """Per task the merged model's features ("v1" only, elsewhere they change), its expert's and what tells that expert
-    from others; one model at a time."""
-    identities = []
+    """Per task the merged model's features ("v1" only, elsewhere they change) and its expert's; then what tells the
+    merged model and each expert from others; one model at a time."""
+    identities: list[str] = []
+
+    def identity(model: nn.Module) -> str:
+        identities.append(fingerprint([model.state_dict()]) if identified else "")
+        return identities[-1]
 
     def of_expert(of_task: TaskData) -> Tensor:
         expert = _expert(of_task.task, experts[of_task.task], merged, store.sites)
-        identities.append(fingerprint([expert.state_dict()]) if identify else "")
-        return store.features("targets", expert, of_task, bar)
+        return store.features("targets", expert, identity(expert), of_task, bar)
 
+    of_merged = identity(merged)
     models = 2 if mode == "v1" else 1
     with progress_bar(models * sum(len(of_task.used) for of_task in data), "features", "sample", progress) as bar:
-        features = [store.features("features", merged, of_task, bar) for of_task in data if mode == "v1"]
+        features = [store.features("features", merged, of_merged, of_task, bar) for of_task in data if mode == "v1"]
         targets = [of_expert(of_task) for of_task in data]
     return features, targets, identities
 

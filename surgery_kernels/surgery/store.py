@@ -29,8 +29,11 @@ class FeatureStore:
     batch_size: int
     autocast: torch.dtype | None
 
-    def features(self, what: str, model: nn.Module, data: TaskData, bar: tqdm) -> Tensor:
-        """A row per used sample: the features of all sites, side by side.  # [num_used, sum of widths]"""
+    def features(self, what: str, model: nn.Module, identity: str, data: TaskData, bar: tqdm) -> Tensor:
+        """A row per used sample: the features of all sites, side by side.  # [num_used, sum of widths]
+
+        In a folder, `identity` tells those of this model from those of others.
+        """
 
         def fill(rows: Tensor) -> None:
             batches = data.used.split(self.batch_size)
@@ -42,7 +45,7 @@ class FeatureStore:
                     bar.update(batch_size(inputs))
 
         shape = (len(data.used), sum(self.widths))
-        key = "" if self.folder is None else self._key(model, data)
+        key = "" if self.folder is None else self._key(identity, data)
         return cached(self.folder, f"{what} of {data.task}", shape, self.dtype, key, fill)
 
     def _check(self, what: str, task: str, features: list[Tensor]) -> None:
@@ -52,7 +55,7 @@ class FeatureStore:
                 raise ValueError(f"{name} must have the width of the merged model, {width}, got {of_site.shape[1]}")
             check_finite(name, of_site)
 
-    def _key(self, model: nn.Module, data: TaskData) -> str:
+    def _key(self, identity: str, data: TaskData) -> str:
         spread = torch.linspace(0, len(data.used) - 1, min(NUM_PROBES, len(data.used))).long()
         probes = next(data.pool.stream([data.used[spread]]))
-        return fingerprint([self.sites, self.autocast, data.used, probes, model.state_dict()])
+        return fingerprint([self.sites, self.autocast, data.used, probes, identity])
