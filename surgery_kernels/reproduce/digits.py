@@ -12,7 +12,7 @@ from . import ablations
 from .experts import Config, Experts, load_experts, one_thread
 from .methods import DENSITY, LAM, MERGES
 from .repair import STEPS, Job, Outcome, Setting, measure, run_jobs
-from .report import average, plot_averages, plot_tasks, short, table
+from .report import average, plot_averages, plot_tasks, say, short, table
 from .tasks import TASKS
 from .timing import SurgeryTiming, Timing, time_surgery, time_ties
 
@@ -58,10 +58,10 @@ def run(config: Config, out: Path, *, retrain: bool = False, steps: int = STEPS,
     text = [f"{table_of(outcomes)}\n\n{in_words(outcomes)}", str(timing), timing_text(surgery)]
     say("\n" + "\n\n".join(text))
     if full:
-        sweeps = run_jobs(config, folder, ablations.jobs(SHOWN))
-        text.append(ablations.text(SHOWN, sweeps))
+        repaired |= run_jobs(config, folder, [job for job in ablations.jobs(SHOWN) if job not in repaired])
+        text.append(ablations.text(SHOWN, repaired))
         say("\n" + text[-1])
-        ablations.plot(SHOWN, sweeps, average(outcomes["individual"].accuracy), folder / "ablations.png")
+        ablations.plot(SHOWN, repaired, average(outcomes["individual"].accuracy), folder / "ablations.png")
 
     write(folder, outcomes, timing, surgery, text)
     draw(experts, outcomes, folder)
@@ -76,9 +76,13 @@ def forget(folder: Path) -> None:
         path.unlink()
 
 
+def surgeries(steps: int) -> dict[str, Setting]:
+    return {name: replace(setting, steps=steps) for name, setting in SURGERIES.items()}
+
+
 def jobs_of(steps: int) -> list[Job]:
     """Every merge alone and with every surgery, those that take long first."""
-    settings = [*(replace(setting, steps=steps) for setting in reversed(SURGERIES.values())), None]
+    settings = [*reversed(surgeries(steps).values()), None]
     return [Job(name, setting) for name in MERGES for setting in settings]
 
 
@@ -88,8 +92,8 @@ def evaluate(experts: Experts, repaired: dict[Job, Outcome], steps: int) -> Outc
     outcomes = {"pretrained": measure(experts, [config.encoder(experts.pretrained)] * num_tasks)}
     for name in MERGES:
         outcomes[name] = repaired[Job(name)]
-        for surgery, setting in SURGERIES.items():
-            outcomes[f"{name} + {surgery}"] = repaired[Job(name, replace(setting, steps=steps))]
+        for surgery, setting in surgeries(steps).items():
+            outcomes[f"{name} + {surgery}"] = repaired[Job(name, setting)]
     outcomes["multi-task"] = measure(experts, [config.encoder(experts.multi_task)] * num_tasks)
     outcomes["individual"] = individual(experts)
     return outcomes
@@ -133,7 +137,7 @@ def in_words(outcomes: Outcomes) -> str:
 
 
 def time_fit(experts: Experts, surgery: str, steps: int, repaired: dict[Job, Outcome]) -> SurgeryTiming:
-    setting = replace(SURGERIES[surgery], steps=steps)
+    setting = surgeries(steps)[surgery]
     return time_surgery(
         experts,
         surgery,
@@ -188,7 +192,3 @@ def draw(experts: Experts, outcomes: Outcomes, folder: Path) -> None:
     plot_bias(biases).savefig(folder / "bias_by_depth.png")
     features = {label: outcomes[name].features for name, label in shown.items() if label != "pretrained"}
     plot_features(features).savefig(folder / "features.png")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -98,15 +98,16 @@ def measure(experts: Experts, models: Sequence[nn.Module]) -> Outcome:
     accuracies, biases = [], []
     for task, (name, model) in enumerate(zip(TASKS, models, strict=True)):
         expert, images = experts.config.encoder(experts.experts[task]), experts.test.images[task]
-        accuracies.append(accuracy(of_task(model, name), experts.heads, experts.test, task))
-        attached = isinstance(model, SurgeryModel)
-        biases.append(representation_bias(model, expert, images, task=name if attached else None))
-    bias = {site: sum(of_task[site] for of_task in biases) / len(biases) for site in biases[0]}
-    return Outcome(accuracies, bias, of_task(models[0], TASKS[0])(experts.test.images[0]))
+        options = of_task(model, name)
+        accuracies.append(accuracy(partial(model, **options), experts.heads, experts.test, task))
+        biases.append(representation_bias(model, expert, images, **options))
+    bias = {site: sum(values[site] for values in biases) / len(biases) for site in biases[0]}
+    return Outcome(accuracies, bias, models[0](experts.test.images[0], **of_task(models[0], TASKS[0])))
 
 
-def of_task(model: nn.Module, task: str) -> Callable[[Tensor], Tensor]:
-    return partial(model, task=task) if isinstance(model, SurgeryModel) else model
+def of_task(model: nn.Module, task: str) -> dict[str, Any]:
+    """What to call the model with."""
+    return {"task": task} if isinstance(model, SurgeryModel) else {}
 
 
 def run_jobs(

@@ -1,4 +1,4 @@
-"""The results as a plain-text table and as plots."""
+"""The results as lines, as a plain-text table and as plots."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ Accuracies = Mapping[str, Sequence[float]]  # method -> percentage for each of T
 # Okabe and Ito's colours, apart for colour-blind readers too.
 REFERENCE, MERGE, SURGERY, SURGERY_V2 = "#999999", "#56B4E9", "#E69F00", "#D55E00"
 MARKERS = ("X", "v", "s", "o", "^")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def color(method: str) -> str:

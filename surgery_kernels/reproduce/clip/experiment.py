@@ -18,7 +18,7 @@ from ...merging import entropy_objective, merge_state_dicts
 from ...merging.adamerging import Objective
 from ...merging.progress import SECONDS_BEFORE_SHOWN
 from ...surgery import attach, fit
-from ..report import Accuracies, average, plot_averages, table
+from ..report import Accuracies, average, plot_averages, say, table
 from .folders import InputError, Task, find_tasks
 from .heads import TextHeads, check_head, read_head
 from .images import Decoder, Images, Pixels, class_names, open_images
@@ -236,7 +236,3 @@ def check_device(settings: Settings) -> None:
         raise InputError(f"--device must be one that torch can use, got {settings.device}") from None
     if device.type != "cpu" and (settings.surgery or "adamerging" in settings.methods):
         raise InputError(f"--device must be cpu for surgery and adamerging, whose ops run there, got {settings.device}")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
