@@ -7,6 +7,13 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "trim_thresholds(Tensor? base, Tensor[] experts, float[] density, str semantics=\"paper\", "
       "str nonfinite=\"error\") -> Tensor");
 
+  // The same over several tensors as one scope, and where ties end (int64 [num_tasks]): an entry is kept when its
+  // magnitude is above the threshold, or equals it and its flat index within the scope is below the cut. Tensors as in
+  // ties_merge_out.
+  m.def(
+      "trim_limits(Tensor[] base, Tensor[] experts, float[] density, str semantics=\"paper\", "
+      "str nonfinite=\"error\", str[]? names=None) -> (Tensor, Tensor)");
+
   // One tensor. density: one per expert; thresholds replace it. weights: one per expert, or none.
   m.def(
       "ties_merge(Tensor? base, Tensor[] experts, float[] density, float lam=1.0, float[]? weights=None, "
@@ -19,11 +26,14 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "str elect=\"sum\", bool rescale=False, str nonfinite=\"error\", Tensor? thresholds=None) -> Tensor");
 
   // Several tensors as one scope: thresholds, tie order and the sign of drawn elections are shared. base: one per
-  // tensor, or none; experts: all experts of the first tensor, then of the second, ...; names: for messages.
+  // tensor, or none; experts: all experts of the first tensor, then of the second, ...; names: for messages. cuts:
+  // those of trim_limits beside its thresholds, less the elements of its scope before this call's; without them all
+  // ties stay.
   m.def(
       "ties_merge_out(Tensor[] base, Tensor[] experts, float[] density, float lam=1.0, float[]? weights=None, "
       "str semantics=\"paper\", str elect=\"sum\", str reduce=\"mean\", bool normalize=True, bool rescale=False, "
-      "str nonfinite=\"error\", Tensor? thresholds=None, str[]? names=None, *, Tensor(a!)[] out) -> ()");
+      "str nonfinite=\"error\", Tensor? thresholds=None, int[]? cuts=None, str[]? names=None, *, "
+      "Tensor(a!)[] out) -> ()");
 
   // base + lam * sum_t weights[t] * (expert_t - base) / divisor over several tensors; without base the experts are
   // summed.

@@ -49,6 +49,9 @@ def test_opcheck_of_several_tensors(with_base: bool) -> None:
     out = [torch.zeros_like(base) for base in bases]
     arguments = (bases if with_base else [], experts, [0.2, 0.5, 1.0])
     torch.library.opcheck(OPS.ties_merge_out, arguments, {"names": ["a", "b"], "out": out})
+    limits = {"thresholds": torch.tensor([0.1, 0.2, 0.0]), "cuts": [7, -5, 200]}
+    torch.library.opcheck(OPS.ties_merge_out, arguments, {**limits, "semantics": "peft", "out": out})
+    torch.library.opcheck(OPS.trim_limits, arguments, {"names": ["a", "b"], "semantics": "peft"})
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -104,6 +107,9 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_results() -> None:
         assert_like(ties_split(base, stacked), (4, 7, 5), torch.bfloat16)
         assert_like(trim_thresholds(base, stacked, density=0.2), (4,), torch.float32)
         assert_like(trim_thresholds(None, stacked.double(), density=0.2), (4,), torch.float64)
+        thresholds, cuts = OPS.trim_limits([base], list(stacked), [0.2] * 4)
+        assert_like(thresholds, (4,), torch.float32)
+        assert_like(cuts, (4,), torch.int64)
 
 
 def assert_like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

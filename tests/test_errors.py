@@ -225,6 +225,22 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
             lambda: ops.ties_merge(None, EXPERTS, [0.5] * 2, thresholds=torch.zeros(3)),
         ),
         (
+            "thresholds must be given where cuts are, got none",
+            lambda: ops.ties_merge_out([], EXPERTS, [0.5] * 2, cuts=[0, 0], out=[torch.zeros(4)]),
+        ),
+        (
+            "cuts must be one per expert, got 1",
+            lambda: ops.ties_merge_out(
+                [], EXPERTS, [0.5] * 2, thresholds=torch.zeros(2), cuts=[0], out=[torch.zeros(4)]
+            ),
+        ),
+        (
+            "thresholds must be 0 or greater, got -1",
+            lambda: ops.ties_merge_out(
+                [], EXPERTS, [0.5] * 2, thresholds=torch.tensor([0.0, -1.0]), cuts=[0, 0], out=[torch.zeros(4)]
+            ),
+        ),
+        (
             "out must be one tensor for every merged tensor, got 2",
             lambda: ops.ties_merge_out([BASE], EXPERTS, [0.5] * 2, out=[torch.zeros(4), torch.zeros(4)]),
         ),
@@ -239,6 +255,14 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
         (
             "semantics must be one of 'paper', 'mergekit', 'peft', got 'x'",
             lambda: ops.trim_thresholds(None, EXPERTS, [0.5] * 2, semantics="x"),
+        ),
+        (
+            "nonfinite must be one of 'error', 'propagate', 'drop', got 'x'",
+            lambda: ops.trim_limits([], EXPERTS, [0.5] * 2, nonfinite="x"),
+        ),
+        (
+            "experts must be one tensor for every expert and merged tensor, got 2 for 3 experts",
+            lambda: ops.trim_limits([], EXPERTS, [0.5] * 3),
         ),
     ]
     for message, refused_call in refused:

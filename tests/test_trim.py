@@ -27,6 +27,7 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from surgery_kernels import _C, reference, ties_merge, trim_thresholds
 
@@ -34,7 +35,7 @@ LARGE = 100_003  # past the size from which thresholds start with a sample
 LARGE_KINDS = [gaussian, grid, sparse, equal, rows, rising]
 
 
-def check(base: torch.Tensor | None, experts: list[torch.Tensor], **options: Any) -> None:
+def check(base: Tensor | None, experts: list[Tensor], **options: Any) -> None:
     assert_same(
         trim_thresholds(base, experts, **options), reference.trim_thresholds(base, experts, **options), str(options)
     )
@@ -147,3 +148,54 @@ def test_thresholds_reproduce_the_merge() -> None:
     base, experts = inputs(gaussian, LARGE, 3, torch.float32)
     thresholds = trim_thresholds(base, experts, density=[0.2, 0.5, 0.9])
     assert_same(ties_merge(base, experts, thresholds=thresholds), ties_merge(base, experts, density=[0.2, 0.5, 0.9]))
+
+
+def check_limits(bases: list[Tensor], experts: list[list[Tensor]], **options: Any) -> None:
+    """experts: [num_tensors][num_tasks]. The limits keep what the oracle keeps, entry by entry."""
+    flat = [expert for of_tensor in experts for expert in of_tensor]
+    density, semantics, nonfinite = options["density"], options["semantics"], options.get("nonfinite", "error")
+    by_expert = list(zip(*experts, strict=True))
+    keys = reference.scope_keys(reference.load_scope(bases, by_expert, nonfinite, None))
+    thresholds, cuts = torch.ops.surgery_kernels.trim_limits(bases, flat, **options)
+    assert_same(thresholds, reference.scope_thresholds(bases, by_expert, **options), str(options))
+    assert (cuts.dtype, cuts.shape) == (torch.int64, thresholds.shape)
+    before_cut = torch.arange(keys.shape[1]) < cuts[:, None]
+    for t, threshold in enumerate(thresholds):
+        keep = reference.keep_count(keys.shape[1], density[t], semantics)
+        expected = reference.kept_entries(keys[t], threshold, None if semantics == "paper" else keep)
+        kept = (keys[t] > threshold) | keys[t].isnan() | ((keys[t] == threshold) & before_cut[t])
+        assert torch.equal(kept, expected), f"expert {t}, {options}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("kind", [gaussian, grid, sparse, equal], ids=option_id)
+def test_limits(kind: Any, dtype: torch.dtype) -> None:
+    sizes = [700, 0, 1, 40_000]
+    base, experts = inputs(kind, sum(sizes), 3, dtype)
+    by_tensor = [list(parts) for parts in zip(*(expert.split(sizes) for expert in experts), strict=True)]
+    for semantics in SEMANTICS:
+        for density in ([0.2, 1.0, 0.5], [1e-9, 0.03, 0.999]):
+            check_limits(list(base.split(sizes)), by_tensor, density=density, semantics=semantics)
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_limits_over_several_dtypes(semantics: str) -> None:
+    problems = [inputs(grid, 20_001, 2, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)]
+    bases, experts = [base for base, _ in problems], [of_tensor for _, of_tensor in problems]
+    check_limits(bases, experts, density=[0.2, 0.6], semantics=semantics)
+
+
+@pytest.mark.parametrize("nonfinite", ["drop", "propagate"])
+def test_limits_of_nonfinite_values(nonfinite: str) -> None:
+    base, experts = inputs(grid, 1_000, 2, torch.float32)
+    experts[0][[5, 77, 500]] = torch.tensor([math.nan, math.inf, -math.inf])
+    for semantics in ("mergekit", "peft"):
+        for density in ([0.001, 0.2], [0.002, 1e-9], [0.5, 1.0]):
+            check_limits([base], [experts], density=density, semantics=semantics, nonfinite=nonfinite)
+
+
+def test_limits_name_the_tensor_that_is_not_finite() -> None:
+    experts = [torch.zeros(5), torch.tensor([math.nan, 1.0])]
+    message = r"^experts\[0\] must be finite, got 1 NaN or infinite values in tensor 'second'$"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.surgery_kernels.trim_limits([], experts, [0.5], names=["first", "second"])

@@ -29,6 +29,7 @@ struct Options {
   bool elect_count, divide, rescale;
   NonFinite nonfinite;
   std::optional<Tensor> thresholds;
+  std::optional<std::vector<int64_t>> cuts;  // beside thresholds: where its ties end; none: all of them are kept
   std::vector<std::string> names;
 };
 
@@ -55,6 +56,7 @@ Options parse(std::vector<double> density, double lam, std::optional<std::vector
           rescale,
           parse_nonfinite(nonfinite),
           std::move(thresholds),
+          {},
           {}};
 }
 
@@ -151,19 +153,18 @@ class Merger {
     for (int64_t t = 0; t < scope_.num_tasks; ++t) {
       const C threshold = dtype == Dtype::f32 ? C(static_cast<const float*>(given.data_ptr())[t])
                                               : C(static_cast<const double*>(given.data_ptr())[t]);
-      require(threshold >= 0, "thresholds must be 0 or greater, got ", threshold);
-      Limit<Key> limit{0, scope_.numel};
-      const C magnitude = threshold == 0 ? C(0) : threshold;  // -0 has the sign bit
-      memcpy(&limit.threshold, &magnitude, sizeof magnitude);
+      const bool ranked_nan = options_.cuts && std::isnan(threshold);  // where NaN propagates
+      require(threshold >= 0 || ranked_nan, "thresholds must be 0 or greater, got ", threshold);
+      Limit<Key> limit{0, options_.cuts ? (*options_.cuts)[t] : scope_.numel};
+      memcpy(&limit.threshold, &threshold, sizeof threshold);
+      limit.threshold &= kMaxKey<Key>;  // -0 has the sign bit
       limits.push_back(limit);
     }
     return limits;
   }
 
   std::vector<Limit<Key>> trimmed_limits() const {
-    std::vector<int64_t> keep;
-    for (const double density : options_.density) keep.push_back(keep_count(density, scope_.numel, options_.semantics));
-    return trim<Key>(scope_, keep, options_.semantics, options_.nonfinite, options_.names);
+    return trim<Key>(scope_, options_.density, options_.semantics, options_.nonfinite, options_.names);
   }
 
   // Runs of a chunk within which every expert keeps or drops all its ties. body(begin, count); scratch.limits is set.
@@ -266,17 +267,6 @@ class Merger {
   std::vector<C> weights_, rescales_;  // [parts, num_tasks], or empty
 };
 
-// An op on one tensor takes its experts and nothing else.
-void check_one_tensor(const std::vector<Tensor>& experts, const std::vector<double>& density) {
-  require(!experts.empty(), "experts must be at least one tensor, got none");
-  require(experts.size() == density.size(), "density must be one number per expert (", experts.size(), "), got ",
-          density.size());
-}
-
-std::vector<Tensor> as_list(const std::optional<Tensor>& base) {
-  return base ? std::vector<Tensor>{*base} : std::vector<Tensor>{};
-}
-
 template <class Key>
 void merge_scope(const Scope& scope, const Options& options, const Outputs& outputs) {
   Merger<Key>(scope, options)
@@ -302,24 +292,6 @@ void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& expe
   outputs.deliver();
 }
 
-Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
-                       std::string semantics_name, std::string nonfinite) {
-  check_one_tensor(experts, density);
-  const Semantics semantics = parse_semantics(semantics_name);
-  const Inputs inputs(as_list(base), experts, density.size());
-  std::vector<int64_t> keep;
-  for (const double d : density) keep.push_back(keep_count(d, inputs.scope.numel, semantics));
-  const std::vector<int64_t> shape{int64_t(density.size())};
-  Tensor thresholds = torch::stable::new_empty(experts[0], shape, inputs.wide ? ScalarType::Double : ScalarType::Float);
-  const auto fill = [&](auto key) {
-    const auto limits = trim<decltype(key)>(inputs.scope, keep, semantics, parse_nonfinite(nonfinite), {});
-    for (size_t t = 0; t < limits.size(); ++t)
-      memcpy(static_cast<char*>(thresholds.data_ptr()) + t * sizeof key, &limits[t].threshold, sizeof key);
-  };
-  inputs.wide ? fill(int64_t()) : fill(int32_t());
-  return thresholds;
-}
-
 Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
                   std::string reduce, bool normalize, bool rescale, std::string nonfinite,
@@ -334,9 +306,12 @@ Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::
 void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
                     std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
                     std::string reduce, bool normalize, bool rescale, std::string nonfinite,
-                    std::optional<Tensor> thresholds, std::optional<std::vector<std::string>> names,
-                    std::vector<Tensor> out) {
+                    std::optional<Tensor> thresholds, std::optional<std::vector<int64_t>> cuts,
+                    std::optional<std::vector<std::string>> names, std::vector<Tensor> out) {
+  require(!cuts || thresholds, "thresholds must be given where cuts are, got none");
+  require(!cuts || cuts->size() == density.size(), "cuts must be one per expert, got ", cuts ? cuts->size() : 0);
   Options options = parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
+  options.cuts = std::move(cuts);
   if (names) options.names = std::move(*names);
   merge_into(base, experts, options, out);
 }
@@ -377,7 +352,6 @@ Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(surgery_kernels, CPU, m) {
-  m.impl("trim_thresholds", TORCH_BOX(&trim_thresholds));
   m.impl("ties_merge", TORCH_BOX(&ties_merge));
   m.impl("ties_merge_out", TORCH_BOX(&ties_merge_out));
   m.impl("ties_split", TORCH_BOX(&ties_split));

@@ -1,14 +1,17 @@
 #include "trim.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
+#include <tuple>
 
-#include "../check.h"
-#include "isa.h"
+#include "inputs.h"
 #include "rounding.h"
 #include "select.h"
 #include "trim_kernel.h"
@@ -267,6 +270,13 @@ bool is_finite(const Scope& scope, const Tally<Key>& tally) {
                      [&](const Counts<Key>& n) { return stored_key(scope, n.largest) < kInfinityKey<Key>; });
 }
 
+int64_t keep_count(double density, int64_t numel, Semantics semantics) {
+  if (density >= 1) return numel;
+  const int64_t floor = int64_t(density * double(numel));
+  if (semantics == Semantics::paper) return std::min(floor + 1, numel);
+  return semantics == Semantics::mergekit ? std::max<int64_t>(1, floor) : floor;
+}
+
 std::string where(const std::vector<std::string>& names, size_t part) {
   return part < names.size() ? " in tensor '" + names[part] + "'" : "";
 }
@@ -280,13 +290,6 @@ Semantics parse_semantics(const std::string& name) {
 }
 NonFinite parse_nonfinite(const std::string& name) {
   return NonFinite(one_of("nonfinite", name, {"error", "propagate", "drop"}));
-}
-
-int64_t keep_count(double density, int64_t numel, Semantics semantics) {
-  if (density >= 1) return numel;
-  const int64_t floor = int64_t(density * double(numel));
-  if (semantics == Semantics::paper) return std::min(floor + 1, numel);
-  return semantics == Semantics::mergekit ? std::max<int64_t>(1, floor) : floor;
 }
 
 template <class Key>
@@ -326,8 +329,10 @@ void check_finite(const Scope& scope, const std::vector<std::string>& names) {
 }
 
 template <class Key>
-std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics,
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,
                              NonFinite nonfinite, const std::vector<std::string>& names) {
+  std::vector<int64_t> keep;
+  for (const double d : density) keep.push_back(keep_count(d, scope.numel, semantics));
   const bool drop = nonfinite == NonFinite::drop, all_ties = semantics == Semantics::paper;
   std::vector<Limit<Key>> limits(scope.num_tasks, {0, scope.numel});
   std::vector<int64_t> tasks;
@@ -368,12 +373,49 @@ std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& kee
   return limits;
 }
 
-#define SK_INSTANTIATE(Key)                                                                                   \
-  template void check_finite<Key>(const Scope&, const std::vector<std::string>&);                             \
-  template std::vector<Limit<Key>> trim<Key>(const Scope&, const std::vector<int64_t>&, Semantics, NonFinite, \
+#define SK_INSTANTIATE(Key)                                                                                  \
+  template void check_finite<Key>(const Scope&, const std::vector<std::string>&);                            \
+  template std::vector<Limit<Key>> trim<Key>(const Scope&, const std::vector<double>&, Semantics, NonFinite, \
                                              const std::vector<std::string>&);
 SK_INSTANTIATE(int32_t)
 SK_INSTANTIATE(int64_t)
 #undef SK_INSTANTIATE
+
+namespace {
+
+std::tuple<Tensor, Tensor> trim_limits(std::vector<Tensor> base, std::vector<Tensor> experts,
+                                       std::vector<double> density, std::string semantics_name,
+                                       std::string nonfinite_name, std::optional<std::vector<std::string>> names) {
+  const Semantics semantics = parse_semantics(semantics_name);
+  const NonFinite nonfinite = parse_nonfinite(nonfinite_name);
+  const Inputs inputs(base, experts, density.size());
+  const std::vector<int64_t> shape{int64_t(density.size())};
+  Tensor thresholds = torch::stable::new_empty(experts[0], shape, inputs.wide ? ScalarType::Double : ScalarType::Float);
+  Tensor cuts = torch::stable::new_empty(experts[0], shape, ScalarType::Long);
+  const auto fill = [&](auto key) {
+    using Key = decltype(key);
+    const auto limits =
+        trim<Key>(inputs.scope, density, semantics, nonfinite, names.value_or(std::vector<std::string>()));
+    for (size_t t = 0; t < limits.size(); ++t) {
+      memcpy(static_cast<Key*>(thresholds.data_ptr()) + t, &limits[t].threshold, sizeof(Key));
+      static_cast<int64_t*>(cuts.data_ptr())[t] = limits[t].cut;
+    }
+  };
+  inputs.wide ? fill(int64_t()) : fill(int32_t());
+  return {thresholds, cuts};
+}
+
+Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
+                       std::string semantics, std::string nonfinite) {
+  check_one_tensor(experts, density);
+  return std::get<0>(trim_limits(as_list(base), experts, density, semantics, nonfinite, std::nullopt));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(surgery_kernels, CPU, m) {
+  m.impl("trim_thresholds", TORCH_BOX(&trim_thresholds));
+  m.impl("trim_limits", TORCH_BOX(&trim_limits));
+}
 
 }  // namespace sk

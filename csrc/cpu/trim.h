@@ -20,16 +20,14 @@ struct Limit {
   int64_t cut;
 };
 
-// keep[t]: how many entries of expert t stay; at least numel: all of them.
+// density[t]: the share of its entries that expert t keeps. Without a cut among the ties it is the scope's numel.
 template <class Key>
-std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<int64_t>& keep, Semantics semantics,
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,
                              NonFinite nonfinite, const std::vector<std::string>& names);
 
 // Raises when a task vector of the scope holds NaN or infinity, naming the first.
 template <class Key>
 void check_finite(const Scope& scope, const std::vector<std::string>& names);
-
-int64_t keep_count(double density, int64_t numel, Semantics semantics);
 
 // Test only: every bracket misses, so the radix histogram decides.
 void force_histogram(bool on);

@@ -54,5 +54,15 @@ def trim_thresholds(
 
 @torch.library.register_fake("surgery_kernels::trim_thresholds")
 def _(base: Tensor | None, experts: Sequence[Tensor], density: Sequence[float], *_: object, **__: object) -> Tensor:
-    dtype = torch.float64 if experts[0].dtype == torch.float64 else torch.float32
-    return experts[0].new_empty(len(density), dtype=dtype)
+    return _empty_thresholds(experts, density)
+
+
+@torch.library.register_fake("surgery_kernels::trim_limits")
+def _(
+    base: Sequence[Tensor], experts: Sequence[Tensor], density: Sequence[float], *_: object, **__: object
+) -> tuple[Tensor, Tensor]:
+    return _empty_thresholds(experts, density), experts[0].new_empty(len(density), dtype=torch.int64)
+
+
+def _empty_thresholds(experts: Sequence[Tensor], density: Sequence[float]) -> Tensor:
+    return experts[0].new_empty(len(density), dtype=torch.promote_types(experts[0].dtype, torch.float32))
