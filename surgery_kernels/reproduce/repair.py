@@ -106,7 +106,7 @@ def measure(experts: Experts, models: Sequence[nn.Module]) -> Outcome:
 
 
 def of_task(model: nn.Module, task: str) -> dict[str, Any]:
-    """What to call the model with."""
+    """Chooses the adapters of the task, where the model has some."""
     return {"task": task} if isinstance(model, SurgeryModel) else {}
 
 
