@@ -126,11 +126,11 @@ def scope_merge(
     elections = elect_signs([ballot.votes for ballot in ballots], elect, semantics)
     merged = []
     for entry, ballot, (mass, sign) in zip(scope, ballots, elections, strict=True):
-        selected = agrees(ballot.votes, sign)
+        selected = agrees(ballot.votes, sign) | (elect == "none")
         if semantics == "paper":
             change = reduce_paper(entry, ballot.terms, selected, sign, reduce, lam)
         elif semantics == "mergekit":
-            change = reduce_mergekit(entry, ballot, selected, normalize and reduce == "mean", lam)
+            change = reduce_mergekit(entry, ballot, selected, elect, normalize and reduce == "mean", lam)
         else:
             change = reduce_peft(ballot.terms, selected, reduce, lam)
         merged.append(entry.store(torch.where(mass.isnan(), torch.nan, entry.base + change)))
@@ -156,7 +156,7 @@ def scope_split(
     elections = elect_signs([ballot.votes for ballot in ballots], elect, semantics)
     split = []
     for entry, ballot, (mass, sign) in zip(scope, ballots, elections, strict=True):
-        visible = agrees(ballot.votes, sign) | mass.isnan()
+        visible = agrees(ballot.votes, sign) | (elect == "none") | mass.isnan()
         split.append(entry.store(torch.where(visible, ballot.terms, 0.0)))
     return split
 
@@ -284,11 +284,12 @@ def reduce_paper(entry: Entry, terms: Tensor, selected: Tensor, sign: Tensor, re
     return scale * (mass / selected.sum(dim=0).clamp(min=1).to(scale.dtype))
 
 
-def reduce_mergekit(entry: Entry, ballot: Ballot, selected: Tensor, normalize: bool, lam: float) -> Tensor:
+def reduce_mergekit(entry: Entry, ballot: Ballot, selected: Tensor, elect: str, normalize: bool, lam: float) -> Tensor:
     merged = entry.round(sum_experts(torch.where(selected, ballot.terms, 0.0)))
     if normalize:
         divisor = entry.round(sum_experts(torch.where(selected, ballot.weights, 0.0)))
-        merged = entry.round(merged / torch.where(divisor == 0, 1.0, divisor))
+        vanishes = divisor.abs() < 1e-8 if elect == "none" else divisor == 0
+        merged = entry.round(merged / torch.where(vanishes, 1.0, divisor))
     return entry.round(merged * entry.base.new_tensor(lam))
 
 

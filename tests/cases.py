@@ -120,27 +120,28 @@ def densities_of(num_tasks: int) -> list[float]:
 def merge_options() -> list[dict[str, Any]]:
     """Every combination of the options that are not numbers; weights=True asks for `weights_of`."""
     options: list[dict[str, Any]] = []
+    for elect in ("sum", "count", "none"):
+        for reduce, weights, rescale in itertools.product(("mean", "sum"), (None, True), (False, True)):
+            mergekit = {"semantics": "mergekit", "elect": elect, "weights": weights, "rescale": rescale}
+            options.append({**mergekit, "reduce": reduce})
+            if reduce == "mean":
+                options.append({**mergekit, "reduce": "mean", "normalize": False})
     for elect in ("sum", "count"):
         for reduce in ("mean", "sum", "max"):
             options.append({"semantics": "paper", "elect": elect, "reduce": reduce})
         for reduce, weights in itertools.product(("mean", "sum"), (None, True)):
             options.append({"semantics": "peft", "elect": elect, "reduce": reduce, "weights": weights})
-            for rescale in (False, True):
-                mergekit = {"semantics": "mergekit", "elect": elect, "weights": weights, "rescale": rescale}
-                options.append({**mergekit, "reduce": reduce})
-                if reduce == "mean":
-                    options.append({**mergekit, "reduce": "mean", "normalize": False})
     return options
 
 
 def split_options() -> list[dict[str, Any]]:
     options: list[dict[str, Any]] = []
+    for elect, weights, rescale in itertools.product(("sum", "count", "none"), (None, True), (False, True)):
+        options.append({"semantics": "mergekit", "elect": elect, "weights": weights, "rescale": rescale})
     for elect in ("sum", "count"):
         options.append({"semantics": "paper", "elect": elect})
         for weights in (None, True):
             options.append({"semantics": "peft", "elect": elect, "weights": weights})
-            for rescale in (False, True):
-                options.append({"semantics": "mergekit", "elect": elect, "weights": weights, "rescale": rescale})
     return options
 
 

@@ -79,7 +79,7 @@ void run(const Format& format) {
   const sk::LinearKernel<Key> linear = sk::SK_ISA::linear_kernels.get<Key>(format.dtype);
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[4], averaged, combined, lost;
+  Hash trimmed, merged[sk::kRules], averaged, combined, lost;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -134,7 +134,7 @@ void run(const Format& format) {
         dot(from, pointers.data(), kTasks, n, sums);
         for (double of_task : sums) combined.add(of_task);
       }
-      for (int rule = 0; rule < 4; ++rule) {
+      for (int rule = 0; rule < sk::kRules; ++rule) {
         const bool paper = rule < 2;
         std::vector<sk::Draw> draws(n);
         sk::TiesArgs<Key> args{};
@@ -142,10 +142,12 @@ void run(const Format& format) {
         args.experts = pointers.data();
         args.limits = limits.data();
         if (weighted && !paper) args.weights = weights.data();
-        if (weighted && sk::Rule(rule) == sk::Rule::mergekit) args.rescales = rescales.data();
+        if (weighted && (sk::Rule(rule) == sk::Rule::mergekit || sk::Rule(rule) == sk::Rule::mergekit_all))
+          args.rescales = rescales.data();
         args.num_tasks = kTasks;
         args.n = n;
         args.lam = C(0.37);
+        args.divisor = C(1.5);
         args.elect_count = elect_count;
         args.divide = divide;
         args.drop = drop;
@@ -178,7 +180,8 @@ void run(const Format& format) {
   print("ties_merge paper", merged[0]);
   print("ties_merge paper max", merged[1]);
   print("ties_merge mergekit", merged[2]);
-  print("ties_merge peft", merged[3]);
+  print("ties_merge mergekit all", merged[3]);
+  print("ties_merge peft", merged[4]);
   print("linear_merge", averaged);
   print("combine", combined);
   print("representation_loss", lost);

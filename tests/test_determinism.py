@@ -35,6 +35,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"reduce": "max", "density": [0.2, 1.0, 0.01]},
     {"semantics": "mergekit", "weights": weights_of(3), "rescale": True, "lam": -0.7},
     {"semantics": "mergekit", "normalize": False, "elect": "count"},
+    {"semantics": "mergekit", "elect": "none", "weights": weights_of(3), "density": 1.0},
     {"semantics": "peft", "weights": weights_of(3), "density": 0.57},
 ]
 

@@ -58,7 +58,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 REFUSED_BY_MERGE_AND_SPLIT: list[tuple[str, dict[str, Any]]] = [
-    ("elect must be one of 'sum', 'count', got 'total'", {"elect": "total"}),
+    ("elect must be one of 'sum', 'count', 'none', got 'total'", {"elect": "total"}),
+    ("elect must be 'sum' or 'count' with semantics='paper', got 'none'", {"elect": "none"}),
+    ("elect must be 'sum' or 'count' with semantics='peft', got 'none'", {"elect": "none", "semantics": "peft"}),
     ("rescale must be False with semantics='paper', got True", {"rescale": True}),
     ("rescale must be False with semantics='peft', got True", {"rescale": True, "semantics": "peft"}),
     ("weights must be None with semantics='paper', got [1.0, 2.0]", {"weights": [1.0, 2.0]}),
@@ -223,6 +225,10 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
         (
             "thresholds must be one value per expert on the CPU, got 3",
             lambda: ops.ties_merge(None, EXPERTS, [0.5] * 2, thresholds=torch.zeros(3)),
+        ),
+        (
+            "elect must be 'sum' or 'count' with semantics='peft', got 'none'",
+            lambda: ops.ties_merge(None, EXPERTS, [0.5] * 2, semantics="peft", elect="none"),
         ),
         (
             "thresholds must be given where cuts are, got none",

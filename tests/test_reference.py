@@ -55,7 +55,7 @@ def mergekit_ties(
     from mergekit.merge_methods.base import TensorGroup
 
     method = mergekit.GeneralizedTaskArithmeticMerge(
-        consensus_method=mergekit.ConsensusMethod(elect),
+        consensus_method=None if elect == "none" else mergekit.ConsensusMethod(elect),
         sparsification_method=mergekit.SparsificationMethod.magnitude,
         default_normalize=True,
         default_rescale=False,
@@ -148,7 +148,7 @@ def test_peft_without_a_trim(peft: ModuleType) -> None:
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("elect", ["sum", "count"])
+@pytest.mark.parametrize("elect", ["sum", "count", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=option_id)
 def test_mergekit(mergekit: ModuleType, dtype: torch.dtype, elect: str, normalize: bool, rescale: bool) -> None:
     for kind in (grid, sparse) if rescale else (gaussian, grid, sparse):

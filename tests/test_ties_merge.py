@@ -87,6 +87,7 @@ def test_every_number_of_experts(num_tasks: int, dtype: torch.dtype) -> None:
         for semantics in ("mergekit", "peft"):
             check(base, experts, density=densities_of(num_tasks), weights=weights_of(num_tasks), semantics=semantics)
             check(base, experts, semantics=semantics, elect="count")
+        check(base, experts, weights=weights_of(num_tasks), semantics="mergekit", elect="none")
 
 
 @pytest.mark.parametrize("density", [1.0, 1e-9, 0.2, 0.999])
@@ -110,6 +111,7 @@ def test_every_weight(weights: float | list[float]) -> None:
                 {"semantics": "peft"},
                 {"semantics": "mergekit"},
                 {"semantics": "mergekit", "normalize": False},
+                {"semantics": "mergekit", "elect": "none"},
             ):
                 check(base, experts, weights=weights, **options)
 
@@ -216,14 +218,14 @@ def test_given_thresholds_keep_every_tie(dtype: torch.dtype) -> None:
         check(base, experts, semantics=semantics, thresholds=[0.1, math.inf, 1e-50])
 
 
-@pytest.mark.parametrize("elect", ["sum", "count"])
+@pytest.mark.parametrize("elect", ["sum", "count", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
 def test_nonfinite_values(dtype: torch.dtype, elect: str) -> None:
     base, experts = inputs(grid, 1_000, 3, dtype)
     experts[0][[1, 10, 20]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
     experts[2][[10, 30]] = torch.tensor([-math.inf, math.inf], dtype=dtype)
     for nonfinite in ("drop", "propagate"):
-        for semantics in SEMANTICS:
+        for semantics in SEMANTICS if elect != "none" else ["mergekit"]:
             for density in (0.2, 1.0, 1e-9):
                 check(base, experts, semantics=semantics, elect=elect, nonfinite=nonfinite, density=density)
             check(base, experts, semantics=semantics, nonfinite=nonfinite, thresholds=[0.05, 0.05, 0.05])
@@ -327,6 +329,7 @@ def merge_in_calls(
     [
         {"semantics": "mergekit"},
         {"semantics": "mergekit", "weights": True, "rescale": True},
+        {"semantics": "mergekit", "weights": True, "elect": "none"},
         {"semantics": "peft"},
         {"semantics": "peft", "weights": True, "elect": "count"},
     ],

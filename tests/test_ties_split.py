@@ -83,13 +83,15 @@ def test_layouts() -> None:
     assert_same(ties_split(shifted[0], shifted[1:]), expected)
 
 
-@pytest.mark.parametrize("semantics", SEMANTICS)
-def test_the_parts_add_up_to_the_merge(semantics: str) -> None:
+@pytest.mark.parametrize(
+    "options", [*({"semantics": s} for s in SEMANTICS), {"semantics": "mergekit", "elect": "none"}], ids=option_id
+)
+def test_the_parts_add_up_to_the_merge(options: dict[str, Any]) -> None:
     base, experts = inputs(gaussian, 20_001, 3, torch.float32)
     total = torch.zeros_like(base)
-    for part in ties_split(base, experts, semantics=semantics):
+    for part in ties_split(base, experts, **options):
         total = total + part
-    assert_same(base + total, ties_merge(base, experts, semantics=semantics, reduce="sum"))
+    assert_same(base + total, ties_merge(base, experts, **options, reduce="sum"))
 
 
 def test_given_thresholds() -> None:

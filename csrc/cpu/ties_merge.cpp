@@ -34,24 +34,31 @@ struct Options {
 };
 
 Options parse(std::vector<double> density, double lam, std::optional<std::vector<double>> weights,
-              const std::string& semantics_name, const std::string& elect, const std::string& reduce_name,
+              const std::string& semantics_name, const std::string& elect_name, const std::string& reduce_name,
               bool normalize, bool rescale, const std::string& nonfinite, std::optional<Tensor> thresholds) {
   const Semantics semantics = parse_semantics(semantics_name);
   const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
-  const bool max = reduce == 2, mergekit = semantics == Semantics::mergekit, paper = semantics == Semantics::paper;
+  const int elect = one_of("elect", elect_name, {"sum", "count", "none"});
+  const bool max = reduce == 2, all = elect == 2, mergekit = semantics == Semantics::mergekit,
+             paper = semantics == Semantics::paper;
   require(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
+  require(!all || mergekit, "elect must be 'sum' or 'count' with semantics='", semantics_name, "', got 'none'");
   require(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='",
           semantics_name, "', got others");
   require(!weights || weights->size() == density.size(), "weights must be one per expert, got ",
           weights ? weights->size() : 0);
   require(!paper || !weights, "weights must be None with semantics='paper', got weights");
-  const Rule rule = mergekit ? Rule::mergekit : !paper ? Rule::peft : max ? Rule::paper_max : Rule::paper;
+  const Rule rule = all        ? Rule::mergekit_all
+                    : mergekit ? Rule::mergekit
+                    : !paper   ? Rule::peft
+                    : max      ? Rule::paper_max
+                               : Rule::paper;
   return {std::move(density),
           lam,
           std::move(weights),
           semantics,
           rule,
-          one_of("elect", elect, {"sum", "count"}) == 1,
+          elect == 1,
           reduce == 0 && normalize,
           rescale,
           parse_nonfinite(nonfinite),
@@ -76,7 +83,9 @@ class Merger {
     if (options.weights)
       for (const Part& part : scope.parts)
         for (const double w : *options.weights)
-          weights_.push_back(options.rule == Rule::mergekit ? stored<C>(w, part.dtype) : C(float(w)));
+          weights_.push_back(options.semantics == Semantics::mergekit ? stored<C>(w, part.dtype) : C(float(w)));
+    if (options.rule == Rule::mergekit_all)
+      for (size_t p = 0; p < scope.parts.size(); ++p) divisors_.push_back(sum_of_weights(p));
     if (options.rescale) set_rescales();
   }
 
@@ -205,6 +214,7 @@ class Merger {
       args.num_tasks = int(scope_.num_tasks);
       args.n = count;
       args.lam = C(options_.lam);
+      args.divisor = divisors_.empty() ? C(1) : divisors_[chunk.part_index];
       args.elect_count = options_.elect_count;
       args.divide = options_.divide;
       args.finite = options_.nonfinite == NonFinite::error;
@@ -221,6 +231,15 @@ class Merger {
       total.num_draws += result.num_draws;
     });
     return total;
+  }
+
+  // Weights that cancel divide nothing.
+  C sum_of_weights(size_t part) const {
+    const size_t tasks = size_t(scope_.num_tasks);
+    C sum = 0;
+    for (size_t t = 0; t < tasks; ++t) sum += weights_.empty() ? C(1) : weights_[part * tasks + t];
+    sum = stored<C>(double(sum), scope_.parts[part].dtype);
+    return std::abs(sum) < C(1e-8) ? C(1) : sum;
   }
 
   // mergekit's `rescale`: every trimmed task vector is scaled back to its L1 norm, tensor by tensor.
@@ -265,6 +284,7 @@ class Merger {
   const Options& options_;
   std::vector<Limit<Key>> limits_;
   std::vector<C> weights_, rescales_;  // [parts, num_tasks], or empty
+  std::vector<C> divisors_;            // [parts], or empty
 };
 
 template <class Key>

@@ -13,15 +13,20 @@ struct Entry {
   typename Vec<C>::Mask kept, positive, negative;
 };
 
-// plain: there is a base and everything is finite. The test in every inner loop would cost a tenth of its time.
-template <class S, Rule rule, bool plain>
+template <Rule rule>
+constexpr bool kMergekit = rule == Rule::mergekit || rule == Rule::mergekit_all;
+
+// What the inner loops need not test, which would cost up to a third of their time.
+enum class Known { nothing, whole, finite };  // whole: there is a base and no entry is dropped; finite: no NaN either
+
+template <class S, Rule rule, Known known>
 inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>::Key>& args, int t,
                                               Vec<typename Compute<S>::type> expert,
                                               Vec<typename Compute<S>::type> base) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
-  V tau = plain || args.base ? round_to(expert - base, S{}) : expert;
-  if (!plain && args.drop)
+  V tau = known != Known::nothing || args.base ? round_to(expert - base, S{}) : expert;
+  if (known == Known::nothing && args.drop)
     tau = zero_unless<C>(greater_key<C>(V::keys(kInfinityKey<typename V::KeyLane>), magnitude(tau)), tau);
 
   // With its sign bit set a value is a negative key, so either test holds for one sign only; 0 never passes.
@@ -30,17 +35,18 @@ inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>
   e.positive = greater_key<C>(bits(tau), limit);
   e.negative = greater_key<C>(flip_sign<C>(bits(tau)), limit);
   e.kept = e.positive | e.negative;
-  if constexpr (!plain) {
+  if constexpr (known != Known::finite) {
     const auto number = equal(tau, tau);
     e.positive = e.positive & number;
     e.negative = e.negative & number;
   }
   e.elected = e.summed = tau;
-  if constexpr (rule == Rule::mergekit) {
-    if (args.rescales || args.weights) {
-      if (args.rescales) tau = round_to(tau * V::set(args.rescales[t]), S{});
-      if (args.weights) tau = round_to(tau * V::set(args.weights[t]), S{});
-      e.elected = e.summed = tau;
+  if constexpr (kMergekit<rule>) {
+    if (args.rescales) tau = round_to(tau * V::set(args.rescales[t]), S{});
+    if (rule == Rule::mergekit_all) tau = zero_unless<C>(e.kept, tau);
+    if (args.weights) tau = round_to(tau * V::set(args.weights[t]), S{});
+    e.elected = e.summed = tau;
+    if (rule == Rule::mergekit && (args.rescales || args.weights)) {
       e.positive = greater(tau, V::set(0)) & e.kept;
       e.negative = greater(V::set(0), tau) & e.kept;
     }
@@ -61,6 +67,10 @@ struct Sums {
 
 template <Rule rule, class C>
 inline void accumulate(Sums<C>& s, const Entry<C>& e, const TiesArgs<typename Compute<C>::Key>& args, int t) {
+  if constexpr (rule == Rule::mergekit_all) {
+    s.total = s.total + e.elected;
+    return;
+  }
   s.total = add_where<C>(e.kept, s.total, e.elected);
   if constexpr (rule == Rule::paper_max) {
     s.positive = select<C>(and_not<C>(e.positive, greater(s.positive, e.summed)), e.summed, s.positive);
@@ -102,6 +112,16 @@ inline Election<C> with_draws(Election<C> e, int sign) {
   if (sign > 0) e.positive = Mask(e.positive | e.drawn);
   if (sign < 0) e.negative = Mask(e.negative | e.drawn);
   return e;
+}
+
+// The sum of all entries, as mergekit rounds it without an election.
+template <class S, class C>
+inline Vec<C> finish_all(const TiesArgs<typename Compute<C>::Key>& args, Vec<C> sum, Vec<C> base) {
+  using V = Vec<C>;
+  V m = round_to(sum, S{});
+  if (args.divide) m = round_to(m / V::set(args.divisor), S{});
+  m = round_to(m * V::set(args.lam), S{});
+  return args.base ? base + m : m;
 }
 
 template <class S, Rule rule, class C>
@@ -154,14 +174,14 @@ inline Block<typename Compute<S>::type> base_at(const TiesArgs<typename Compute<
   return args.base ? load_at<S>(args.base, i, count...) : Block<typename Compute<S>::type>{V::set(0), V::set(0)};
 }
 
-template <class S, Rule rule, bool plain, class... Count>
+template <class S, Rule rule, Known known, class... Count>
 inline void sum_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
                       const Block<typename Compute<S>::type>& base, Sums<typename Compute<S>::type> (&sums)[2],
                       Count... count) {
   for (int t = 0; t < args.num_tasks; ++t) {
     const auto expert = load_at<S>(args.experts[t], i, count...);
     for (int h = 0; h < 2; ++h)
-      accumulate<rule>(sums[h], entry<S, rule, plain>(args, t, expert.v[h], base.v[h]), args, t);
+      accumulate<rule>(sums[h], entry<S, rule, known>(args, t, expert.v[h], base.v[h]), args, t);
   }
 }
 
@@ -195,16 +215,20 @@ inline void record_draws(const TiesArgs<typename Compute<S>::Key>& args, int64_t
   }
 }
 
-template <class S, Rule rule, bool plain, class... Count>
+template <class S, Rule rule, Known known, class... Count>
 inline Block<typename Compute<S>::type> merge_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
                                                     Votes<typename Compute<S>::type>& votes, TiesResult& result,
                                                     Count... count) {
   using C = typename Compute<S>::type;
   const Block<C> base = base_at<S>(args, i, count...);
   Sums<C> sums[2];
-  sum_block<S, rule, plain>(args, i, base, sums, count...);
-  Election<C> elections[2];
+  sum_block<S, rule, known>(args, i, base, sums, count...);
   Block<C> merged;
+  if constexpr (rule == Rule::mergekit_all) {
+    for (int h = 0; h < 2; ++h) merged.v[h] = finish_all<S>(args, sums[h].total, base.v[h]);
+    return merged;
+  }
+  Election<C> elections[2];
   for (int h = 0; h < 2; ++h) {
     elections[h] = elect<rule>(args, sums[h]);
     votes.add(elections[h]);
@@ -220,7 +244,7 @@ inline Block<typename Compute<S>::type> merge_block(const TiesArgs<typename Comp
   return merged;
 }
 
-template <class S, Rule rule, bool plain>
+template <class S, Rule rule, Known known>
 TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
   using C = typename Compute<S>::type;
   constexpr int N = Block<C>::N;
@@ -229,7 +253,7 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
   const bool streamed = args.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   int64_t i = 0;
   for (; i + N <= args.n; i += N) {
-    const Block<C> merged = merge_block<S, rule, plain>(args, i, votes, result);
+    const Block<C> merged = merge_block<S, rule, known>(args, i, votes, result);
     if (streamed)
       stream_block(merged, out + i);
     else
@@ -237,7 +261,7 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
   }
   if (i < args.n) {
     const int left = int(args.n - i);
-    store_block(merge_block<S, rule, plain>(args, i, votes, result, left), out + i, left);
+    store_block(merge_block<S, rule, known>(args, i, votes, result, left), out + i, left);
   }
   if (streamed) fence();
   result.sign_sum = votes.sum();
@@ -246,9 +270,10 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
 
 template <class S, Rule rule>
 TiesResult merge(const TiesArgs<typename Compute<S>::Key>& args, void* out) {
-  const bool plain = args.base && args.finite;
-  return plain ? merge_run<S, rule, true>(args, static_cast<S*>(out))
-               : merge_run<S, rule, false>(args, static_cast<S*>(out));
+  const auto run = !args.base || args.drop ? merge_run<S, rule, Known::nothing>
+                   : args.finite           ? merge_run<S, rule, Known::finite>
+                                           : merge_run<S, rule, Known::whole>;
+  return run(args, static_cast<S*>(out));
 }
 
 template <class S, Rule rule, class... Count>
@@ -258,7 +283,7 @@ inline void split_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t 
   using V = Vec<C>;
   const Block<C> base = base_at<S>(args, i, count...);
   Sums<C> sums[2];
-  sum_block<S, rule, false>(args, i, base, sums, count...);
+  sum_block<S, rule, Known::nothing>(args, i, base, sums, count...);
   Election<C> elections[2];
   for (int h = 0; h < 2; ++h) {
     const Election<C> open = elect<rule>(args, sums[h]);
@@ -270,8 +295,9 @@ inline void split_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t 
     const Block<C> expert = load_at<S>(args.experts[t], i, count...);
     Block<C> agreeing;
     for (int h = 0; h < 2; ++h) {
-      const Entry<C> e = entry<S, rule, false>(args, t, expert.v[h], base.v[h]);
-      const auto agree = (e.positive & elections[h].positive) | and_not<C>(e.negative, elections[h].positive);
+      const Entry<C> e = entry<S, rule, Known::nothing>(args, t, expert.v[h], base.v[h]);
+      auto agree = (e.positive & elections[h].positive) | and_not<C>(e.negative, elections[h].positive);
+      if (rule == Rule::mergekit_all) agree = e.kept;
       // A NaN total elects nobody; its entries stay visible.
       const auto nan = and_not<C>(e.kept, equal(sums[h].total, sums[h].total));
       agreeing.v[h] = zero_unless<C>(agree | nan, e.summed);
@@ -295,8 +321,10 @@ TiesResult split(const TiesArgs<typename Compute<S>::Key>& args, void* const* ou
 
 template <class S>
 constexpr TiesKernel<typename Compute<S>::Key> kernel() {
-  return {{merge<S, Rule::paper>, merge<S, Rule::paper_max>, merge<S, Rule::mergekit>, merge<S, Rule::peft>},
-          {split<S, Rule::paper>, split<S, Rule::paper>, split<S, Rule::mergekit>, split<S, Rule::peft>}};
+  return {{merge<S, Rule::paper>, merge<S, Rule::paper_max>, merge<S, Rule::mergekit>, merge<S, Rule::mergekit_all>,
+           merge<S, Rule::peft>},
+          {split<S, Rule::paper>, split<S, Rule::paper>, split<S, Rule::mergekit>, split<S, Rule::mergekit_all>,
+           split<S, Rule::peft>}};
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 
 namespace sk {
 
-enum class Rule { paper, paper_max, mergekit, peft };
+enum class Rule { paper, paper_max, mergekit, mergekit_all, peft };  // mergekit_all: without an election
+constexpr int kRules = 5;
 
 // An element whose election was a draw between entries, and its result under the sign that was not assumed.
 struct Draw {
@@ -30,6 +31,7 @@ struct TiesArgs {
   int num_tasks;
   int64_t n;
   C lam;
+  C divisor;         // mergekit_all with divide
   bool elect_count;  // elect by the number of signs, not by their mass
   bool divide;       // mean, not sum
   bool finite;       // no task vector holds NaN or infinity
@@ -48,9 +50,9 @@ struct TiesResult {
 template <class Key>
 struct TiesKernel {
   // out: n elements.
-  TiesResult (*merge[4])(const TiesArgs<Key>& args, void* out);  // by Rule
+  TiesResult (*merge[kRules])(const TiesArgs<Key>& args, void* out);  // by Rule
   // outs: for every expert n elements, its entries that agree with the elected sign, else 0. Records no draw.
-  TiesResult (*split[4])(const TiesArgs<Key>& args, void* const* outs);
+  TiesResult (*split[kRules])(const TiesArgs<Key>& args, void* const* outs);
 };
 
 using TiesKernels = PerDtype<TiesKernel>;

@@ -11,11 +11,11 @@ is `install()` followed by mergekit's own command; in Python, `install()` before
     dare_linear, dare_ties         mergekit's        ours
     della_linear, della            mergekit's        ours
 
-Random masks stay mergekit's, number for number. Results are mergekit's, with these differences: of entries tied at the
-threshold the first in flat order are kept, where mergekit's choice is unspecified; from five models on sums may differ
-in the last bit, since torch adds them in another order; `rescale` of "ties" divides exact L1 norms; in bfloat16 and
-float16 the methods without an election round once, where mergekit rounds after every operation. What the ops do not
-take, CUDA tensors for one, goes to mergekit.
+Random masks stay mergekit's, number for number. Results are mergekit's to the last bit in every dtype, with these
+differences: of entries tied at the threshold the first in flat order are kept, where mergekit's choice is unspecified;
+from five models on sums may differ in the last bit, since torch adds them in another order; `rescale` of "ties" divides
+exact L1 norms; in float16 weights that cancel divide nothing, where mergekit divides by 0. What the ops do not take,
+CUDA tensors for one, goes to mergekit.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ops import ties_merge
 from .extras import missing
-from .tensors import NONFINITE, linear_merge, mergeable
+from .tensors import NONFINITE, mergeable
 
 try:
     from mergekit.merge_methods import registry
@@ -40,8 +39,6 @@ try:
     from mergekit.sparsify import RescaleNorm, SparsificationMethod, rescaled_masked_tensor, sparsify
 except ImportError as error:
     raise missing("mergekit", "mergekit", error) from error
-
-SMALLEST_DIVISOR = 1e-8  # below it mergekit does not divide
 
 
 def install() -> None:
@@ -68,16 +65,14 @@ class FusedTaskArithmetic(GeneralizedTaskArithmeticMerge):
             return super().merge_group(group, **parameters)
         base, entries = group.base.tensor, group.non_base
         weights = [parameters["weight"][entry.id] for entry in entries]
-        if self.sparsification_method is None:
-            return self._merged(base, [entry.tensor for entry in entries], weights, parameters)
-        if self.sparsification_method == SparsificationMethod.magnitude and self.consensus_method:
-            trim = {
-                "density": [min(parameters["density"][entry.id], 1.0) for entry in entries],
-                "rescale": parameters["rescale"],
-            }
-            return self._merged(base, [entry.tensor for entry in entries], weights, parameters, **trim)
-        task_vectors = [self._sparsified(base, entry, parameters) for entry in entries]
-        return self._merged(None, task_vectors, weights, parameters).add_(base)
+        if self.sparsification_method not in (None, SparsificationMethod.magnitude):
+            task_vectors = [self._sparsified(base, entry, parameters) for entry in entries]
+            return self._merged(None, task_vectors, weights, parameters).add_(base)
+        trim: dict[str, Any] = {}
+        if self.sparsification_method:
+            trim["density"] = [min(parameters["density"][entry.id], 1.0) for entry in entries]
+            trim["rescale"] = parameters["rescale"]
+        return self._merged(base, [entry.tensor for entry in entries], weights, parameters, **trim)
 
     def _sparsified(self, base: Tensor, entry: TensorEntry, parameters: dict[str, Any]) -> Tensor:
         """The task vector with mergekit's mask on it; breadcrumbs need no sort for theirs."""
@@ -100,24 +95,17 @@ class FusedTaskArithmetic(GeneralizedTaskArithmeticMerge):
         density: list[float] | float = 1.0,
         rescale: bool = False,
     ) -> Tensor:
-        lam, normalize = parameters["lambda"], parameters["normalize"]
-        if self.consensus_method:
-            return ties_merge(
-                base,
-                experts,
-                density=density,
-                lam=lam,
-                weights=weights,
-                semantics="mergekit",
-                elect=self.consensus_method.value,
-                normalize=normalize,
-                rescale=rescale,
-                nonfinite=NONFINITE,
-            )
-        rounded = torch.tensor(weights, dtype=experts[0].dtype)
-        divisor = rounded.sum().item() if normalize else 1.0
-        return linear_merge(
-            base, experts, rounded.tolist(), lam=lam, divisor=1.0 if abs(divisor) < SMALLEST_DIVISOR else divisor
+        return ties_merge(
+            base,
+            experts,
+            density=density,
+            lam=parameters["lambda"],
+            weights=weights,
+            semantics="mergekit",
+            elect=self.consensus_method.value if self.consensus_method else "none",
+            normalize=parameters["normalize"],
+            rescale=rescale,
+            nonfinite=NONFINITE,
         )
 
 

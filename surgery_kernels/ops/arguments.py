@@ -10,7 +10,7 @@ from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SEMANTICS = ("paper", "mergekit", "peft")
-ELECT = ("sum", "count")
+ELECT = ("sum", "count", "none")
 REDUCE = ("mean", "sum", "max")
 NONFINITE = ("error", "propagate", "drop")
 

@@ -32,6 +32,8 @@ def check_options(
     arguments.check_one_of("elect", elect, arguments.ELECT)
     arguments.check_one_of("reduce", reduce, arguments.REDUCE)
     arguments.check_one_of("nonfinite", nonfinite, arguments.NONFINITE)
+    if elect == "none" and semantics != "mergekit":
+        raise ValueError(f"elect must be 'sum' or 'count' with semantics={semantics!r}, got 'none'")
     if reduce == "max" and semantics != "paper":
         raise ValueError(f"reduce must be 'mean' or 'sum' with semantics={semantics!r}, got 'max'")
     if semantics != "mergekit" and not normalize:
@@ -99,9 +101,11 @@ def ties_merge(
         semantics: Whose TIES, bit for bit. "paper": every tie at the threshold is kept; where the election is a draw,
             the sign of the sum of all elected signs of this call decides. "mergekit", "peft": exactly the number kept
             stays, ties in flat index order; draws elect plus.
-        elect: "sum" elects the sign of the summed entries, "count" the more frequent sign.
+        elect: "sum" elects the sign of the summed entries, "count" the more frequent sign; "none" (mergekit only)
+            lets every entry agree: with density 1 that is mergekit's `task_arithmetic`.
         reduce: "mean", "sum" or (paper only) "max" of the entries that agree.
-        normalize: mergekit only: divide by the sum of the agreeing weights.
+        normalize: mergekit only: divide by the sum of the agreeing weights, without an election of all weights, unless
+            that is 0 (below 1e-8).
         rescale: mergekit only: scale each trimmed task vector to the L1 norm it had before.
         nonfinite: What NaN or infinity in a task vector does: "error" raises before anything is written,
             "propagate" lets it take part (NaN always reaches the output), "drop" takes the entry as 0.
@@ -117,7 +121,7 @@ def ties_merge(
         RuntimeError: `out` overlaps an input or itself, a threshold is negative, or NaN or infinity under
             ``nonfinite="error"``; `out` is untouched.
 
-    Source: TIES-Merging (arXiv 2306.01708), algorithm 1; mergekit 0.1.5 `ties`; PEFT `ties`.
+    Source: TIES-Merging (arXiv 2306.01708), algorithm 1; mergekit 0.1.5 `ties`, `task_arithmetic`; PEFT `ties`.
     """
     base, experts = arguments.check_experts(base, experts)
     options = check_options(
