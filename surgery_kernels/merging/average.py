@@ -15,12 +15,13 @@ from .scope import Scope
 
 @dataclass(frozen=True)
 class Average:
-    """``sum_t weights[t] * expert_t / sum_t weights[t]``; the base is not read.
+    """``sum_t weights[t] * expert_t / sum_t weights[t]``, undivided unless `normalize`; the base is not read.
 
     Source: Model Soups (arXiv 2203.05482).
     """
 
     weights: PerExpert | None = None
+    normalize: bool = True
     nonfinite: str = "error"
 
     reads: ClassVar[int] = 2
@@ -29,7 +30,8 @@ class Average:
 
     def check(self, num_tasks: int) -> None:
         arguments.check_one_of("nonfinite", self.nonfinite, arguments.NONFINITE)
-        if math.fsum(arguments.check_weights(self.weights, num_tasks)) == 0:
+        weights = arguments.check_weights(self.weights, num_tasks)
+        if self.normalize and math.fsum(weights) == 0:
             raise ValueError(f"weights must have a sum other than 0, got {self.weights}")
 
     def merge(self, scope: Scope) -> None:
@@ -38,7 +40,7 @@ class Average:
             [],
             scope.flat_experts,
             weights,
-            divisor=math.fsum(weights),
+            divisor=math.fsum(weights) if self.normalize else 1.0,
             nonfinite=self.nonfinite,
             names=scope.names,
             out=scope.out,

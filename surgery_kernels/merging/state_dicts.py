@@ -48,9 +48,9 @@ def merge_state_dicts(
             ones are copied from here.
         experts: num_tasks >= 1 state dicts with the names, shapes, dtypes and devices of `base`.
         method: "ties" (options density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, as in
-            `ties_merge`), "average" (weights, nonfinite; divided by their sum), "task_arithmetic" (lam, weights,
-            nonfinite), "adamerging" (objective, granularity, density, initial, lr, steps, receive), "fisher" (fishers,
-            weights, floor) or "regmean" (grams, off_diagonal); see the classes in `surgery_kernels.merging`.
+            `ties_merge`), "average" (weights, normalize: divided by their sum; nonfinite), "task_arithmetic" (lam,
+            weights, nonfinite), "adamerging" (objective, granularity, density, initial, lr, steps, receive), "fisher"
+            (fishers, weights, floor) or "regmean" (grams, off_diagonal); see the classes in `surgery_kernels.merging`.
         scope: "model": thresholds, the number kept and the sign of drawn elections are taken over all tensors
             together, in the order of `base`, as the TIES paper does; "tensor": over each alone, as mergekit and PEFT
             do. Other methods have nothing to take over several tensors, or learn from the whole model anyway.

@@ -1,0 +1,1 @@
+"""Merging checkpoints out of core, by recipes in mergekit's YAML."""

@@ -1,0 +1,83 @@
+"""The files beside the weights: configuration, tokenizer, index and model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+
+from .. import _C
+from .durable import copy_file, write_text
+from .files import read_json
+from .plan import Plan
+
+# By name, from the checkpoint that the result takes after.
+COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "sentencepiece*.model",
+    "spiece.model",
+    "chat_template*",
+    "*processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+METHOD_NAMES = {"linear": "weighted averaging", "task_arithmetic": "task arithmetic", "ties": "TIES"}
+
+
+def write_companions(folder: Path, plan: Plan, name: str) -> None:
+    """Everything of the result besides the weights; the same bytes for the same plan."""
+    if len(plan.layout.shards) > 1:
+        write_text(folder / "model.safetensors.index.json", plan.layout.index())
+    if source := plan.first.folder:
+        for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
+            copy_file(path, folder / path.name)
+        if (source / "config.json").is_file():
+            _write_config(source / "config.json", folder / "config.json", plan)
+    write_text(folder / "README.md", _card(plan, name))
+
+
+def _write_config(source: Path, target: Path, plan: Plan) -> None:
+    """A copy, but for the dtype and the number of tokens where the merge changes them."""
+    config = read_json(source)
+    new: dict[str, object] = {}
+    written = {step.out_dtype for step in plan.merged}
+    if len(written) == 1:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+        new |= dict.fromkeys(keys, str(written.pop()).removeprefix("torch."))
+    rows = {step.shape[0] for step in plan.merged if step.shape != step.first.info.shape}
+    if len(rows) == 1 and "vocab_size" in config:
+        new["vocab_size"] = rows.pop()
+    if config | new == config:
+        copy_file(source, target)
+    else:
+        write_text(target, json.dumps(config | new, indent=2, ensure_ascii=False) + "\n")
+
+
+def _card(plan: Plan, name: str) -> str:
+    recipe = plan.recipe
+    about = {
+        "base_model": [str(reference) for reference in recipe.references],
+        "library_name": "transformers" if plan.first.config else "safetensors",
+        "tags": ["merge", "surgery-kernels"],
+    }
+    base = f" over the base {recipe.base}" if recipe.base else ""
+    experts = "\n".join(f"- {reference}" for reference in recipe.experts)
+    return (
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n"
+        f"# {name}\n\n"
+        f"A merge by {METHOD_NAMES[recipe.merge_method]}{base} of\n\n{experts}\n\n"
+        f"made by surgery_kernels {_C.build_info()['version']} with torch {torch.__version__} from this recipe:\n\n"
+        f"```yaml\n{recipe.source.strip()}\n```\n"
+    )

@@ -1,0 +1,97 @@
+"""What keeps the memory of a merge bounded, however large the tensors are."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .durable import reserve
+
+SECONDS_BETWEEN_RELEASES = 0.02
+IN_MEMORY_BYTES = 256 << 20  # of tensors that are not plainly in a file; what is more lies in a temporary one
+
+
+class Buffers:
+    """Memory for results, used again when nobody holds the last one: fresh memory takes longer to touch than to merge.
+
+    A tensor from here must be held itself, not only views of it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        nbytes = prod(shape) * dtype.itemsize
+        free, self._free = self._free, []
+        fitting = sorted((buffer for buffer in free if buffer.nbytes >= nbytes), key=lambda buffer: buffer.nbytes)
+        buffer = fitting[0] if fitting else torch.empty(nbytes, dtype=torch.uint8)
+        self._free += fitting[1:]  # smaller ones go: what fits into them fits into this one
+        tensor = buffer[:nbytes].view(dtype).view(tuple(shape))
+        weakref.finalize(tensor, self._give_back, buffer)
+        return tensor
+
+    def _give_back(self, buffer: Tensor) -> None:
+        self._free.append(buffer)
+
+
+class Scratch:
+    """Tensors to be filled: in memory while they are small, else in unnamed files that the system can page out."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._in_memory = 0
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        nbytes = prod(shape) * dtype.itemsize
+        if nbytes == 0 or self._in_memory + nbytes <= IN_MEMORY_BYTES:
+            tensor = torch.empty(tuple(shape), dtype=dtype)
+            self._in_memory += nbytes
+            weakref.finalize(tensor.untyped_storage(), self._returned, nbytes)
+            return tensor
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            reserve(file.fileno(), nbytes)  # writing to a map past a full disk would kill the process
+            mapped = mmap.mmap(file.fileno(), nbytes)
+        self._maps.add(mapped)
+        return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
+
+    def release(self) -> None:
+        """Takes the pages of the files out of this process; they stay in the page cache or go to the disk."""
+        for mapped in list(self._maps):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _returned(self, nbytes: int) -> None:
+        self._in_memory -= nbytes
+
+
+class Releasing:
+    """Calls functions that give pages back, all the time while the body runs.
+
+    Kernels read whole tensors through memory maps. Pages that they went past would stay with this process, up to the
+    size of all inputs; given back, they are still in the page cache, and one that is read again comes from there.
+    """
+
+    def __init__(self, releases: Sequence[Callable[[], None]]) -> None:
+        self._releases = releases
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="release", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_RELEASES):
+            for release in self._releases:
+                release()

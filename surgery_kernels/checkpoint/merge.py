@@ -1,0 +1,202 @@
+"""Merging checkpoints: from memory-mapped tensors through the ops into preallocated shards, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..merging.progress import progress_bar
+from ..merging.scope import Scope
+from ..merging.ties import Limits, Ties
+from .companions import write_companions
+from .journal import Journal
+from .loader import Loader
+from .memory import Releasing, Scratch
+from .output import OutputFolder
+from .plan import Plan, Step, plan_merge
+from .read_ahead import ReadAhead
+from .recipe import Recipe, load_recipe
+from .writer import Writer
+
+
+def merge(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    allow: Collection[str] = (),
+    nonfinite: str = "error",
+    resume: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: bool | None = None,
+) -> None:
+    """Merges the checkpoints that a recipe names into the new folder `out`.
+
+    Tensors go one by one from memory maps through the kernels into the shards of the result, read ahead and written
+    behind. Peak memory stays under 1 GiB and twice the largest tensor. The result is complete or not there: it is
+    written to `<out>.partial`, which a killed merge leaves behind, and renamed at the end.
+
+    Args:
+        recipe: mergekit's YAML as a file, a mapping, or from `load_recipe`; see `Recipe` for what is supported.
+        out: Folder to make.
+        allow, nonfinite, max_shard_bytes: As in `plan_merge`.
+        resume: Go on with the `<out>.partial` of the same merge, if there is one. The files come out the same.
+        device: Where tensors are merged: "cpu", or "cuda" with or without an index.
+        threads: Of the kernels on the CPU, at least 1; None: as torch has it.
+        progress: A bar on stderr: True, False, or None for one that appears after two seconds.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: something does not fit; before anything is written.
+        RuntimeError: NaN or infinity under ``nonfinite="error"``; names tensor, model and count.
+        OSError: something cannot be read or written, such as on a full disk. `resume` goes on from there.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    with plan_merge(recipe, allow=allow, nonfinite=nonfinite, max_shard_bytes=max_shard_bytes) as plan:
+        run(plan, out, resume=resume, device=device, threads=threads, progress=progress)
+
+
+def run(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Carries out a plan; arguments and errors as in `merge`."""
+    where = _check_device(device)
+    folder = OutputFolder(out)
+    folder.check(plan.layout.nbytes + plan.nbytes_scratch, resume=resume)
+    with _threads(threads):
+        journal = folder.begin(plan.identity)
+        try:
+            if not folder.complete:
+                _write_model(plan, folder, journal, where, progress)
+        except BaseException:
+            if not journal.done and journal.decided is None:
+                folder.discard()  # nothing in it is worth going on with
+            raise
+        finally:
+            journal.close()
+        folder.discard() if folder.complete else folder.publish()
+
+
+def _write_model(
+    plan: Plan, folder: OutputFolder, journal: Journal, device: torch.device, progress: bool | None
+) -> None:
+    steps = [step for step in plan.steps if step.name not in journal.done]
+    scratch = Scratch(folder.partial)
+    loader = Loader(scratch, device)
+    writer = Writer(folder.model, plan.layout, journal)
+    complete = False
+    try:
+        releases = [source.release for source in plan.sources.values()]
+        with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(plan, steps), progress):
+            limits = _model_limits(plan, Loader(scratch), journal) if plan.recipe.scope == "model" else {}
+            with ReadAhead(step.spans for step in steps) as ahead:
+                for number, step in enumerate(steps):
+                    writer.wait_for_room()
+                    ahead.wait_for(number)
+                    writer.write(step.name, _merged(plan, step, loader, limits.get(step.name)))
+        complete = True
+    finally:
+        writer.close(complete=complete)
+    write_companions(folder.model, plan, folder.out.name)
+
+
+def _merged(plan: Plan, step: Step, loader: Loader, limits: Limits | None) -> Tensor:
+    """The tensor of one step, on the CPU and in the dtype it is written in."""
+    if step.method is None:
+        return loader.load(step.first, step).to("cpu", step.out_dtype)
+    scope = _scope(plan, step, loader)
+    scope.out.append(loader.empty(step))
+    with _models_named(step):
+        if isinstance(step.method, Ties):
+            step.method.merge(scope, limits)
+        else:
+            step.method.merge(scope)
+    return scope.out[0].to("cpu", step.out_dtype)
+
+
+def _scope(plan: Plan, step: Step, loader: Loader) -> Scope:
+    base = [] if plan.recipe.base is None else [loader.load(step.first, step)]
+    return Scope([step.name], base, [[loader.load(expert, step) for expert in step.experts]], [], {})
+
+
+def _model_limits(plan: Plan, loader: Loader, journal: Journal) -> dict[str, Limits]:
+    """What every tensor keeps when the thresholds are taken over the whole model."""
+    steps = plan.merged
+    if journal.decided is None:
+        scopes = [_scope(plan, step, loader) for step in steps]  # nothing is read yet
+        model = Scope(
+            [step.name for step in steps],
+            [tensor for scope in scopes for tensor in scope.base],
+            [experts for scope in scopes for experts in scope.experts],
+            [],
+            {},
+        )
+        method = steps[0].method
+        assert isinstance(method, Ties)  # the only one with a scope; its densities are the same for all tensors
+        with _models_named(steps[0]):
+            found = method.limits(model)
+        journal.decide({"thresholds": found.thresholds.tolist(), "cuts": list(found.cuts)})
+    limits = Limits(torch.tensor(journal.decided["thresholds"], dtype=torch.float64), tuple(journal.decided["cuts"]))
+    of_step = {}
+    for step in steps:
+        of_step[step.name] = limits
+        limits = limits.after(step.numel)
+    return of_step
+
+
+@contextmanager
+def _models_named(step: Step) -> Iterator[None]:
+    """The ops count experts; here they have names."""
+    try:
+        yield
+    except RuntimeError as error:
+        names = "; ".join(f"experts[{t}] is {expert.source.name}" for t, expert in enumerate(step.experts))
+        raise RuntimeError(f"{error} ({names})") from error
+
+
+def _nbytes_through_ops(plan: Plan, steps: Sequence[Step]) -> int:
+    has_base = plan.recipe.base is not None
+    return sum(
+        step.method.reads * (len(step.experts) + has_base) * step.numel * step.dtype.itemsize
+        for step in steps
+        if step.method is not None
+    )
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    if threads is None:
+        yield
+        return
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_device(device: str) -> torch.device:
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be there, got {device!r} with {torch.cuda.device_count()} CUDA devices")
+    return where

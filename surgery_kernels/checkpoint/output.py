@@ -1,0 +1,65 @@
+"""The folder of the result: written aside under another name, renamed when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from .durable import fsync_folder
+from .journal import Journal
+
+
+class OutputFolder:
+    """`<out>.partial` beside `<out>`: the journal, temporary files, and `model/`, which becomes `<out>`."""
+
+    def __init__(self, out: str | os.PathLike[str]) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.model = self.partial / "model"
+
+    def check(self, nbytes: int, *, resume: bool) -> None:
+        """Raises before anything is read or made.
+
+        Raises:
+            ValueError: `out` exists, an unfinished merge lies beside it that is not to be resumed, or the disk is full.
+            OSError: the folder above it cannot be written to.
+        """
+        if self.out.exists() and not (resume and self.partial.exists() and not self.model.exists()):
+            raise ValueError(f"out must not exist, got {str(self.out)!r}")
+        if self.partial.exists() and not resume:
+            raise ValueError(
+                f"out must have no unfinished merge beside it, got {str(self.partial)!r}: resume it, or remove it"
+            )
+        if not self.out.parent.is_dir():
+            raise ValueError(f"out must be in a folder that exists, got {str(self.out)!r}")
+        if not os.access(self.out.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"out must be in a folder that can be written to, got {str(self.out)!r}")
+        there = sum(file.stat().st_blocks * 512 for file in self.model.glob("*")) if self.model.is_dir() else 0
+        free = shutil.disk_usage(self.out.parent).free + there
+        if nbytes > free:
+            raise ValueError(f"out must be on a disk with {nbytes / 1e9:.2f} GB free, got {free / 1e9:.2f} GB")
+
+    def begin(self, identity: str) -> Journal:
+        """Makes the folders; what the journal of an earlier try says is done stays."""
+        self.partial.mkdir(exist_ok=True)
+        if not self.out.exists():
+            self.model.mkdir(exist_ok=True)
+        return Journal(self.partial / "journal.jsonl", identity)
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier try got as far as the new name, and no further."""
+        return self.out.exists() and not self.model.exists()
+
+    def publish(self) -> None:
+        """Gives the complete model its name. Either all of it is there afterwards or, after a crash, nothing is."""
+        fsync_folder(self.model)
+        os.rename(self.model, self.out)
+        fsync_folder(self.out.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes what lies beside the result."""
+        shutil.rmtree(self.partial)
+        fsync_folder(self.out.parent)

@@ -1,0 +1,271 @@
+"""Everything a merge will do, decided and checked before the first byte is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
+
+import torch
+
+from .. import _C
+from ..merging import Average, Ties
+from ..ops import arguments
+from .architecture import num_layers
+from .differences import ALLOWABLE, Difference, Match, check_allowed, match
+from .layout import Layout, lay_out
+from .methods import method_of
+from .opening import open_checkpoint
+from .parameters import TensorParameters, resolve_parameters
+from .read_ahead import Span
+from .recipe import ModelReference, Recipe
+from .source import Source, TensorInfo
+from .vocabulary import Rows, ids_by_token, is_vocabulary, shared_rows
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor of one checkpoint."""
+
+    source: Source
+    name: str
+    rows: Rows | None = None  # of a vocabulary whose tokens have other rows here
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.source.tensors[self.name]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the result."""
+
+    name: str
+    shape: tuple[int, ...]
+    first: Input  # the base where there is one; gives the rows that an expert has not
+    experts: tuple[Input, ...]  # in the order of the recipe
+    method: Average | Ties | None  # None: `first` is copied
+    dtype: torch.dtype  # of the inputs of the merge
+    out_dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes_scratch(self) -> int:
+        """Of the inputs, and of a result to be cast, that do not lie in a file as the kernels want them."""
+        loaded = [i for i in (self.first, *self.experts) if not self.takes_as_it_is(i)]
+        return (len(loaded) + (self.dtype != self.out_dtype)) * self.numel * self.dtype.itemsize
+
+    def takes_as_it_is(self, tensor: Input) -> bool:
+        info = tensor.info
+        aligned = info.offset is not None and info.offset % info.dtype.itemsize == 0 and info.strides is None
+        return aligned and tensor.rows is None and info.dtype == self.dtype and info.shape == self.shape
+
+    @property
+    def spans(self) -> list[Span]:
+        """What is read from disk."""
+        infos = {id(info): info for info in (self.first.info, *(expert.info for expert in self.experts))}
+        return [Span(info.file, info.offset or 0, info.nbytes) for info in infos.values() if info.file is not None]
+
+    @property
+    def nbytes_read(self) -> int:
+        return sum(span.nbytes for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that can begin; `close` it when done."""
+
+    recipe: Recipe
+    sources: Mapping[ModelReference, Source]
+    steps: list[Step]
+    layout: Layout
+    differences: list[Difference]
+    nonfinite: str
+
+    @property
+    def first(self) -> Source:
+        """The checkpoint whose names, shapes and other files the result has."""
+        return self.sources[self.recipe.donor]
+
+    @property
+    def merged(self) -> list[Step]:
+        return [step for step in self.steps if step.method is not None]
+
+    @property
+    def nbytes_read(self) -> int:
+        return sum(step.nbytes_read for step in self.steps)
+
+    @property
+    def nbytes_scratch(self) -> int:
+        """Of temporary files, at most."""
+        of_steps = [step.nbytes_scratch for step in self.steps]
+        return sum(of_steps) if self.recipe.scope == "model" else max(of_steps)
+
+    @property
+    def identity(self) -> str:
+        """The same for two merges that write the same bytes."""
+        facts = {
+            "version": _C.build_info()["version"],
+            "recipe": self.recipe.source,
+            "nonfinite": self.nonfinite,
+            "inputs": [[str(f.path), f.size, f.mtime_ns] for s in self.sources.values() for f in s.files],
+            "steps": [
+                [step.name, str(step.dtype), [(e.source.name, e.name) for e in step.experts], str(step.method)]
+                for step in self.steps
+            ],
+            "headers": [shard.header.hex() for shard in self.layout.shards],
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def close(self) -> None:
+        for source in self.sources.values():
+            source.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def plan_merge(
+    recipe: Recipe, *, allow: Collection[str] = (), nonfinite: str = "error", max_shard_bytes: int = 5 * 10**9
+) -> Plan:
+    """Opens the checkpoints of a recipe and decides what happens to every tensor.
+
+    Args:
+        recipe: From `load_recipe`.
+        allow: Which differences between the checkpoints are accepted: "missing" tensors and those of another "shape"
+            are stood in for by the base's, "extra" ones are left out, of a "vocabulary" of another size the common rows
+            are merged, of a "buffer" (integers) that differs the base's is kept.
+        nonfinite: What NaN or infinity in a tensor does when the merge gets there: "error", "propagate" or "drop", as
+            in `surgery_kernels.ties_merge`.
+        max_shard_bytes: Of tensors in one file, at least 1; a larger tensor has a file of its own.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: the recipe and the checkpoints do not fit together; every difference
+            that is not allowed is named.
+    """
+    for kind in allow:
+        arguments.check_one_of("allow", kind, tuple(ALLOWABLE))
+    arguments.check_one_of("nonfinite", nonfinite, arguments.NONFINITE)
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_bytes}")
+    sources: dict[ModelReference, Source] = {}
+    try:
+        for reference, source in _opened(recipe):
+            sources[reference] = source
+        return _plan(recipe, sources, frozenset(allow), nonfinite, max_shard_bytes)
+    except BaseException:
+        for source in sources.values():
+            source.close()
+        raise
+
+
+def _opened(recipe: Recipe) -> Iterator[tuple[ModelReference, Source]]:
+    """Every checkpoint once; adapters last, over the model they name or else over the base."""
+    base: Source | None = None
+    models: dict[str, Source] = {}
+    for reference in sorted(recipe.references, key=lambda reference: reference != recipe.base_model):
+        if reference.lora is None:
+            source = open_checkpoint(str(reference.model), base=base)
+        else:
+            below = models.get(str(reference.model)) or open_checkpoint(str(reference.model))
+            models[str(reference.model)] = below
+            source = open_checkpoint(str(reference.lora), base=below)
+        models.setdefault(str(reference), source)
+        if reference == recipe.base_model:
+            base = source
+        yield reference, source
+
+
+def _plan(
+    recipe: Recipe,
+    sources: Mapping[ModelReference, Source],
+    allow: frozenset[str],
+    nonfinite: str,
+    max_shard_bytes: int,
+) -> Plan:
+    first = sources[recipe.donor]
+    experts = [sources[reference] for reference in recipe.experts]
+    by_token = recipe.tokenizer_source is not None
+    merged = [name for name, info in first.tensors.items() if info.dtype.is_floating_point]
+    if not merged:
+        raise ValueError(f"{first.name} must have floating-point tensors to merge, got none")
+    matches = [match(first, model, merged, casts=recipe.dtype is not None, by_token=by_token) for model in experts]
+    differences = [difference for found in matches for difference in found.differences]
+    check_allowed(differences, allow)
+    numbers = resolve_parameters(recipe, merged, num_layers(first.config or {}))
+    vocabularies = _Vocabularies(first, experts) if by_token else None
+    steps = [
+        _merging(recipe, name, first, experts, matches, numbers[name], nonfinite, vocabularies)
+        if name in numbers
+        else Step(name, info.shape, Input(first, name), (), None, info.dtype, info.dtype)
+        for name, info in first.tensors.items()
+    ]
+    if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
+        raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
+    layout = lay_out({step.name: (step.out_dtype, step.shape) for step in steps}, max_shard_bytes)
+    return Plan(recipe, sources, steps, layout, differences, nonfinite)
+
+
+class _Vocabularies:
+    """Whose rows are whose, and how many the result has: one for every token of the first model, as in mergekit."""
+
+    def __init__(self, first: Source, experts: Sequence[Source]) -> None:
+        tokens = ids_by_token(first)
+        if not tokens:
+            raise ValueError(
+                f"tokenizer_source must be left out for a model without a tokenizer.json, got 'base' and {first.name}"
+            )
+        self.num_rows = 1 + max(tokens.values())
+        self.rows = [shared_rows(tokens, ids_by_token(expert) or tokens) for expert in experts]
+
+
+def _merging(
+    recipe: Recipe,
+    name: str,
+    first: Source,
+    experts: Sequence[Source],
+    matches: Sequence[Match],
+    parameters: TensorParameters,
+    nonfinite: str,
+    vocabularies: _Vocabularies | None,
+) -> Step:
+    kept = Input(first, name)
+    shape = kept.info.shape
+    of_tokens = vocabularies if is_vocabulary(name) and len(shape) == 2 else None
+    if of_tokens:
+        if shape[0] < of_tokens.num_rows:
+            raise ValueError(f"{name!r} of {first.name} must have {of_tokens.num_rows} rows, got {shape[0]}")
+        shape = (of_tokens.num_rows, *shape[1:])
+    inputs = []
+    for t, (expert, matched) in enumerate(zip(experts, matches, strict=True)):
+        rows = of_tokens.rows[t] if of_tokens else None
+        inputs.append(Input(expert, matched.names[name], rows) if name in matched.names else kept)
+    dtype = recipe.dtype or _common_dtype([kept, *inputs] if recipe.base else inputs)
+    present = [t for t, density in enumerate(parameters.densities) if density > 0]  # the others are trimmed to nothing
+    parameters = replace(
+        parameters,
+        weights=tuple(parameters.weights[t] for t in present),
+        densities=tuple(parameters.densities[t] for t in present),
+    )
+    method = method_of(recipe.merge_method, parameters, nonfinite) if present else None
+    return Step(name, shape, kept, tuple(inputs[t] for t in present), method, dtype, recipe.out_dtype or dtype)
+
+
+def _common_dtype(inputs: Sequence[Input]) -> torch.dtype:
+    """What mergekit merges tensors of several dtypes in: the dtype that holds them all."""
+    for tensor in inputs:
+        if tensor.info.dtype not in arguments.DTYPES:
+            raise ValueError(
+                f"{tensor.name!r} of {tensor.source.name} must be float64, float32, float16 or bfloat16 unless the "
+                f"recipe has a dtype to cast to, got {tensor.info.dtype}"
+            )
+    return reduce(torch.promote_types, (tensor.info.dtype for tensor in inputs))

@@ -1,0 +1,104 @@
+"""What lies where in a file of torch.save."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .files import check_weights
+from .source import TensorInfo
+
+# Bytes in front of an entry's name, extra bytes and data; the last four are the lengths of the first two.
+ENTRY_HEADER = 30
+BYTE_ORDER = "/byteorder"  # the end of an entry's name
+
+
+@dataclass
+class Archive:
+    """What the zip format says of a file, whatever the pickle in it claims."""
+
+    sizes: dict[int, int] = field(default_factory=dict)  # of every entry by the offset of its data, in bytes
+    compressed: list[str] = field(default_factory=list)
+    byte_order: str = "little"  # of files older than the entry that tells it
+
+
+def read_torch(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file by name, in the order in which they lie there; reads all but their data.
+
+    torch.load runs with `weights_only` and without memory for the tensors, and tells where it would have read them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a dict of dense tensors in the zip format, or asks for code to be run.
+    """
+    check_weights(path)
+    with _refusing(path):
+        archive = _read_archive(path) if zipfile.is_zipfile(path) else None
+    if archive is None:
+        raise ValueError(
+            f"{path} must be complete and in the zip format that torch.save has written since torch 1.6, got another: "
+            f"load it and save it again"
+        )
+    if archive.compressed:
+        raise ValueError(f"{path} must be an archive without compression, got {archive.compressed[0]!r} compressed")
+    if archive.byte_order != sys.byteorder:
+        raise ValueError(f"{path} must be from a {sys.byteorder}-endian machine, got {archive.byte_order!r}")
+    with _refusing(path), FakeTensorMode():
+        entries = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold a dict of tensors by name, got {type(entries).__name__}")
+    infos = {name: _info(path, name, tensor, archive.sizes) for name, tensor in entries.items()}
+    return dict(sorted(infos.items(), key=lambda item: item[1].offset or 0))
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a broken archive or pickle can lead to any
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} must be a file of tensors by torch.save, got: {reason}") from None
+
+
+def _info(path: Path, name: object, tensor: object, sizes: dict[int, int]) -> TensorInfo:
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise ValueError(f"{path} must hold a dict of tensors by name, got {type(tensor).__name__} for {name!r}")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"{path} must hold dense tensors, got another layout for {name!r}")
+    shape, strides, itemsize = tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize
+    storage: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", -1)
+    start = itemsize * int(tensor.storage_offset())
+    end = start
+    if tensor.numel():
+        end += itemsize * (1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)))
+    # what the pickle says about sizes is believed only as far as the archive has them
+    size = sizes.get(storage, 0)
+    if storage not in sizes or end > size:
+        raise ValueError(f"{path} must hold the data of {name!r}, {end} bytes, got {size}")
+    contiguous = None if tensor.is_contiguous() else strides
+    return TensorInfo(tensor.dtype, shape, tensor.nbytes, path, storage + start, contiguous)
+
+
+def _read_archive(path: Path) -> Archive:
+    found = Archive()
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                found.compressed.append(entry.filename)
+            if entry.filename.endswith(BYTE_ORDER):
+                found.byte_order = archive.read(entry).decode()
+            file.seek(entry.header_offset + ENTRY_HEADER - 4)
+            lengths = [int.from_bytes(file.read(2), "little") for _ in range(2)]
+            offset = entry.header_offset + ENTRY_HEADER + sum(lengths)
+            found.sizes[offset] = min(entry.file_size, end - offset)
+    return found

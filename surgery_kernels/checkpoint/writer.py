@@ -1,0 +1,131 @@
+"""Writes behind the kernels: tensors go to their places in the shards while the next ones are merged."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .durable import reserve
+from .journal import Journal
+from .layout import Layout
+
+PENDING_BYTES = 128 << 20  # merged, not yet written: from here on the next merge waits
+SYNC_BYTES = 256 << 20  # written between two syncs: what a crash can cost
+
+
+class Writer:
+    """One thread that writes tensors into preallocated shards and tells the journal once they are on disk."""
+
+    def __init__(self, folder: Path, layout: Layout, journal: Journal) -> None:
+        """Makes the shards in full, so that a disk that is too small is found out now.
+
+        Raises:
+            OSError: they cannot be made.
+        """
+        self._layout, self._journal = layout, journal
+        self._queue: deque[tuple[str, Tensor] | None] = deque()
+        self._pending = 0  # bytes handed over, not yet written
+        self._change = threading.Condition()
+        self._error: BaseException | None = None
+        self._files: list[int] = []
+        try:
+            for shard in layout.shards:
+                self._files.append(os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o644))
+                reserve(self._files[-1], shard.nbytes)
+                _write_at(self._files[-1], memoryview(shard.header), 0)
+        except BaseException:
+            self._close_files()
+            raise
+        self._thread = threading.Thread(target=self._run, name="writer")
+        self._thread.start()
+
+    def wait_for_room(self) -> None:
+        """Returns when little is left to be written, before memory for another result is taken.
+
+        Raises:
+            OSError: an earlier tensor could not be written.
+        """
+        with self._change:
+            self._change.wait_for(lambda: self._pending <= PENDING_BYTES or self._error)
+            self._check()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Takes a contiguous tensor on the CPU, which must not change any more."""
+        with self._change:
+            self._check()
+            self._queue.append((name, tensor))
+            self._pending += tensor.nbytes
+            self._change.notify_all()
+
+    def close(self, *, complete: bool) -> None:
+        """Ends the thread: after everything is written and on disk, or (not complete) as soon as may be.
+
+        Raises:
+            OSError: something could not be written, if it was to be complete.
+        """
+        with self._change:
+            if not complete:
+                self._queue.clear()
+            self._queue.append(None)
+            self._change.notify_all()
+        self._thread.join()
+        self._close_files()
+        if complete:
+            self._check()
+
+    def _run(self) -> None:
+        written: list[str] = []
+        unsynced = 0
+        try:
+            while True:
+                with self._change:
+                    self._change.wait_for(lambda: self._queue)
+                    item = self._queue.popleft()
+                if item is None:
+                    self._sync(written)
+                    return
+                name, tensor = item
+                place = self._layout.places[name]
+                _write_at(self._files[place.shard], _bytes_of(tensor), place.offset)
+                written.append(name)
+                unsynced += place.nbytes
+                del item, tensor  # its memory is free before anybody hears of it
+                with self._change:
+                    self._pending -= place.nbytes
+                    self._change.notify_all()
+                if unsynced >= SYNC_BYTES:
+                    self._sync(written)
+                    written, unsynced = [], 0
+        except BaseException as error:  # handed to the thread that merges
+            with self._change:
+                self._error = error
+                self._change.notify_all()
+
+    def _sync(self, names: list[str]) -> None:
+        for shard in sorted({self._layout.places[name].shard for name in names}):
+            os.fsync(self._files[shard])
+        if names:
+            self._journal.add_done(names)
+
+    def _check(self) -> None:
+        if self._error:
+            raise self._error
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count

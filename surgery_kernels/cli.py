@@ -1,0 +1,195 @@
+"""The command `surgery-kernels`: merge checkpoints, compare them, and say what this build can do."""
+
+from __future__ import annotations
+
+import errno
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+import torch
+
+from . import _C
+from .checkpoint.diff import TensorDifference
+from .checkpoint.diff import diff as diff_checkpoints
+from .checkpoint.differences import ALLOWABLE
+from .checkpoint.estimate import estimate_seconds
+from .checkpoint.merge import run
+from .checkpoint.plan import Plan, plan_merge
+from .checkpoint.recipe import load_recipe
+from .ops.arguments import NONFINITE
+
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+EXIT_CODES = """
+\b
+Exit codes:
+  0    done (diff: no difference)
+  1    failed on the way, such as on a full disk; --resume goes on from there (diff: different)
+  2    wrong arguments, recipe or checkpoints; nothing was written
+  130  interrupted; --resume goes on from there
+"""
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    """One sentence on stderr instead of a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError, PermissionError, ImportError) as error:
+        _stop(str(error), WRONG_INPUT)
+    except OSError as error:
+        hint = ": make room and run it again with --resume" if error.errno == errno.ENOSPC else ""
+        _stop(f"{error}{hint}", FAILED)
+    except RuntimeError as error:
+        _stop(str(error), FAILED)
+    except KeyboardInterrupt:
+        _stop("interrupted: run it again with --resume to go on", INTERRUPTED)
+
+
+def _stop(sentence: str, code: int) -> None:
+    click.echo(f"surgery-kernels: {sentence}", err=True)
+    sys.exit(code)
+
+
+class Size(click.ParamType):
+    """Bytes, with a decimal unit or none."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).strip().upper()
+        unit = next(unit for unit in ("KB", "MB", "GB", "TB", "") if text.endswith(unit))
+        try:
+            nbytes = int(float(text.removesuffix(unit)) * UNITS[unit])
+        except (ValueError, OverflowError):
+            nbytes = 0
+        if nbytes < 1:
+            self.fail(f"must be a number of bytes such as 500MB or 5GB, got {value!r}", param, ctx)
+        return nbytes
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_C.build_info()["version"], prog_name="surgery-kernels")
+def main() -> None:
+    """Exact and fast merging of models."""
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--allow", multiple=True, type=click.Choice(list(ALLOWABLE)), help="Accept such a difference; repeatable."
+)
+@click.option("--nonfinite", type=click.Choice(NONFINITE), default="error", show_default=True, help="NaN and infinity.")
+@click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), help="On the CPU; all cores unless given.")
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of the files of the result.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+def merge(
+    recipe: str,
+    out: str,
+    allow: tuple[str, ...],
+    nonfinite: str,
+    resume: bool,
+    dry_run: bool,
+    device: str,
+    threads: int | None,
+    max_shard_size: int,
+    quiet: bool,
+) -> None:
+    """Merge the checkpoints that RECIPE names into the new folder OUT.
+
+    RECIPE is mergekit's YAML with merge_method linear, task_arithmetic or ties; `scope: model` takes thresholds over
+    the whole model. Models are folders with safetensors or pytorch_model.bin, .safetensors files, PEFT LoRA folders or
+    ids of the Hugging Face hub.
+    """
+    with (
+        _errors_as_exit_codes(),
+        plan_merge(load_recipe(recipe), allow=allow, nonfinite=nonfinite, max_shard_bytes=max_shard_size) as plan,
+    ):
+        if not quiet:
+            _print_plan(plan)
+        if dry_run:
+            seconds = estimate_seconds(plan, out)
+            click.echo(f"would take about {seconds:.0f} s" if seconds >= 1 else "would take about a second")
+            return
+        run(plan, out, resume=resume, device=device, threads=threads, progress=not quiet and sys.stderr.isatty())
+        if not quiet:
+            click.echo(f"wrote {out}")
+
+
+def _print_plan(plan: Plan) -> None:
+    recipe = plan.recipe
+    base = f" over {plan.sources[recipe.base].name}" if recipe.base else ""
+    click.echo(f"{recipe.merge_method} of {len(recipe.experts)} models{base}, scope {recipe.scope}")
+    click.echo(
+        f"{len(plan.merged)} tensors to merge, {len(plan.steps) - len(plan.merged)} to copy, "
+        f"{sum(step.numel for step in plan.merged) / 1e6:.1f}M parameters"
+    )
+    click.echo(
+        f"{_size(plan.nbytes_read)} to read, {_size(plan.layout.nbytes)} to write "
+        f"in {len(plan.layout.shards)} file{'s' * (len(plan.layout.shards) > 1)}"
+    )
+    for difference in plan.differences:
+        click.echo(f"{difference.kind}: {difference.sentence}: {difference.consequence}")
+
+
+@main.command()
+@click.argument("first", type=click.Path())
+@click.argument("second", type=click.Path())
+def diff(first: str, second: str) -> None:
+    """Compare two checkpoints: the largest absolute and relative difference of every tensor that differs.
+
+    Exits with 1 where there is one.
+    """
+    differs = False
+    with _errors_as_exit_codes():
+        for found in diff_checkpoints(first, second):
+            differs = True
+            click.echo(f"{found.name}: {_in_words(found)}")
+    if not differs:
+        click.echo("no difference")
+    sys.exit(FAILED if differs else 0)
+
+
+def _size(nbytes: int) -> str:
+    unit = max((unit for unit in UNITS if UNITS[unit] <= max(nbytes, 1)), key=lambda unit: UNITS[unit])
+    return f"{nbytes / UNITS[unit]:.3g} {unit or 'bytes'}"
+
+
+def _in_words(found: TensorDifference) -> str:
+    if found.first is None or found.second is None:
+        return f"only in the {'second' if found.first is None else 'first'}"
+    if found.first.shape != found.second.shape:
+        return f"shape {list(found.first.shape)} and {list(found.second.shape)}"
+    dtypes = "" if found.first.dtype == found.second.dtype else f"{found.first.dtype} and {found.second.dtype}; "
+    return (
+        f"{dtypes}{found.count} of {math.prod(found.first.shape)} elements, at most {found.max_abs:.3g} absolute, "
+        f"{found.max_rel:.3g} relative"
+    )
+
+
+@main.command()
+def info() -> None:
+    """Print the build, the instruction sets and the devices."""
+    build = _C.build_info()
+    lines = {
+        "surgery_kernels": build["version"],
+        "torch": f"{torch.__version__} (built against {build['torch']})",
+        "compiler": build["compiler"],
+        "instruction set": f"{_C.isa()} of {', '.join(_C.isas())}",
+        "threads": torch.get_num_threads(),
+        "CUDA devices": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none",
+    }
+    for name, value in lines.items():
+        click.echo(f"{name:16} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The numbers of every tensor: against mergekit's own plan, and where a recipe has none."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery_kernels.checkpoint.architecture import depths, num_layers
+from surgery_kernels.checkpoint.parameters import TensorParameters, resolve_parameters
+from surgery_kernels.checkpoint.recipe import load_recipe
+
+pytestmark = pytest.mark.any_isa
+
+Plan = dict[str, tuple[dict[str, Any], dict[str, dict[str, float]]]]  # by tensor: shared, and those of each model
+
+
+@pytest.fixture(scope="module")
+def mergekit() -> ModuleType:
+    pytest.importorskip("mergekit", reason="mergekit is not installed", exc_type=ImportError)
+    for module in ("architecture", "config", "options", "parameter_resolver", "plan"):
+        importlib.import_module(f"mergekit.{module}")
+    return importlib.import_module("mergekit")
+
+
+def llama(layers: int) -> SimpleNamespace:
+    return SimpleNamespace(architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=layers)
+
+
+def plan_of(mergekit: ModuleType, recipe: dict[str, Any], config: SimpleNamespace, architecture: Any = None) -> Plan:
+    """What mergekit's planner asks its resolver for, tensor by tensor, without models on the disk."""
+
+    class Recorder(mergekit.plan.MergePlanner):
+        plan: Plan
+
+        def plan_tensor(self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any) -> None:
+            shared, of_models = mergekit.parameter_resolver.resolve_parameters(
+                self._method.spec,
+                tensor_name=weight.name,
+                inputs={model: w.name for model, w in zip(models, weights_in, strict=True)},
+                sources=cfg_reader.parameter_sources,
+                base_model=cfg_reader.base_model,
+                t=cfg_reader.t,
+            )
+            self.plan[weight.name] = shared, {str(model): values for model, values in of_models.items()}
+
+        def _out_module_arch(self, module: str) -> Any:
+            return self.configured(self.arch_info.modules[module])
+
+        def _model_arch(self, model: Any) -> Any:
+            return SimpleNamespace(get_module=self._out_module_arch)
+
+        def configured(self, module: Any) -> Any:
+            return mergekit.architecture.ConfiguredModuleArchitecture.model_construct(
+                info=module.architecture, config=config, weight_prefix=module.weight_prefix
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mergekit.config.ModelReference, "config", lambda *_, **__: config)
+        recorder = Recorder(
+            mergekit.config.MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe))),
+            architecture or mergekit.architecture.arch_info_for_config(config),
+            mergekit.options.MergeOptions(),
+            config,
+        )
+        recorder.plan = {}
+        recorder._plan()
+    return recorder.plan
+
+
+def check(recipe: dict[str, Any], plan: Plan, resolved: dict[str, TensorParameters]) -> None:
+    experts = [str(model) for model in load_recipe(recipe).experts]
+    assert resolved.keys() == plan.keys()
+    for name, (shared, of_models) in plan.items():
+        actual = resolved[name]
+        assert actual.weights == tuple(of_models[expert]["weight"] for expert in experts), name
+        if recipe["merge_method"] != "linear":
+            assert actual.densities == tuple(of_models[expert]["density"] for expert in experts), name
+        rest = shared["normalize"], shared.get("rescale", False), shared.get("lambda", 1.0)
+        assert (actual.normalize, actual.rescale, actual.lam) == rest, name
+
+
+def setting(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """One value, several over the layers, or either for what a filter finds."""
+    gradient = values | st.lists(values, min_size=1, max_size=4)
+    filters = st.sampled_from([None, "*", "", "mlp", "self_attn", "layers.1.", "embed", "norm", "lm_head", "absent"])
+    rule = st.builds(lambda value: {"value": value}, gradient) | st.builds(
+        lambda name, value: {"filter": name, "value": value}, filters, gradient
+    )
+    return gradient | rule | st.lists(rule, min_size=1, max_size=4)
+
+
+WEIGHTS = setting(st.floats(0.0625, 3) | st.sampled_from([1, True, "0.5", "1e-1"]))
+DENSITIES = setting(st.floats(0, 1) | st.sampled_from([0, 1, "0.25", "5e-2"]))
+FLAGS = setting(st.sampled_from([True, False, 1, 0, "yes", "off"]))
+OF_MODEL = {"linear": {"weight": WEIGHTS}, "task_arithmetic": {"weight": WEIGHTS}}
+OF_MODEL["ties"] = {"weight": WEIGHTS, "density": DENSITIES}
+OF_ALL = {"linear": {"normalize": FLAGS, "int8_mask": FLAGS}}
+OF_ALL["task_arithmetic"] = {**OF_ALL["linear"], "lambda": setting(st.floats(-2, 2))}
+OF_ALL["ties"] = {**OF_ALL["task_arithmetic"], "rescale": FLAGS}
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    method = draw(st.sampled_from(["linear", "task_arithmetic", "ties"]))
+    of_model = st.fixed_dictionaries({}, optional=OF_MODEL[method])
+    names = draw(st.sampled_from([["a"], ["a", "b"], ["base", "a"], ["b", "a", "base"]]))
+    models = [{"model": name, "parameters": draw(of_model)} for name in names]
+    recipe = {"merge_method": method, "models": models}
+    if method != "linear" or draw(st.booleans()):
+        recipe["base_model"] = "base"
+    for_all = draw(st.sampled_from([None, {}, {"weight": WEIGHTS}, {"weight": st.floats(0.0625, 3)}]))
+    if for_all is not None:
+        optional = {key: of for key, of in {**OF_MODEL[method], **OF_ALL[method]}.items() if key not in for_all}
+        recipe["parameters"] = draw(st.fixed_dictionaries(for_all, optional=optional))
+    return recipe
+
+
+@settings(max_examples=120)
+@given(recipe=recipes(), layers=st.sampled_from([1, 2, 5]))
+def test_same_numbers_as_mergekit(mergekit: ModuleType, recipe: dict[str, Any], layers: int) -> None:
+    names = llama_names(layers)
+    try:
+        plan = plan_of(mergekit, recipe, llama(layers))
+    except RuntimeError as error:
+        missing = str(error).removeprefix("Missing required parameter weight for ").split(".", 1)
+        with pytest.raises(ValueError, match=f"got none for {re.escape(missing[1])}") as ours:
+            resolve_parameters(load_recipe(recipe), names, layers)
+        assert missing[0] in str(ours.value)
+    else:
+        check(recipe, plan, resolve_parameters(load_recipe(recipe), names, layers))
+
+
+def llama_names(layers: int) -> list[str]:
+    """In the order of mergekit's plan, which stops at the first without a weight."""
+    attention, mlp = (f"self_attn.{x}_proj" for x in "qkvo"), (f"mlp.{x}_proj" for x in ("up", "gate", "down"))
+    of_layer = ["input_layernorm", *attention, "post_attention_layernorm", *mlp]
+    inside = [f"model.layers.{layer}.{x}.weight" for layer in range(layers) for x in of_layer]
+    return ["model.embed_tokens.weight", *inside, "model.norm.weight", "lm_head.weight"]
+
+
+class Config(SimpleNamespace):
+    """Has every key that counts layers: four of them, two in encoders of images and sound."""
+
+    num_hidden_layers = n_layer = n_layers = num_layers = num_decoder_layers = decoder_layers = 4
+    encoder_layers = depth = 2
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("_config"):
+            return Config(num_hidden_layers=2) if name == "vision_config" else Config()
+        raise AttributeError(name)
+
+
+# Of the first phi mergekit counts layers from 1, since layers.0 is the embedding; and it plans mlp.0 and mlp.2 of the
+# mergers of Qwen2-VL twice, in each of two layers.
+NUMBERED_OTHERWISE = {"mixformer-sequential", "qwen2_vl", "qwen2_5_vl"}
+
+
+def test_depths_are_those_of_the_architectures_of_mergekit(mergekit: ModuleType) -> None:
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [{"model": "a"}],
+        "parameters": {"weight": [0, 1]},
+    }
+    json_definitions = importlib.import_module("mergekit.architecture.json_definitions")
+    checked = 0
+    for architecture in json_definitions.JSON_ARCHITECTURES:
+        if architecture.expected_model_type in NUMBERED_OTHERWISE:
+            continue
+        plan = plan_of(mergekit, recipe, Config(), architecture)
+        expected = {name: of_models["a"]["weight"] for name, (_, of_models) in plan.items()}
+        assert depths(expected) == expected, architecture.architectures
+        checked += 1
+    assert checked > 50
+
+
+def test_depths_of_several_stacks() -> None:
+    names = ["shared.weight", *(f"encoder.block.{i}.layer.1.wo" for i in range(3)), "decoder.block.0.layer.0.wo"]
+    expected = [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert list(depths(names).values()) == expected
+    assert list(depths(names, num_layers=3).values()) == expected
+
+
+def test_layers_beyond_those_of_the_configuration_are_as_the_last() -> None:
+    names = ["model.layers.0.a", "model.layers.1.a", "model.layers.2.a", "model.layers.3.a"]
+    assert list(depths(names, num_layers=3).values()) == [0.0, 0.5, 1.0, 1.0]
+    assert list(depths(names, num_layers=1).values()) == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_number_of_layers_in_a_configuration() -> None:
+    assert num_layers({"num_hidden_layers": 32, "n_layer": 1}) == 32
+    assert num_layers({"n_layer": 12}) == num_layers({"num_layers": 12}) == num_layers({"n_layers": 12}) == 12
+    assert num_layers({"num_hidden_layers": None}) is num_layers({}) is num_layers({"n_layer": 0}) is None
+
+
+def ties(**recipe: Any) -> dict[str, Any]:
+    return {"merge_method": "ties", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}], **recipe}
+
+
+def test_defaults() -> None:
+    for method, normalize in (("linear", True), ("task_arithmetic", False), ("ties", True)):
+        recipe = ties(merge_method=method, parameters={"weight": 0.5})
+        num_experts = 3 if method == "linear" else 2
+        expected = TensorParameters((0.5,) * num_experts, (1.0,) * num_experts, 1.0, normalize, False)
+        assert resolve_parameters(load_recipe(recipe), ["w"]) == {"w": expected}
+
+
+def test_order_of_the_tensors() -> None:
+    names = ["z", "model.layers.1.a", "b", "model.layers.0.a"]
+    assert list(resolve_parameters(load_recipe(ties(parameters={"weight": 1})), names)) == names
+    assert resolve_parameters(load_recipe(ties()), []) == {}
+
+
+def test_missing_weight() -> None:
+    models = [
+        {"model": "a", "parameters": {"weight": 1}},
+        {"model": "b", "parameters": {"weight": {"filter": "mlp", "value": 1}}},
+    ]
+    message = r"recipe.models\[1\].parameters.weight must be given for every tensor, got none for norm of b"
+    with pytest.raises(ValueError, match=message):
+        resolve_parameters(load_recipe(ties(models=models)), ["mlp", "norm"])
+    message = "recipe.parameters.weight must be given for the base_model base, which linear sums, got none for norm"
+    recipe = ties(merge_method="linear", models=models[:1])
+    with pytest.raises(ValueError, match=message):
+        resolve_parameters(load_recipe(recipe), ["norm"])
+
+
+def test_weights_of_linear_without_a_sum() -> None:
+    models = [{"model": "a", "parameters": {"weight": [1, 0.3]}}, {"model": "b", "parameters": {"weight": -0.3}}]
+    recipe = {"merge_method": "linear", "models": models}
+    names = ["model.layers.0.w", "model.layers.1.w"]
+    message = "weights must have a sum other than 0 unless normalize is false, got 0.3, -0.3 for model.layers.1.w"
+    with pytest.raises(ValueError, match=message):
+        resolve_parameters(load_recipe(recipe), names)
+    resolved = resolve_parameters(load_recipe({**recipe, "parameters": {"normalize": False}}), names)
+    assert resolved["model.layers.1.w"].weights == (0.3, -0.3)
+
+
+def test_one_density_where_the_threshold_is_over_the_model() -> None:
+    parameters = {"weight": [0, 1], "density": [{"filter": "mlp", "value": 0.5}, {"value": 0.25}]}
+    message = "density must be the same for all tensors of a in scope: model, got 0.25 for norm and 0.5 for mlp"
+    with pytest.raises(ValueError, match=message):
+        resolve_parameters(load_recipe(ties(scope="model", parameters=parameters)), ["norm", "mlp"])
+    models = [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b", "parameters": {"density": 0.25}}]
+    resolved = resolve_parameters(
+        load_recipe(ties(scope="model", models=models, parameters=parameters)), ["norm", "mlp"]
+    )
+    assert {parameters.densities for parameters in resolved.values()} == {(0.5, 0.25)}
