@@ -53,12 +53,14 @@ inline int one_of(const char* argument, const std::string& value, std::initializ
   throw std::runtime_error(std::string(argument) + " must be one of " + list + ", got '" + value + "'");
 }
 
+inline bool has_shape(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return t.sizes().equals(sizes);
+}
+
 inline void check_same_shape(const Tensor& t, const Tensor& like, const std::string& argument) {
   require(t.is_cpu() && like.is_cpu(), argument, " must be on the CPU like every other tensor, got another device");
   require(t.scalar_type() == like.scalar_type(), argument, " must have the dtype of experts[0], got another");
-  bool same = t.dim() == like.dim();
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
-  require(same, argument, " must have the shape of experts[0], got another");
+  require(has_shape(t, like.sizes()), argument, " must have the shape of experts[0], got another");
 }
 
 // The bytes from the first to the last element, holes included.

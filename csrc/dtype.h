@@ -1,6 +1,7 @@
 // Storage dtypes as the kernels see them: no torch type crosses into a kernel file.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 namespace sk {
 
@@ -27,6 +28,9 @@ struct Compute<double> {
   using type = double;
   using Key = int64_t;
 };
+
+template <class Key>
+using ComputeOf = std::conditional_t<sizeof(Key) == 8, double, float>;
 
 template <class Key>
 constexpr Key kInfinityKey = Key(0x7F800000);

@@ -11,17 +11,11 @@
 #include "cpu/representation_loss_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
+#include "random_bits.h"
 
 namespace {
 
 constexpr int kTasks = 5;
-
-uint64_t random_bits() {  // xorshift64
-  static uint64_t state = 0x9E3779B97F4A7C15;
-  state ^= state << 13;
-  state ^= state >> 7;
-  return state ^= state << 17;
-}
 
 struct Format {
   sk::Dtype dtype;

@@ -6,17 +6,11 @@
 #include <vector>
 
 #include "cpu/surgery_train_kernel.h"
+#include "random_bits.h"
 
 namespace {
 
 constexpr int64_t kDim = 37, kRank = 5, kRows = 13, kSteps = 3, kSize = kDim * kRank;
-
-uint64_t random_bits() {  // xorshift64
-  static uint64_t state = 0x9E3779B97F4A7C15;
-  state ^= state << 13;
-  state ^= state >> 7;
-  return state ^= state << 17;
-}
 
 struct Format {
   sk::Dtype dtype;

@@ -22,7 +22,7 @@ inline Block<typename Compute<S>::type> merge_block(const LinearArgs<typename Co
     const Block<C> expert = load(args.experts[t]);
     for (int h = 0; h < 2; ++h) {
       V x = subtract ? expert.v[h] - base.v[h] : expert.v[h];
-      if (args.drop) x = zero_unless<C>(greater_key<C>(V::keys(kInfinityKey<typename V::KeyLane>), magnitude(x)), x);
+      if (args.drop) x = zero_unless_finite(x);
       sum.v[h] = sum.v[h] + x * V::set(args.weights[t]);
     }
   }

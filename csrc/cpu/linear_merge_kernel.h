@@ -2,7 +2,6 @@
 // vectors for experts base is not subtracted.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "../dtype.h"
 #include "isa.h"
@@ -11,7 +10,7 @@ namespace sk {
 
 template <class Key>
 struct LinearArgs {
-  using C = std::conditional_t<sizeof(Key) == 8, double, float>;
+  using C = ComputeOf<Key>;
 
   const void* base;            // may be null: then nothing is subtracted and nothing is added
   const void* const* experts;  // [num_tasks]

@@ -67,9 +67,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& features, const Tensor& targets
 void check_targets(const Tensor& targets, const Tensor& features) {
   require(targets.is_cpu() && features.is_cpu(), "targets must be on the CPU like features, got another device");
   require(targets.scalar_type() == features.scalar_type(), "targets must have the dtype of features, got another");
-  bool same = targets.dim() == features.dim();
-  for (int64_t d = 0; same && d < targets.dim(); ++d) same = targets.size(d) == features.size(d);
-  require(same, "targets must have the shape of features, got another");
+  require(has_shape(targets, features.sizes()), "targets must have the shape of features, got another");
 }
 
 std::tuple<Tensor, Tensor> representation_loss(Tensor features, Tensor targets, bool with_signs) {

@@ -2,7 +2,6 @@
 // element for backward, which reads that byte and writes the gradient.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "../dtype.h"
 #include "isa.h"
@@ -13,7 +12,7 @@ constexpr int8_t kNanSign = -2;  // beside -1, 0 and 1
 
 template <class Key>
 struct RepresentationLossKernel {
-  using C = std::conditional_t<sizeof(Key) == 8, double, float>;
+  using C = ComputeOf<Key>;
 
   // sum |features - targets|, in one order on every ISA; signs of the differences unless `signs` is null.
   double (*forward)(const void* features, const void* targets, int64_t n, int8_t* signs);

@@ -13,12 +13,6 @@
 namespace sk {
 namespace {
 
-bool has_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
-  bool same = t.dim() == int64_t(sizes.size());
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes[d];
-  return same;
-}
-
 // Kernels read and write rows by vectors.
 bool has_contiguous_rows(const Tensor& t) { return t.size(t.dim() - 1) < 2 || t.stride(t.dim() - 1) == 1; }
 

@@ -4,7 +4,6 @@
 // results of two instruction sets differ by rounding.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "../dtype.h"
 #include "isa.h"
@@ -15,9 +14,6 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kPadding = 16;  // elements: the widest vector
 
 inline int64_t padded(int64_t columns) { return (columns + kPadding - 1) / kPadding * kPadding; }
-
-template <class Key>
-using ComputeOf = std::conditional_t<sizeof(Key) == 8, double, float>;
 
 // One task's adapter as one direction of it reads it, by vectors: forward, hidden = relu(features in) and corrected =
 // features + hidden out; backward, d_hidden = grad in where hidden is positive and d_features = grad + d_hidden out.

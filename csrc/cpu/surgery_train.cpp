@@ -69,9 +69,7 @@ struct Parameters {
   void check(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) const {
     require(t.is_cpu() && t.is_contiguous() && t.scalar_type() == down.scalar_type(), name,
             " must be contiguous on the CPU in the dtype of down, got another tensor");
-    bool same = t.dim() == int64_t(sizes.size());
-    for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes[d];
-    require(same, name, " must have the shape that down implies, got another");
+    require(has_shape(t, sizes), name, " must have the shape that down implies, got another");
   }
 };
 

@@ -94,7 +94,7 @@ inline double loss_row(C* bias, int64_t dim, C slope) {
     V x = load(bias + i);
     if (i + V::N > dim) x = zero_unless<C>(V::first(int(dim - i)), x);  // infinity * 0 is in the padding
     const auto above = greater(x, zero), below = greater(zero, x);
-    sum = sum + select<C>(below, zero - x, x);
+    sum = sum + absolute(x);
     store(select<C>(above, plus, zero_unless<C>(below, minus)), bias + i);
   }
   C lanes[V::N];

@@ -26,8 +26,7 @@ inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   V tau = known != Known::nothing || args.base ? round_to(expert - base, S{}) : expert;
-  if (known == Known::nothing && args.drop)
-    tau = zero_unless<C>(greater_key<C>(V::keys(kInfinityKey<typename V::KeyLane>), magnitude(tau)), tau);
+  if (known == Known::nothing && args.drop) tau = zero_unless_finite(tau);
 
   // With its sign bit set a value is a negative key, so either test holds for one sign only; 0 never passes.
   const auto limit = V::keys(args.limits[t]);

@@ -3,7 +3,6 @@
 // side, so the election needs no second look at the experts.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "../dtype.h"
 #include "isa.h"
@@ -21,7 +20,7 @@ struct Draw {
 
 template <class Key>
 struct TiesArgs {
-  using C = std::conditional_t<sizeof(Key) == 8, double, float>;
+  using C = ComputeOf<Key>;
 
   const void* base;            // may be null: the experts are task vectors, and so is the result
   const void* const* experts;  // [num_tasks]

@@ -310,6 +310,11 @@ inline int compress<float>(__mmask16 m, __m512i a, int32_t* p) {
 
 #endif  // __AVX512F__
 
+template <class C>
+inline Vec<C> zero_unless_finite(Vec<C> a) {
+  return zero_unless<C>(greater_key<C>(Vec<C>::keys(kInfinityKey<typename Vec<C>::KeyLane>), magnitude(a)), a);
+}
+
 // ---- memory <-> lanes: load, store, and rounding to a storage dtype without leaving the register
 
 template <class C>
