@@ -16,17 +16,15 @@ struct Entry {
 template <Rule rule>
 constexpr bool kMergekit = rule == Rule::mergekit || rule == Rule::mergekit_all;
 
-// What the inner loops need not test, which would cost up to a third of their time.
-enum class Known { nothing, whole, finite };  // whole: there is a base and no entry is dropped; finite: no NaN either
-
-template <class S, Rule rule, Known known>
+// plain: there is a base and no entry is dropped. The tests in every inner loop would cost up to a third of its time.
+template <class S, Rule rule, bool plain>
 inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>::Key>& args, int t,
                                               Vec<typename Compute<S>::type> expert,
                                               Vec<typename Compute<S>::type> base) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
-  V tau = known != Known::nothing || args.base ? round_to(expert - base, S{}) : expert;
-  if (known == Known::nothing && args.drop) tau = zero_unless_finite(tau);
+  V tau = plain || args.base ? round_to(expert - base, S{}) : expert;
+  if (!plain && args.drop) tau = zero_unless_finite(tau);
 
   // With its sign bit set a value is a negative key, so either test holds for one sign only; 0 never passes.
   const auto limit = V::keys(args.limits[t]);
@@ -34,7 +32,8 @@ inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>
   e.positive = greater_key<C>(bits(tau), limit);
   e.negative = greater_key<C>(flip_sign<C>(bits(tau)), limit);
   e.kept = e.positive | e.negative;
-  if constexpr (known != Known::finite) {
+  // A lane with NaN ends as NaN whatever it elects; only a count of the paper asks what the others elect there.
+  if ((rule == Rule::paper || rule == Rule::paper_max) && args.elect_count && !args.finite) {
     const auto number = equal(tau, tau);
     e.positive = e.positive & number;
     e.negative = e.negative & number;
@@ -102,7 +101,7 @@ inline Election<C> elect(const TiesArgs<typename Compute<C>::Key>& args, const S
   const auto positive = greater(mass, zero), negative = greater(zero, mass);
   if (rule == Rule::mergekit || rule == Rule::peft)
     return {and_not<C>(V::all(), negative), negative, and_not<C>(positive, positive)};
-  return {positive, negative, and_not<C>(V::all(), positive | negative)};
+  return {positive, negative, and_not<C>(equal(s.total, s.total), positive | negative)};  // NaN has no draw
 }
 
 template <class C>
@@ -173,14 +172,14 @@ inline Block<typename Compute<S>::type> base_at(const TiesArgs<typename Compute<
   return args.base ? load_at<S>(args.base, i, count...) : Block<typename Compute<S>::type>{V::set(0), V::set(0)};
 }
 
-template <class S, Rule rule, Known known, class... Count>
+template <class S, Rule rule, bool plain, class... Count>
 inline void sum_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
                       const Block<typename Compute<S>::type>& base, Sums<typename Compute<S>::type> (&sums)[2],
                       Count... count) {
   for (int t = 0; t < args.num_tasks; ++t) {
     const auto expert = load_at<S>(args.experts[t], i, count...);
     for (int h = 0; h < 2; ++h)
-      accumulate<rule>(sums[h], entry<S, rule, known>(args, t, expert.v[h], base.v[h]), args, t);
+      accumulate<rule>(sums[h], entry<S, rule, plain>(args, t, expert.v[h], base.v[h]), args, t);
   }
 }
 
@@ -214,14 +213,14 @@ inline void record_draws(const TiesArgs<typename Compute<S>::Key>& args, int64_t
   }
 }
 
-template <class S, Rule rule, Known known, class... Count>
+template <class S, Rule rule, bool plain, class... Count>
 inline Block<typename Compute<S>::type> merge_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t i,
                                                     Votes<typename Compute<S>::type>& votes, TiesResult& result,
                                                     Count... count) {
   using C = typename Compute<S>::type;
   const Block<C> base = base_at<S>(args, i, count...);
   Sums<C> sums[2];
-  sum_block<S, rule, known>(args, i, base, sums, count...);
+  sum_block<S, rule, plain>(args, i, base, sums, count...);
   Block<C> merged;
   if constexpr (rule == Rule::mergekit_all) {
     for (int h = 0; h < 2; ++h) merged.v[h] = finish_all<S>(args, sums[h].total, base.v[h]);
@@ -243,7 +242,7 @@ inline Block<typename Compute<S>::type> merge_block(const TiesArgs<typename Comp
   return merged;
 }
 
-template <class S, Rule rule, Known known>
+template <class S, Rule rule, bool plain>
 TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
   using C = typename Compute<S>::type;
   constexpr int N = Block<C>::N;
@@ -252,7 +251,7 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
   const bool streamed = args.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   int64_t i = 0;
   for (; i + N <= args.n; i += N) {
-    const Block<C> merged = merge_block<S, rule, known>(args, i, votes, result);
+    const Block<C> merged = merge_block<S, rule, plain>(args, i, votes, result);
     if (streamed)
       stream_block(merged, out + i);
     else
@@ -260,7 +259,7 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
   }
   if (i < args.n) {
     const int left = int(args.n - i);
-    store_block(merge_block<S, rule, known>(args, i, votes, result, left), out + i, left);
+    store_block(merge_block<S, rule, plain>(args, i, votes, result, left), out + i, left);
   }
   if (streamed) fence();
   result.sign_sum = votes.sum();
@@ -269,10 +268,9 @@ TiesResult merge_run(const TiesArgs<typename Compute<S>::Key>& args, S* out) {
 
 template <class S, Rule rule>
 TiesResult merge(const TiesArgs<typename Compute<S>::Key>& args, void* out) {
-  const auto run = !args.base || args.drop ? merge_run<S, rule, Known::nothing>
-                   : args.finite           ? merge_run<S, rule, Known::finite>
-                                           : merge_run<S, rule, Known::whole>;
-  return run(args, static_cast<S*>(out));
+  const bool plain = args.base && !args.drop;
+  return plain ? merge_run<S, rule, true>(args, static_cast<S*>(out))
+               : merge_run<S, rule, false>(args, static_cast<S*>(out));
 }
 
 template <class S, Rule rule, class... Count>
@@ -282,7 +280,7 @@ inline void split_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t 
   using V = Vec<C>;
   const Block<C> base = base_at<S>(args, i, count...);
   Sums<C> sums[2];
-  sum_block<S, rule, Known::nothing>(args, i, base, sums, count...);
+  sum_block<S, rule, false>(args, i, base, sums, count...);
   Election<C> elections[2];
   for (int h = 0; h < 2; ++h) {
     const Election<C> open = elect<rule>(args, sums[h]);
@@ -294,7 +292,7 @@ inline void split_block(const TiesArgs<typename Compute<S>::Key>& args, int64_t 
     const Block<C> expert = load_at<S>(args.experts[t], i, count...);
     Block<C> agreeing;
     for (int h = 0; h < 2; ++h) {
-      const Entry<C> e = entry<S, rule, Known::nothing>(args, t, expert.v[h], base.v[h]);
+      const Entry<C> e = entry<S, rule, false>(args, t, expert.v[h], base.v[h]);
       auto agree = (e.positive & elections[h].positive) | and_not<C>(e.negative, elections[h].positive);
       if (rule == Rule::mergekit_all) agree = e.kept;
       // A NaN total elects nobody; its entries stay visible.
