@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..ops import ties_merge
 from .extras import missing
-from .tensors import NONFINITE, linear_merge, mergeable
+from .tensors import NONFINITE, mergeable
 
 try:
     from peft.tuners.lora import model as lora
@@ -39,7 +39,7 @@ def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
     """``sum_t weights[t] * task_tensors[t]``."""
     if not _takes(task_tensors, weights):
         return merge_utils.task_arithmetic(task_tensors, weights)
-    return linear_merge(None, _widened(task_tensors), weights.tolist())
+    return _weighted_sum(_widened(task_tensors), weights.tolist())
 
 
 def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
@@ -48,7 +48,7 @@ def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float)
         return merge_utils.magnitude_prune(task_tensors, weights, density)
     # an expert alone always agrees with the sign it elects: what is left of TIES is the trim
     trimmed = [_ties([tensor], [1.0], density, "sum") for tensor in _widened(task_tensors)]
-    return linear_merge(None, trimmed, weights.tolist())
+    return _weighted_sum(trimmed, weights.tolist())
 
 
 def ties(
@@ -64,7 +64,7 @@ def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> 
     """The weighted sum of what PEFT's random mask leaves, over `density`."""
     if not _takes(task_tensors, weights):
         return merge_utils.dare_linear(task_tensors, weights, density)
-    return linear_merge(None, _widened(_masked(task_tensors, density)), weights.tolist())
+    return _weighted_sum(_widened(_masked(task_tensors, density)), weights.tolist())
 
 
 def dare_ties(
@@ -131,6 +131,14 @@ def _widened(task_tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _masked(task_tensors: Sequence[Tensor], density: float) -> list[Tensor]:
     return [merge_utils.prune(tensor, density, method="random", rescale=True) for tensor in task_tensors]
+
+
+def _weighted_sum(task_tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    merged = torch.empty_like(task_tensors[0], memory_format=torch.contiguous_format, requires_grad=False)
+    torch.ops.surgery_kernels.linear_merge_out(
+        [], [tensor.detach() for tensor in task_tensors], list(weights), nonfinite=NONFINITE, out=[merged]
+    )
+    return merged
 
 
 def _ties(task_tensors: Sequence[Tensor], weights: list[float], density: float, elect: str) -> Tensor:

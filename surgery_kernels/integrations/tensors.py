@@ -1,4 +1,4 @@
-"""Tensors as the toolkits hand them over: which of them the ops take, and the weighted sum that two of them share."""
+"""Tensors as the toolkits hand them over: which of them the ops take."""
 
 from __future__ import annotations
 
@@ -32,20 +32,3 @@ def mergeable(tensors: Sequence[Tensor]) -> bool:
             for tensor in tensors
         )
     )
-
-
-def linear_merge(
-    base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float], *, lam: float = 1.0, divisor: float = 1.0
-) -> Tensor:
-    """``base + lam * sum_t weights[t] * (expert_t - base) / divisor``, rounded once; of the experts without a base."""
-    merged = torch.empty_like(experts[0], memory_format=torch.contiguous_format, requires_grad=False)
-    torch.ops.surgery_kernels.linear_merge_out(
-        [] if base is None else [base.detach()],
-        [expert.detach() for expert in experts],
-        list(weights),
-        lam=lam,
-        divisor=divisor,
-        nonfinite=NONFINITE,
-        out=[merged],
-    )
-    return merged
