@@ -242,13 +242,14 @@ def _merging(
     shape = kept.info.shape
     of_tokens = vocabularies if is_vocabulary(name) and len(shape) == 2 else None
     if of_tokens:
-        if shape[0] < of_tokens.num_rows:
-            raise ValueError(f"{name!r} of {first.name} must have {of_tokens.num_rows} rows, got {shape[0]}")
+        _check_rows(kept, of_tokens.num_rows)
         shape = (of_tokens.num_rows, *shape[1:])
     inputs = []
     for t, (expert, matched) in enumerate(zip(experts, matches, strict=True)):
         rows = of_tokens.rows[t] if of_tokens else None
         inputs.append(Input(expert, matched.names[name], rows) if name in matched.names else kept)
+        if rows and len(rows.there):
+            _check_rows(inputs[-1], 1 + int(rows.there.max()))
     dtype = recipe.dtype or _common_dtype([kept, *inputs] if recipe.base else inputs)
     present = [t for t, density in enumerate(parameters.densities) if density > 0]  # the others are trimmed to nothing
     parameters = replace(
@@ -258,6 +259,14 @@ def _merging(
     )
     method = method_of(recipe.merge_method, parameters, nonfinite) if present else None
     return Step(name, shape, kept, tuple(inputs[t] for t in present), method, dtype, recipe.out_dtype or dtype)
+
+
+def _check_rows(tensor: Input, num_rows: int) -> None:
+    if tensor.info.shape[0] < num_rows:
+        raise ValueError(
+            f"{tensor.name!r} of {tensor.source.name} must have {num_rows} rows, one for every token, "
+            f"got {tensor.info.shape[0]}"
+        )
 
 
 def _common_dtype(inputs: Sequence[Input]) -> torch.dtype:
