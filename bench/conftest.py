@@ -128,7 +128,10 @@ def measure(benchmark: Any, bandwidth: Bandwidth) -> Measure:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--large", action="store_true", help="also 8 experts x 64M parameters, one round each: minutes")
+    parser.addoption(
+        "--large", action="store_true", help="also 8 experts x 64M parameters and checkpoints of 665M: minutes"
+    )
+    parser.addoption("--checkpoint-folder", help="where the checkpoints to merge are kept for the next run")
     parser.addoption("--rounds", type=int, default=5, help="rounds of the rows that take long (default 5)")
 
 

@@ -55,6 +55,23 @@ def vit_b32_shapes(layers: int = 12) -> dict[str, tuple[int, ...]]:
     return shapes | {"ln_post.weight": (width,), "ln_post.bias": (width,)}
 
 
+def llama_shapes(layers: int, width: int, vocabulary: int = 32_000) -> dict[str, tuple[int, ...]]:
+    """A Llama with as many heads for keys and values as for queries."""
+    hidden = 8 * width // 3 // 64 * 64
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, width)}
+    for i in range(layers):
+        layer = {
+            **{f"self_attn.{name}_proj.weight": (width, width) for name in "qkvo"},
+            "mlp.gate_proj.weight": (hidden, width),
+            "mlp.up_proj.weight": (hidden, width),
+            "mlp.down_proj.weight": (width, hidden),
+            "input_layernorm.weight": (width,),
+            "post_attention_layernorm.weight": (width,),
+        }
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+
+
 def num_params_of(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes.values()))
 

@@ -22,6 +22,14 @@ README = Path(__file__).parent.parent / "README.md"
 DISTURBED = 0.1
 
 
+RATIOS_NOTE = """\
+Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
+taken in turn). †: other processes took more than a tenth of the processors meanwhile."""
+MEMORY_NOTE = """\
+Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
+every tensor operation; what a selection or a sort moves inside itself is not counted."""
+
+
 @dataclass(frozen=True, eq=False)
 class Section:
     """A table of the README, between markers of its own: a run replaces those that it has rows for."""
@@ -31,18 +39,12 @@ class Section:
     columns: dict[str, str]  # contender -> head
     families: list[str]  # of ops, in order
     note: str
+    memory_note: str = MEMORY_NOTE
 
     @property
     def markers(self) -> tuple[str, str]:
         return f"<!-- benchmarks: {self.name} -->", f"<!-- /benchmarks: {self.name} -->"
 
-
-RATIOS_NOTE = """\
-Median / minimum of the rounds; in brackets, how many times as long as ours under the same semantics (median of rounds
-taken in turn). †: other processes took more than a tenth of the processors meanwhile."""
-MEMORY_NOTE = """\
-Peak extra memory is what one call adds beyond inputs and output. Bytes moved are those of the inputs and outputs of
-every tensor operation; what a selection or a sort moves inside itself is not counted."""
 
 MERGING = Section(
     "merging",
@@ -70,7 +72,19 @@ TOOLKITS = Section(
     ["mergekit", "PEFT", "FusionBench"],
     "Inside a toolkit, whose random masks (DARE, DELLA) and file handling stay its own:",
 )
-SECTIONS = [MERGING, LEARNING, TOOLKITS]
+CHECKPOINTS = Section(
+    "checkpoints",
+    "4 experts, files to files",
+    {"mergekit": "mergekit-yaml", "ours": "surgery-kernels merge"},
+    ["checkpoint"],
+    """\
+Whole processes, from the start of Python to the last byte; the inputs are in the page cache, but for "from disk".
+Median / minimum of the rounds; in brackets, how many times as long as ours, run just before. Bound: all inputs read
+once, or where that takes longer the result written and synced, at the rates of plain reads and writes around every
+round. †: other processes took more than a tenth of the processors meanwhile.""",
+    "Peak memory is the most that the process had resident, pages of its mapped files included.",
+)
+SECTIONS = [MERGING, LEARNING, TOOLKITS, CHECKPOINTS]
 
 Row = dict[str, Any]
 
@@ -152,16 +166,18 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 
 def bound(row: Row) -> float | None:
-    """Seconds that no implementation can beat: of the memory, or where it is longer of the arithmetic."""
+    """Seconds that no implementation can beat: of the files, of the memory, or where it is longer of the arithmetic."""
     if "share_of_bound" not in row:
         return None
+    if "bound_seconds" in row:
+        return row["bound_seconds"]
     arithmetic = row["flops"] / row["matmul_flops_per_second"] if "matmul_flops_per_second" in row else 0.0
     return max(row["least_bytes"] / row["copy_bytes_per_second"], arithmetic)
 
 
 def share_of_bound(row: Row, least: float) -> float:
     """Against the bandwidth taken around every round where the memory is the bound."""
-    by_memory = least == row["least_bytes"] / row["copy_bytes_per_second"]
+    by_memory = "least_bytes" in row and least == row["least_bytes"] / row["copy_bytes_per_second"]
     return row["share_of_bound"] if by_memory else least / row["median"]
 
 
@@ -196,7 +212,19 @@ def quantities(num_params: int) -> list[tuple[str, str, Callable[[float], str]]]
     return [
         ("peak extra memory", "peak_extra_bytes", memory),
         ("bytes moved per parameter", "bytes_moved", lambda value: number(value / num_params)),
+        ("peak memory", "peak_bytes", memory),
+        ("start of the process", "start_seconds", times),
     ]
+
+
+def rates(rows: list[Row]) -> str:
+    """Of what the bounds are made."""
+    kinds = {"copy": "copy", "file_read": "files read at", "file_write": "written at"}
+    shown = []
+    for kind, words in kinds.items():
+        if found := [row[f"{kind}_bytes_per_second"] / 1e9 for row in rows if f"{kind}_bytes_per_second" in row]:
+            shown.append(f"{words} {number(min(found))} to {number(max(found))} GB/s")
+    return ", ".join(shown)
 
 
 def report(section: Section, run: dict[str, Any]) -> str:
@@ -206,16 +234,15 @@ def report(section: Section, run: dict[str, Any]) -> str:
         return ""
     machine, commit = run["machine_info"], run["commit_info"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    rates = [row["copy_bytes_per_second"] / 1e9 for row in rows]
     changes = " with changes" if commit["dirty"] else ""
     memory = memory_table(section, rows)
     return "\n\n".join(
         [
             section.note,
             time_table(section, rows),
-            *([MEMORY_NOTE, memory] if memory else []),
-            f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, copy {min(rates):.0f} to "
-            f"{max(rates):.0f} GB/s; {versions}; commit {commit['id'][:10]}{changes}, {run['datetime'][:10]}.",
+            *([section.memory_note, memory] if memory else []),
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, {rates(rows)}; {versions}; "
+            f"commit {commit['id'][:10]}{changes}, {run['datetime'][:10]}.",
         ]
     )
 
