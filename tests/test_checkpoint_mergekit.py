@@ -388,6 +388,32 @@ def test_more_tokens_than_rows(tmp_path: Path) -> None:
             merge(recipe("ties", folders, tokenizer_source="base"), tmp_path / "out")
 
 
+SIZES = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 20}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {"n_embd": 8, "n_head": 2, "n_layer": 3, "vocab_size": 20, "n_positions": 8},
+    "OPTForCausalLM": {**SIZES, "ffn_dim": 16, "word_embed_proj_dim": 8, "max_position_embeddings": 8},
+    "Qwen2ForCausalLM": {**SIZES, "intermediate_size": 16, "num_key_value_heads": 1},
+    "T5ForConditionalGeneration": {
+        "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 2, "vocab_size": 20,
+        "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_in_other_architectures(merges: Merges, tmp_path: Path, architecture: str) -> None:
+    transformers = importlib.import_module("transformers")
+    of_model = getattr(transformers, architecture)
+    folders = [str(tmp_path / name) for name in ("base", "expert0", "expert1")]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        model = of_model(of_model.config_class(**ARCHITECTURES[architecture]))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder)
+    assert_same_bits(*merges(recipe("task_arithmetic", folders, [{"weight": [0, 1]}, {"weight": [1, 0.3, 0]}])))
+
+
 def test_transformers_loads_the_result(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
     base, *experts = models(gaussians, torch.float32)
