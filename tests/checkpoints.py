@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+TIES = {"method": "ties", "semantics": "mergekit", "density": 0.5, "scope": "tensor"}  # of `ties_recipe`
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -21,6 +22,23 @@ def state_dict(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, T
     shapes = {"embed.weight": (11, 6), "layers.0.weight": (6, 6), "layers.0.bias": (6,), "norm.scale": ()}
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     return {**tensors, "position_ids": torch.arange(6)}
+
+
+def save_models(folder: Path, models: Sequence[Mapping[str, Tensor]], **options: Any) -> list[str]:
+    """Folders "base", "expert0", "expert1", ... of safetensors."""
+    names = ["base", *(f"expert{t}" for t in range(len(models) - 1))]
+    return [str(save_safetensors(folder / name, model, **options)) for name, model in zip(names, models, strict=True)]
+
+
+def ties_recipe(folders: Sequence[str], **keys: Any) -> dict[str, Any]:
+    """TIES of the base and the experts by `TIES`."""
+    experts = [{"model": expert, "parameters": {"density": 0.5, "weight": 1}} for expert in folders[1:]]
+    return {"merge_method": "ties", "base_model": folders[0], "models": experts, **keys}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The content of everything below a folder, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def save_safetensors(

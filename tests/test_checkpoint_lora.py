@@ -197,8 +197,8 @@ def test_adapters_of_torch_and_adapters_on_adapters(tmp_path: Path) -> None:
     second = open_checkpoint(adapter, base=first)
     once = exact(weight, down, up, 8)
     assert torch.equal(second.tensor("layer.weight"), exact(once, down, up, 8))
-    assert first.folder == adapter and first.config == {"a": 1} and first.name == str(adapter)
-    assert {file.path.name for file in first.files} == {"adapter_model.bin", "adapter_config.json"}
+    assert first.folder == base.folder and first.config == {"a": 1} and first.name == str(adapter)
+    assert {file.path.name for file in first.files} == {"model.safetensors", "adapter_model.bin", "adapter_config.json"}
     first.release()
     first.close()
     assert torch.equal(base.tensor("layer.weight"), weight)

@@ -22,7 +22,7 @@ class Journal:
         """
         self.done: set[str] = set()
         self.decided: Any = None
-        # one line is one write: a line torn by a crash is the last one, and is cut off
+        # a line torn by a crash or a full disk is the last one, and is cut off
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock(path)
@@ -68,5 +68,7 @@ class Journal:
             self.decided = line.get("decided", self.decided)
 
     def _append(self, line: dict[str, Any]) -> None:
-        os.write(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        while data:  # a disk that is nearly full takes a part
+            data = data[os.write(self._file, data) :]
         os.fsync(self._file)

@@ -29,8 +29,8 @@ class LoraExpert:
     def __init__(self, name: str, base: Source, adapter: Checkpoint, settings: LoraSettings) -> None:
         targets = match(adapter, settings, base)
         self.name = name
-        self.folder = adapter.folder
-        self.files = (*adapter.files, FileStamp.of(settings.path))
+        self.folder = base.folder
+        self.files = (*base.files, *adapter.files, FileStamp.of(settings.path))
         self.config = base.config
         owners = targets.replaced.keys() | targets.products.keys()
         self.changed = frozenset(name for name in base.tensors if base.tied.get(name, name) in owners)

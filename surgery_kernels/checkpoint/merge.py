@@ -72,21 +72,30 @@ def run(
     progress: bool | None = None,
 ) -> None:
     """Carries out a plan; arguments and errors as in `merge`."""
-    where = _check_device(device)
-    folder = OutputFolder(out)
-    folder.check(plan.layout.nbytes + plan.nbytes_scratch, resume=resume)
+    folder, where = check(plan, out, resume=resume, device=device)
     with _threads(threads):
         journal = folder.begin(plan.identity)
         try:
             if not folder.complete:
                 _write_model(plan, folder, journal, where, progress)
+                folder.publish()
+            folder.discard()
         except BaseException:
             if not journal.done and journal.decided is None:
                 folder.discard()  # nothing in it is worth going on with
             raise
         finally:
-            journal.close()
-        folder.discard() if folder.complete else folder.publish()
+            journal.close()  # and with it the lock
+
+
+def check(
+    plan: Plan, out: str | os.PathLike[str], *, resume: bool = False, device: str = "cpu"
+) -> tuple[OutputFolder, torch.device]:
+    """What `run` asks of folder, disk and device before it writes anything; arguments and errors as there."""
+    where = _check_device(device)
+    folder = OutputFolder(out)
+    folder.check(plan.layout.nbytes + plan.nbytes_scratch, resume=resume)
+    return folder, where
 
 
 def _write_model(
@@ -134,6 +143,8 @@ def _scope(plan: Plan, step: Step, loader: Loader) -> Scope:
 def _model_limits(plan: Plan, loader: Loader, journal: Journal) -> dict[str, Limits]:
     """What every tensor keeps when the thresholds are taken over the whole model."""
     steps = plan.merged
+    if not steps:
+        return {}
     if journal.decided is None:
         scopes = [_scope(plan, step, loader) for step in steps]  # nothing is read yet
         model = Scope(

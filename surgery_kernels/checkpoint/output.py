@@ -25,7 +25,7 @@ class OutputFolder:
             ValueError: `out` exists, an unfinished merge lies beside it that is not to be resumed, or the disk is full.
             OSError: the folder above it cannot be written to.
         """
-        if self.out.exists() and not (resume and self.partial.exists() and not self.model.exists()):
+        if os.path.lexists(self.out) and not (resume and self.partial.exists() and not self.model.exists()):
             raise ValueError(f"out must not exist, got {str(self.out)!r}")
         if self.partial.exists() and not resume:
             raise ValueError(
@@ -57,7 +57,6 @@ class OutputFolder:
         fsync_folder(self.model)
         os.rename(self.model, self.out)
         fsync_folder(self.out.parent)
-        self.discard()
 
     def discard(self) -> None:
         """Removes what lies beside the result."""

@@ -38,6 +38,10 @@ class Input:
     def info(self) -> TensorInfo:
         return self.source.tensors[self.name]
 
+    @property
+    def identity(self) -> list[str | None]:
+        return [self.source.name, self.name, self.rows and self.rows.identity]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -111,12 +115,12 @@ class Plan:
     def identity(self) -> str:
         """The same for two merges that write the same bytes."""
         facts = {
-            "version": _C.build_info()["version"],
+            "versions": [_C.build_info()["version"], torch.__version__],
             "recipe": self.recipe.source,
             "nonfinite": self.nonfinite,
             "inputs": [[str(f.path), f.size, f.mtime_ns] for s in self.sources.values() for f in s.files],
             "steps": [
-                [step.name, str(step.dtype), [(e.source.name, e.name) for e in step.experts], str(step.method)]
+                [step.name, str(step.dtype), str(step.method), [e.identity for e in step.experts]]
                 for step in self.steps
             ],
             "headers": [shard.header.hex() for shard in self.layout.shards],
@@ -248,8 +252,8 @@ def _merging(
     for t, (expert, matched) in enumerate(zip(experts, matches, strict=True)):
         rows = of_tokens.rows[t] if of_tokens else None
         inputs.append(Input(expert, matched.names[name], rows) if name in matched.names else kept)
-        if rows and len(rows.there):
-            _check_rows(inputs[-1], 1 + int(rows.there.max()))
+        if inputs[-1].rows is not None:
+            _check_rows(inputs[-1], inputs[-1].rows.num_there)
     dtype = recipe.dtype or _common_dtype([kept, *inputs] if recipe.base else inputs)
     present = [t for t, density in enumerate(parameters.densities) if density > 0]  # the others are trimmed to nothing
     parameters = replace(
@@ -262,10 +266,9 @@ def _merging(
 
 
 def _check_rows(tensor: Input, num_rows: int) -> None:
-    if tensor.info.shape[0] < num_rows:
+    if (got := tensor.info.shape[0]) < num_rows:
         raise ValueError(
-            f"{tensor.name!r} of {tensor.source.name} must have {num_rows} rows, one for every token, "
-            f"got {tensor.info.shape[0]}"
+            f"{tensor.name!r} of {tensor.source.name} must have {num_rows} rows for the tokens it has, got {got}"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -22,6 +24,15 @@ class Rows:
     here: Tensor  # int64 [num_tokens]
     there: Tensor
 
+    @property
+    def num_there(self) -> int:
+        """How many rows the model must have."""
+        return 1 + max(self.there.tolist(), default=-1)
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(torch.stack([self.here, self.there]).numpy().tobytes()).hexdigest()
+
 
 def is_vocabulary(name: str) -> bool:
     return name.endswith(INPUT_LAYERS + OUTPUT_LAYERS)
@@ -36,16 +47,23 @@ def tied_to(name: str, model: Source) -> str | None:
 
 
 def ids_by_token(model: Source) -> dict[str, int] | None:
-    """The vocabulary in the tokenizer.json of a model; None without one."""
+    """The vocabulary in the tokenizer.json of a model; None without one.
+
+    Raises:
+        ValueError: the file is not what the tokenizers library writes.
+    """
     path = None if model.folder is None else model.folder / "tokenizer.json"
     if path is None or not path.is_file():
         return None
     tokenizer = read_json(path)
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if not isinstance(vocabulary, Mapping):  # Unigram lists pairs of token and score
-        vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary)}
-    added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", ())}
-    return {**vocabulary, **added}
+    try:
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if not isinstance(vocabulary, Mapping):  # Unigram lists pairs of token and score
+            vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary)}
+        added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", ())}
+        return {token: index(row) for token, row in {**vocabulary, **added}.items()}
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError(f"{path} must hold tokens and their ids as the tokenizers library writes them") from None
 
 
 def shared_rows(ours: Mapping[str, int], theirs: Mapping[str, int]) -> Rows | None:

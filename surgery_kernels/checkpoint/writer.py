@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .durable import reserve
+from .durable import fsync_folder, reserve
 from .journal import Journal
 from .layout import Layout
 
@@ -25,7 +25,7 @@ class Writer:
         """Makes the shards in full, so that a disk that is too small is found out now.
 
         Raises:
-            OSError: they cannot be made.
+            OSError: they cannot be made, or one with tensors that the journal calls done is not there any more.
         """
         self._layout, self._journal = layout, journal
         self._queue: deque[tuple[str, Tensor] | None] = deque()
@@ -34,10 +34,12 @@ class Writer:
         self._error: BaseException | None = None
         self._files: list[int] = []
         try:
-            for shard in layout.shards:
+            for number, shard in enumerate(layout.shards):
+                self._check_kept(folder / shard.file, number)
                 self._files.append(os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o644))
                 reserve(self._files[-1], shard.nbytes)
                 _write_at(self._files[-1], memoryview(shard.header), 0)
+            fsync_folder(folder)  # the journal must not know more than the disk
         except BaseException:
             self._close_files()
             raise
@@ -77,6 +79,15 @@ class Writer:
         self._close_files()
         if complete:
             self._check()
+
+    def _check_kept(self, path: Path, shard: int) -> None:
+        nbytes = self._layout.shards[shard].nbytes
+        got = path.stat().st_size if path.exists() else 0
+        if got != nbytes and any(self._layout.places[name].shard == shard for name in self._journal.done):
+            raise OSError(
+                f"{path} must be as the earlier merge left it, {nbytes} bytes, got {got}: "
+                f"remove {str(path.parent.parent)!r} to start over"
+            )
 
     def _run(self) -> None:
         written: list[str] = []
