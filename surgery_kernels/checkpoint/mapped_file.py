@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .memory import give_back_pages
 from .source import FileStamp, TensorInfo
 
 
@@ -43,8 +44,9 @@ class MappedFile:
 
     def release(self) -> None:
         # no lock: another thread may be waiting for the disk with it
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        mapped = self._map
+        if mapped is not None:
+            give_back_pages(mapped)
 
     def close(self) -> None:
         # not _map.close(): views may be in use, and the last of them frees it
@@ -58,7 +60,7 @@ class MappedFile:
                 # after the map was made: what is replaced from here on leaves this one as it is
                 if FileStamp.of(self._stamp.path) != self._stamp:
                     self._map = None
-                    raise ValueError(f"{self._stamp.path} must stay the file that was opened, got a changed one")
+                    raise OSError(f"{self._stamp.path} must stay the file that was opened, got a changed one")
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
                     self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)

@@ -19,6 +19,12 @@ SECONDS_BETWEEN_RELEASES = 0.02
 IN_MEMORY_BYTES = 256 << 20  # of tensors that are not plainly in a file; what is more lies in a temporary one
 
 
+def give_back_pages(mapped: mmap.mmap) -> None:
+    """Takes the pages of a shared map out of this process; the next access finds them in the page cache."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 class Buffers:
     """Memory for results, used again when nobody holds the last one: fresh memory takes longer to touch than to merge.
 
@@ -31,9 +37,11 @@ class Buffers:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         nbytes = prod(shape) * dtype.itemsize
         free, self._free = self._free, []
-        fitting = sorted((buffer for buffer in free if buffer.nbytes >= nbytes), key=lambda buffer: buffer.nbytes)
+        free.sort(key=lambda buffer: buffer.nbytes)
+        # never a much larger one: small results that wait to be written would hold more and more of those
+        fitting = [buffer for buffer in free if nbytes <= buffer.nbytes <= 2 * nbytes]
         buffer = fitting[0] if fitting else torch.empty(nbytes, dtype=torch.uint8)
-        self._free += fitting[1:]  # smaller ones go: what fits into them fits into this one
+        self._free += [largest for largest in free[-1:] if largest is not buffer]
         tensor = buffer[:nbytes].view(dtype).view(tuple(shape))
         weakref.finalize(tensor, self._give_back, buffer)
         return tensor
@@ -49,6 +57,7 @@ class Scratch:
         self._folder = folder
         self._in_memory = 0
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._lock = threading.Lock()  # nothing may join the set while another thread goes through it
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         nbytes = prod(shape) * dtype.itemsize
@@ -60,13 +69,16 @@ class Scratch:
         with tempfile.TemporaryFile(dir=self._folder) as file:
             reserve(file.fileno(), nbytes)  # writing to a map past a full disk would kill the process
             mapped = mmap.mmap(file.fileno(), nbytes)
-        self._maps.add(mapped)
+        with self._lock:
+            self._maps.add(mapped)
         return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
 
     def release(self) -> None:
         """Takes the pages of the files out of this process; they stay in the page cache or go to the disk."""
-        for mapped in list(self._maps):
-            mapped.madvise(mmap.MADV_DONTNEED)
+        with self._lock:
+            maps = list(self._maps)
+        for mapped in maps:
+            give_back_pages(mapped)
 
     def _returned(self, nbytes: int) -> None:
         self._in_memory -= nbytes
