@@ -83,6 +83,8 @@ def match(first: Source, model: Source, merged: Collection[str], *, casts: bool,
     for name in (name for name in first.tensors if name not in merged and name in model.tensors):
         if not torch.equal(first.tensor(name), model.tensor(name)):
             found["buffer"].append(f"other values in {name!r} of {_short(first.tensors[name].dtype)}")
+        first.release()
+        model.release()
     found["extra"] = [f"{name!r} besides" for name in model.tensors if name not in first.tensors]
     return Match(
         names,

@@ -86,6 +86,8 @@ def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple
     begins, end = {}, 0
     for name in _widest_first(tensors):
         dtype, shape = tensors[name]
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name!r} must be of a dtype that safetensors has, got {dtype}")
         begins[name], end = end, end + prod(shape) * dtype.itemsize
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
