@@ -16,7 +16,7 @@ from .checkpoint.diff import TensorDifference
 from .checkpoint.diff import diff as diff_checkpoints
 from .checkpoint.differences import ALLOWABLE
 from .checkpoint.estimate import estimate_seconds
-from .checkpoint.merge import run
+from .checkpoint.merge import check, run
 from .checkpoint.plan import Plan, plan_merge
 from .checkpoint.recipe import load_recipe
 from .ops.arguments import NONFINITE
@@ -35,15 +35,15 @@ Exit codes:
 
 
 @contextmanager
-def _errors_as_exit_codes() -> Iterator[None]:
-    """One sentence on stderr instead of a traceback."""
+def _errors_as_exit_codes(*, writing: bool = False) -> Iterator[None]:
+    """One sentence on stderr instead of a traceback. An OSError is a wrong input until the `writing` has begun."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, PermissionError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         _stop(str(error), WRONG_INPUT)
     except OSError as error:
         hint = ": make room and run it again with --resume" if error.errno == errno.ENOSPC else ""
-        _stop(f"{error}{hint}", FAILED)
+        _stop(f"{error}{hint}", FAILED if writing else WRONG_INPUT)
     except RuntimeError as error:
         _stop(str(error), FAILED)
     except KeyboardInterrupt:
@@ -115,11 +115,13 @@ def merge(
     ):
         if not quiet:
             _print_plan(plan)
+        check(plan, out, resume=resume, device=device)
         if dry_run:
             seconds = estimate_seconds(plan, out)
             click.echo(f"would take about {seconds:.0f} s" if seconds >= 1 else "would take about a second")
             return
-        run(plan, out, resume=resume, device=device, threads=threads, progress=not quiet and sys.stderr.isatty())
+        with _errors_as_exit_codes(writing=True):
+            run(plan, out, resume=resume, device=device, threads=threads, progress=not quiet and sys.stderr.isatty())
         if not quiet:
             click.echo(f"wrote {out}")
 

@@ -54,17 +54,21 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Itera
 
 
 def _compare(a: Tensor, b: Tensor) -> tuple[float, float, int]:
-    floating = a.dtype.is_floating_point or b.dtype.is_floating_point
-    common = torch.float64 if floating else torch.int64
+    common = torch.promote_types(_widest(a.dtype), _widest(b.dtype))
+    exact = torch.promote_types(common, torch.float64)
     max_abs, max_rel, count = 0.0, 0.0, 0
     for x, y in zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True):
         x, y = x.to(common), y.to(common)
         differ = (x != y) & ~(x.isnan() & y.isnan())
         if not (n := int(differ.sum())):
             continue
-        x, y = x[differ].double(), y[differ].double()
-        apart = (x - y).abs().nan_to_num(nan=math.inf)
+        x, y = x[differ].to(exact), y[differ].to(exact)
+        apart = (x - y).abs().nan_to_num(nan=math.inf, posinf=math.inf)
         count += n
         max_abs = max(max_abs, float(apart.max()))
-        max_rel = max(max_rel, float((apart / x.abs()).nan_to_num(nan=math.inf).max()))
+        max_rel = max(max_rel, float((apart / x.abs()).nan_to_num(nan=math.inf, posinf=math.inf).max()))
     return max_abs, max_rel, count
+
+
+def _widest(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64 if dtype.is_floating_point else torch.int64

@@ -40,7 +40,7 @@ class Input:
 
     @property
     def identity(self) -> list[str | None]:
-        return [self.source.name, self.name, self.rows and self.rows.identity]
+        return [self.source.name, self.name, None if self.rows is None else self.rows.identity]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,295 @@
+"""The command `surgery-kernels`: what it prints, what it writes and with which code it exits."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import files_in, save_models, save_safetensors, state_dict, ties_recipe
+from click.testing import CliRunner, Result
+
+from surgery_kernels import _C, cli
+from surgery_kernels.checkpoint import estimate, writer
+
+pytestmark = pytest.mark.any_isa
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    return save_models(tmp_path / "models", [state_dict(seed) for seed in range(3)])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, folders: list[str]) -> str:
+    path = tmp_path / "recipe.yml"
+    path.write_text(json.dumps(ties_recipe(folders)))
+    return str(path)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "results").mkdir()
+    return tmp_path / "results" / "out"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def stopped(code: int, message: str, *arguments: object) -> None:
+    """With one sentence on stderr."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert re.fullmatch(f"surgery-kernels: {message}\n", result.stderr), result.stderr
+
+
+PLAN = """\
+ties of 2 models over {base}, scope tensor
+4 tensors to merge, 1 to copy, 0.0M parameters
+1.36 KB to read, {nbytes} bytes to write in 1 file
+"""
+
+
+def test_merge(recipe: str, folders: list[str], out: Path) -> None:
+    result = run("merge", recipe, out)
+    plan = PLAN.format(base=folders[0], nbytes=(out / "model.safetensors").stat().st_size)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{plan}wrote {out}\n", "")
+
+
+def test_quiet(recipe: str, out: Path) -> None:
+    result = run("merge", recipe, out, "--quiet")
+    assert (result.exit_code, result.output) == (0, "") and out.is_dir()
+
+
+@pytest.mark.parametrize("seconds", [0.2, 99.6])
+def test_dry_run(recipe: str, out: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(estimate, "_seconds_to_read", lambda *_: 0.0)
+    monkeypatch.setattr(estimate, "_seconds_to_write", lambda *_: seconds)
+    result = run("merge", recipe, out, "--dry-run")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and len(lines) == 4 and "to read" in lines[2] and "to write" in lines[2]
+    assert lines[3] == ("would take about a second" if seconds < 1 else "would take about 100 s")
+    assert files_in(out.parent) == {}
+
+
+def test_dry_run_measures_the_disks(recipe: str, out: Path) -> None:
+    assert "would take about a" in run("merge", recipe, out, "--dry-run", "--quiet").stdout
+    assert list(out.parent.iterdir()) == []
+
+
+def test_allow(recipe: str, folders: list[str], out: Path) -> None:
+    expert = state_dict(1)
+    del expert["norm.scale"]
+    save_safetensors(Path(folders[1]), {**expert, "more": torch.ones(1)})
+    refused = "models must have .* got missing: .* has no 'norm.scale'; extra: .*; to go on allow missing, extra"
+    stopped(2, refused, "merge", recipe, out)
+    stopped(2, "models must have .*; to go on allow extra", "merge", recipe, out, "--allow", "missing")
+    assert files_in(out.parent) == {}
+    result = run("merge", recipe, out, "--allow", "missing", "--allow", "extra")
+    assert result.exit_code == 0
+    assert f"missing: {folders[1]} has no 'norm.scale': the tensors of {folders[0]} stand in\n" in result.stdout
+    assert f"extra: {folders[1]} has 'more' besides: they are left out\n" in result.stdout
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_wrong_input(
+    recipe: str, folders: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: list[str]
+) -> None:
+    """Also of a merge that would not have been carried out."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    stopped(2, "recipe must be a YAML file, got none.yml", "merge", "none.yml", out, *dry_run)
+    stopped(2, "device must be there, got 'cuda' with 0 CUDA.*", "merge", recipe, out, "--device", "cuda", *dry_run)
+    stopped(2, "out must be in a folder that exists, got .*", "merge", recipe, out / "below", *dry_run)
+    stopped(2, "out must not exist, got .*", "merge", recipe, out.parent, *dry_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        stopped(2, "out must be on a disk with .*", "merge", recipe, out, *dry_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+        stopped(2, "out must be in a folder that can be written to, got .*", "merge", recipe, out, *dry_run)
+    path = Path(folders[1]) / "model.safetensors"
+    os.truncate(path, 300)
+    stopped(2, f"{path} must be complete, got 300 bytes of .*", "merge", recipe, out, *dry_run)
+    path.unlink()
+    path.mkdir()
+    stopped(2, f"{path} must be a file, got a folder", "merge", recipe, out, *dry_run)
+    assert files_in(out.parent) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--allow", "all"], "'all' is not one of 'missing', 'extra', 'vocabulary', 'shape', 'buffer'"),
+        (["--nonfinite", "skip"], "'skip' is not one of 'error', 'propagate', 'drop'"),
+        (["--threads", "0"], "0 is not in the range x>=1"),
+        (["--max-shard-size", "many"], "must be a number of bytes such as 500MB or 5GB, got 'many'"),
+    ],
+)
+def test_wrong_options(recipe: str, out: Path, arguments: list[str], message: str) -> None:
+    result = run("merge", recipe, out, *arguments)
+    assert result.exit_code == 2 and message in result.stderr and files_in(out.parent) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("1", 1), ("500MB", 500 * 10**6), ("5GB", 5 * 10**9), ("1.5 kb", 1500), (" 2tb", 2 * 10**12), ("1e3", 1000)],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert cli.Size().convert(text, None, None) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "0.5", "-1GB", "GB", "5GiB", "nan", "inf"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(cli.click.BadParameter, match="must be a number of bytes such as 500MB or 5GB, got"):
+        cli.Size().convert(text, None, None)
+
+
+def test_shards_and_threads(recipe: str, out: Path, restored_threads: None) -> None:
+    result = run("merge", recipe, out, "--max-shard-size", "0.1KB", "--threads", "1")
+    num_files = len(list(out.glob("*.safetensors")))
+    assert result.exit_code == 0 and num_files > 1 and f"in {num_files} files\n" in result.stdout
+
+
+def failing_pwrite(then: Callable[[], Any]) -> Callable[..., int]:
+    """`then` in place of the third write, when a tensor is on disk already."""
+    pwrite, calls = os.pwrite, []
+
+    def write(*arguments: Any) -> int:
+        calls.append(arguments)
+        return pwrite(*arguments) if len(calls) < 3 else then()
+
+    return write
+
+
+def no_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_disk_full_and_resume(
+    recipe: str, folders: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SYNC_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing_pwrite(no_room))
+        stopped(1, r".*No space left on device: make room and run it again with --resume", "merge", recipe, out)
+    assert not out.exists()
+    stopped(2, "out must have no unfinished merge beside it, got .*: resume it, or remove it", "merge", recipe, out)
+    refused = "resume must be of the same recipe, checkpoints and options, got .*: remove it to start over"
+    stopped(2, refused, "merge", recipe, out, "--resume", "--nonfinite", "drop")
+    assert run("merge", recipe, out, "--resume").exit_code == 0
+    assert run("merge", recipe, tmp_path / "out").exit_code == 0
+    assert files_in(out) == files_in(tmp_path / "out")
+
+
+def test_an_input_that_goes_away(recipe: str, folders: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the writing has begun it is a failure on the way, although no file is there."""
+    check = cli.check
+
+    def and_remove(*arguments: Any, **options: Any) -> None:
+        check(*arguments, **options)
+        (Path(folders[2]) / "model.safetensors").unlink()
+
+    monkeypatch.setattr(cli, "check", and_remove)
+    stopped(1, ".*No such file.*", "merge", recipe, out)
+    assert not out.exists()
+
+
+def test_nan(recipe: str, folders: list[str], out: Path) -> None:
+    save_safetensors(Path(folders[2]), {**state_dict(2), "norm.scale": torch.tensor(torch.nan)})
+    message = r"experts\[1\] must be finite, got 1 NaN or infinite values in tensor 'norm.scale' \(.*expert1\)"
+    stopped(1, message, "merge", recipe, out)
+    assert not out.exists()
+    shutil.rmtree(f"{out}.partial", ignore_errors=True)
+    assert run("merge", recipe, out, "--nonfinite", "drop").exit_code == 0
+
+
+def test_interrupted(recipe: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupt)
+    stopped(130, "interrupted: run it again with --resume to go on", "merge", recipe, out)
+
+
+def test_diff(folders: list[str]) -> None:
+    result = run("diff", folders[0], folders[0])
+    assert (result.exit_code, result.output) == (0, "no difference\n")
+    first = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2), "d": torch.ones(2), "f": torch.ones(3)}
+    second = {"a": torch.ones(3), "b": torch.tensor([1.0, 1.25]), "c": torch.ones(2).half(), "e": torch.ones(1)}
+    save_safetensors(Path(folders[0]), first)
+    save_safetensors(Path(folders[1]), {**second, "f": torch.ones(3)})
+    result = run("diff", folders[0], folders[1])
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert sorted(result.stdout.splitlines()) == [
+        "a: shape [2] and [3]",
+        "b: 1 of 2 elements, at most 0.25 absolute, 0.25 relative",
+        "c: torch.float32 and torch.float16; 0 of 2 elements, at most 0 absolute, 0 relative",
+        "d: only in the first",
+        "e: only in the second",
+    ]
+
+
+def test_diff_of_what_is_not_there(folders: list[str], tmp_path: Path) -> None:
+    stopped(2, "reference must be a path or a model of the Hub.*", "diff", folders[0], tmp_path / "none")
+    path = Path(folders[1]) / "model.safetensors"
+    path.unlink()
+    path.mkdir()
+    stopped(2, f"{path} must be a file, got a folder", "diff", *folders[:2])
+
+
+def test_info() -> None:
+    result = run("info")
+    names = ["surgery_kernels", "torch", "compiler", "instruction set", "threads", "CUDA devices"]
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and [line[:16].rstrip() for line in lines] == names
+    values = [line[17:] for line in lines]
+    assert values[0] == _C.build_info()["version"] and torch.__version__ in values[1]
+    assert values[3] == f"{_C.isa()} of {', '.join(_C.isas())}" and values[4] == str(torch.get_num_threads())
+
+
+def test_help() -> None:
+    assert "130  interrupted; --resume goes on from there" in run("merge", "--help").stdout
+    assert "2    wrong arguments" in run("--help").stdout
+    assert run("--version").stdout == f"surgery-kernels, version {_C.build_info()['version']}\n"
+
+
+def test_silent_where_nobody_watches(recipe: str, out: Path) -> None:
+    command = [sys.executable, "-m", "surgery_kernels.cli", "merge", recipe, str(out)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.endswith(f"wrote {out}\n")
+
+
+def test_a_bar_on_a_terminal(recipe: str, out: Path) -> None:
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    command = [sys.executable, "-m", "surgery_kernels.cli", "merge", recipe, str(out)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr) as process:
+        os.close(stderr)
+        shown = b""
+        try:
+            while data := os.read(terminal, 4096):
+                shown += data
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    os.close(terminal)
+    assert process.returncode == 0
+    assert re.search(rb"merging: 100%\|.*\[\d\d:\d\d<\d\d:\d\d, .*B/s\]", shown), shown
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
