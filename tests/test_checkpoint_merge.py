@@ -291,6 +291,18 @@ def test_companions(saved: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.any_isa
+def test_companions_of_a_model_with_an_adapter(saved: Any, tmp_path: Path) -> None:
+    """Those of the model, of which the merge is one again."""
+    folders = saved(models(num_tasks=1))
+    (tmp_path / "base" / "tokenizer.json").write_bytes(b"{}")
+    factors = {"model.layers.1.mlp": (torch.randn(2, 20), torch.randn(8, 2))}
+    adapters = [f"{folders[0]}+{save_lora(tmp_path / name, factors)}" for name in ("a", "b")]
+    merge(recipe("linear", ["", *adapters]), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors", "README.md"}
+
+
+@pytest.mark.any_isa
 def test_a_plain_file_has_no_companions(saved: Any, tmp_path: Path) -> None:
     files = [f"{folder}/model.safetensors" for folder in saved(models())]
     merge(recipe("linear", files), tmp_path / "out")
