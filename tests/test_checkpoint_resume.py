@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import files_in, save_lora, save_models, state_dict, ties_recipe
 
-from surgery_kernels.checkpoint import writer
+from surgery_kernels.checkpoint import read_ahead, writer
 from surgery_kernels.checkpoint.journal import Journal
 from surgery_kernels.checkpoint.merge import merge
 from surgery_kernels.checkpoint.plan import plan_merge
@@ -155,6 +155,18 @@ def test_without_reservations(
     stop(given, out)
     merge(given, out, resume=True)
     assert files_in(out) == expected
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_unreadable_input(given: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    def unreadable(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(read_ahead, "_is_cached", lambda *_: False)  # what was just written is
+    monkeypatch.setattr(os, "pread", unreadable)
+    with pytest.raises(OSError, match="Input/output error"):
+        merge({**given, "scope": scope}, out)
+    assert os.listdir(out.parent) == []
 
 
 def test_interrupted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,8 +157,10 @@ def _model_limits(plan: Plan, loader: Loader, journal: Journal) -> dict[str, Lim
         )
         method = steps[0].method
         assert isinstance(method, Ties)  # the only one with a scope; its densities are the same for all tensors
-        with _models_named(steps[0]):
+        # one call goes through all tensors: they are read as fast as may be, and none counts that could not be
+        with _models_named(steps[0]), ReadAhead((step.spans for step in steps), math.inf) as ahead:
             found = method.limits(model)
+            ahead.wait_for(len(steps) - 1)
         journal.decide({"thresholds": found.thresholds.tolist(), "cuts": list(found.cuts)})
     limits = Limits(torch.tensor(journal.decided["thresholds"], dtype=torch.float64), tuple(journal.decided["cuts"]))
     of_step = {}

@@ -24,12 +24,13 @@ class Span:
 
 
 class ReadAhead:
-    """Goes through groups of spans in order, at most AHEAD_BYTES past the group that was last asked for.
+    """Goes through groups of spans in order, at most `window` bytes (None: AHEAD_BYTES) past the one last asked for.
 
     Kernels read the same bytes through memory maps, where a disk error would kill the process: here it is an OSError.
     """
 
-    def __init__(self, groups: Iterable[Sequence[Span]]) -> None:
+    def __init__(self, groups: Iterable[Sequence[Span]], window: float | None = None) -> None:
+        self._window = AHEAD_BYTES if window is None else window
         self._groups = [list(group) for group in groups]
         self._ends: list[int] = []  # bytes up to and with every group
         total = 0
@@ -98,7 +99,7 @@ class ReadAhead:
         begun = self._ends[group - 1] if group else 0
         with self._change:
             self._change.wait_for(
-                lambda: self._stopped or group <= self._wanted or begun - self._ends[self._wanted] < AHEAD_BYTES
+                lambda: self._stopped or group <= self._wanted or begun - self._ends[self._wanted] < self._window
             )
             return not self._stopped
 
