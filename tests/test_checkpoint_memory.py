@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import sys
 import threading
@@ -12,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_lora, ties_recipe, write_zeros
+from checkpoints import save_lora, save_models, ties_recipe, write_zeros
 from torch import Tensor
 
 from surgery_kernels.checkpoint import memory
 from surgery_kernels.checkpoint.memory import Buffers, Releasing, Scratch
+from surgery_kernels.checkpoint.merge import merge
 
 pytestmark = pytest.mark.any_isa
 
@@ -56,6 +59,21 @@ def test_peak(
     peak = int(run_python("-m", "merge_memory", str(tmp_path / "recipe.yml"), str(tmp_path / "out")))
     shutil.rmtree(tmp_path / "out")
     assert peak < (1024 + 2 * max(mebibytes)) * MIB
+
+
+def test_more_files_than_a_process_usually_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole-model thresholds of tensors that are cast: all of them lie in temporary files at once."""
+    monkeypatch.setattr(memory, "IN_MEMORY_BYTES", 0)
+    models = [{f"layers.{i}.weight": torch.randn(3, 3) for i in range(20)} for _ in range(3)]
+    given = ties_recipe(save_models(tmp_path, models), scope="model", dtype="float64", out_dtype="float32")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = (len(os.listdir("/dev/fd")) + 30, limits[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, few)
+    try:
+        merge(given, tmp_path / "out")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == few
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def nbytes_held(*tensors: Tensor) -> int:

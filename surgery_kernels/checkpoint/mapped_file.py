@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import mmap
+import resource
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
 from .memory import give_back_pages
 from .source import FileStamp, TensorInfo
+
+
+@contextmanager
+def many_files_open() -> Iterator[None]:
+    """As many as the system lets this process have: a map holds one, and the usual 1024 are soon too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems call their limit infinite and mean less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class MappedFile:

@@ -17,6 +17,7 @@ from ..merging.ties import Limits, Ties
 from .companions import write_companions
 from .journal import Journal
 from .loader import Loader
+from .mapped_file import many_files_open
 from .memory import Releasing, Scratch
 from .output import OutputFolder
 from .plan import Plan, Step, plan_merge
@@ -74,7 +75,7 @@ def run(
 ) -> None:
     """Carries out a plan; arguments and errors as in `merge`."""
     folder, where = check(plan, out, resume=resume, device=device)
-    with _threads(threads):
+    with _threads(threads), many_files_open():
         journal = folder.begin(plan.identity)
         try:
             if not folder.complete:
