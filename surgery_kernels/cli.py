@@ -16,13 +16,13 @@ from .checkpoint.diff import TensorDifference
 from .checkpoint.diff import diff as diff_checkpoints
 from .checkpoint.differences import ALLOWABLE
 from .checkpoint.estimate import estimate_seconds
-from .checkpoint.merge import check, run
 from .checkpoint.plan import Plan, plan_merge
 from .checkpoint.recipe import load_recipe
+from .checkpoint.sizes import format_size, parse_size
+from .checkpoint.stream import check, run
 from .ops.arguments import NONFINITE
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 EXIT_CODES = """
 \b
@@ -61,15 +61,10 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value).strip().upper()
-        unit = next(unit for unit in ("KB", "MB", "GB", "TB", "") if text.endswith(unit))
         try:
-            nbytes = int(float(text.removesuffix(unit)) * UNITS[unit])
-        except (ValueError, OverflowError):
-            nbytes = 0
-        if nbytes < 1:
-            self.fail(f"must be a number of bytes such as 500MB or 5GB, got {value!r}", param, ctx)
-        return nbytes
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -135,7 +130,7 @@ def _print_plan(plan: Plan) -> None:
         f"{sum(step.numel for step in plan.merged) / 1e6:.1f}M parameters"
     )
     click.echo(
-        f"{_size(plan.nbytes_read)} to read, {_size(plan.layout.nbytes)} to write "
+        f"{format_size(plan.nbytes_read)} to read, {format_size(plan.layout.nbytes)} to write "
         f"in {len(plan.layout.shards)} file{'s' * (len(plan.layout.shards) > 1)}"
     )
     for difference in plan.differences:
@@ -158,11 +153,6 @@ def diff(first: str, second: str) -> None:
     if not differs:
         click.echo("no difference")
     sys.exit(FAILED if differs else 0)
-
-
-def _size(nbytes: int) -> str:
-    unit = max((unit for unit in UNITS if UNITS[unit] <= max(nbytes, 1)), key=lambda unit: UNITS[unit])
-    return f"{nbytes / UNITS[unit]:.3g} {unit or 'bytes'}"
 
 
 def _in_words(found: TensorDifference) -> str:

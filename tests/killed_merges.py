@@ -19,8 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from surgery_kernels.checkpoint import memory, writer
-from surgery_kernels.checkpoint.merge import merge
+from surgery_kernels.checkpoint import memory, merge, writer
 
 CHANGING = ("open", "posix_fallocate", "write", "pwrite", "fsync", "rename", "rmdir", "unlink", "mkdir")
 KILLS = 20

@@ -11,7 +11,7 @@ import sys
 import torch
 from peak_memory import resident
 
-from surgery_kernels.checkpoint.merge import merge
+from surgery_kernels.checkpoint import merge
 
 if __name__ == "__main__":
     torch.set_num_threads(2)

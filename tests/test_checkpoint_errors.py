@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
-from surgery_kernels.checkpoint.merge import merge, run
+from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.checkpoint.recipe import load_recipe
+from surgery_kernels.checkpoint.stream import run
 
 pytestmark = pytest.mark.any_isa
 
@@ -263,7 +264,7 @@ def test_where_out_cannot_be(models: list[StateDict], tmp_path: Path, monkeypatc
         refused(given, out, message, PermissionError)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-        refused(given, out, "out must be on a disk with 0.00 GB free, got 0.00 GB")
+        refused(given, out, "out must be on a disk with 768 bytes free, got 100 bytes")
     merge(given, out)
 
 

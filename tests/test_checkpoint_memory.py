@@ -17,9 +17,8 @@ import torch
 from checkpoints import save_lora, save_models, ties_recipe, write_zeros
 from torch import Tensor
 
-from surgery_kernels.checkpoint import memory
+from surgery_kernels.checkpoint import memory, merge
 from surgery_kernels.checkpoint.memory import Buffers, Releasing, Scratch
-from surgery_kernels.checkpoint.merge import merge
 
 pytestmark = pytest.mark.any_isa
 

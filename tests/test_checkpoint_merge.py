@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery_kernels import merge_state_dicts, ties_merge
-from surgery_kernels.checkpoint import memory
+from surgery_kernels.checkpoint import memory, merge
 from surgery_kernels.checkpoint.layout import ALIGNMENT
-from surgery_kernels.checkpoint.merge import merge
 from surgery_kernels.checkpoint.opening import open_checkpoint
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.checkpoint.recipe import load_recipe

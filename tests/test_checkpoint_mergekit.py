@@ -18,7 +18,7 @@ from torch import Tensor
 from untied import untied
 
 from surgery_kernels import merge_state_dicts
-from surgery_kernels.checkpoint.merge import merge
+from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.opening import open_checkpoint
 from surgery_kernels.checkpoint.parameters import resolve_parameters
 from surgery_kernels.checkpoint.recipe import PARAMETERS, load_recipe

@@ -16,9 +16,8 @@ import pytest
 import torch
 from checkpoints import files_in, save_lora, save_models, state_dict, ties_recipe
 
-from surgery_kernels.checkpoint import read_ahead, writer
+from surgery_kernels.checkpoint import merge, read_ahead, writer
 from surgery_kernels.checkpoint.journal import Journal
-from surgery_kernels.checkpoint.merge import merge
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.checkpoint.recipe import load_recipe
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
-from surgery_kernels.checkpoint import loader
-from surgery_kernels.checkpoint.merge import merge
+from surgery_kernels.checkpoint import loader, merge
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.checkpoint.recipe import load_recipe
 

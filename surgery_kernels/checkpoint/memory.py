@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .durable import reserve
 
-SECONDS_BETWEEN_RELEASES = 0.02
+MAPPED_BYTES = 192 << 20  # of files, resident in this process, from which on pages are given back
+SECONDS_BETWEEN_LOOKS = 0.005
 IN_MEMORY_BYTES = 256 << 20  # of tensors that are not plainly in a file; what is more lies in a temporary one
 
 
@@ -85,7 +86,7 @@ class Scratch:
 
 
 class Releasing:
-    """Calls functions that give pages back, all the time while the body runs.
+    """Calls functions that give pages of files back, whenever more than MAPPED_BYTES are resident while the body runs.
 
     Kernels read whole tensors through memory maps. Pages that they went past would stay with this process, up to the
     size of all inputs; given back, they are still in the page cache, and one that is read again comes from there.
@@ -104,6 +105,18 @@ class Releasing:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(SECONDS_BETWEEN_RELEASES):
-            for release in self._releases:
-                release()
+        before = resident_bytes_of_files() or 0  # libraries
+        while not self._ended.wait(SECONDS_BETWEEN_LOOKS):
+            resident = resident_bytes_of_files()
+            if resident is None or resident - before > MAPPED_BYTES:
+                for release in self._releases:
+                    release()
+
+
+def resident_bytes_of_files() -> int | None:
+    """Of maps of files in this process; None on systems that do not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as pages:
+            return int(pages.read().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .durable import fsync_folder
 from .journal import Journal
+from .sizes import format_size
 
 
 class OutputFolder:
@@ -38,7 +39,7 @@ class OutputFolder:
         there = sum(file.stat().st_blocks * 512 for file in self.model.glob("*")) if self.model.is_dir() else 0
         free = shutil.disk_usage(self.out.parent).free + there
         if nbytes > free:
-            raise ValueError(f"out must be on a disk with {nbytes / 1e9:.2f} GB free, got {free / 1e9:.2f} GB")
+            raise ValueError(f"out must be on a disk with {format_size(nbytes)} free, got {format_size(free)}")
 
     def begin(self, identity: str) -> Journal:
         """Makes the folders; what the journal of an earlier try says is done stays."""
