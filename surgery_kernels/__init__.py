@@ -12,6 +12,7 @@ except ImportError as error:
         f"run `pip install --no-build-isolation .` or `make build` ({error})"
     ) from error
 
+from . import triton as _triton  # noqa: F401  # registers the ops for CUDA tensors
 from .merging import merge_state_dicts
 from .ops import (
     combine,

@@ -11,6 +11,9 @@ import torch
 
 from surgery_kernels import _C
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 try:  # transformers, timm and open_clip look for it; its wheels for CUDA lack two operators where there is no GPU
     import torchvision  # noqa: F401
 except RuntimeError:
@@ -28,6 +31,18 @@ def nan_filled_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """Where Triton kernels run: on the GPU, or without one in Triton's interpreter on the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    import interpreter
+
+    interpreter.repair()
+    return torch.device("cpu")
 
 
 @pytest.fixture

@@ -304,7 +304,7 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 def test_options_of_another_method() -> None:
     base, experts = models(grid, 2, torch.float32)
-    message = "options of method='average' must be among weights, nonfinite, got 'lam'"
+    message = "options of method='average' must be among weights, normalize, nonfinite, got 'lam'"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         merge_state_dicts(base, experts, method="average", lam=0.3)
 
@@ -313,6 +313,14 @@ def test_weights_without_a_mean() -> None:
     base, experts = models(grid, 2, torch.float32)
     with pytest.raises(ValueError, match=r"^weights must have a sum other than 0, got \[1.0, -1.0\]$"):
         merge_state_dicts(base, experts, method="average", weights=[1.0, -1.0])
+
+
+def test_average_without_its_division() -> None:
+    base, experts = models(grid, 2, torch.float32)
+    summed = merge_state_dicts(base, experts, method="average", weights=[1.0, -1.0], normalize=False)
+    for name, tensor in summed.items():
+        expected = experts[0][name] - experts[1][name] if tensor.is_floating_point() else base[name]
+        assert_same(tensor, expected, name)
 
 
 def test_no_experts() -> None:

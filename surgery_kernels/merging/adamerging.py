@@ -88,9 +88,9 @@ class AdaMerging:
         scope.check_finite()
         blocks = sizes if self.granularity == "layer" else [sum(sizes)]
         with torch.inference_mode(False):  # its tensors take no part in gradients
-            raw = self._start(num_tasks, num_blocks).requires_grad_()
             base, task_vectors = self._flatten(scope)
-            block_offsets = torch.tensor([0, *blocks]).cumsum(0)
+            raw = self._start(num_tasks, num_blocks, base.device).requires_grad_()
+            block_offsets = torch.tensor([0, *blocks]).cumsum(0).to(base.device)
 
         def merged() -> dict[str, Tensor]:
             flat = combine(base, task_vectors, raw.clamp(0, 1), block_offsets)
@@ -105,13 +105,13 @@ class AdaMerging:
         if self.receive is not None:
             self.receive(Learned(scope.names, raw.detach().clamp(0, 1), losses))
 
-    def _start(self, num_tasks: int, num_blocks: int) -> Tensor:
+    def _start(self, num_tasks: int, num_blocks: int, device: torch.device) -> Tensor:
         if not isinstance(self.initial, Tensor):
-            return torch.full((num_tasks, num_blocks), float(self.initial))
+            return torch.full((num_tasks, num_blocks), float(self.initial), device=device)
         if self.initial.shape != (num_tasks, num_blocks):
             shape = (num_tasks, num_blocks)
             raise ValueError(f"initial must be a number or have shape {shape}, got {tuple(self.initial.shape)}")
-        return self.initial.detach().to(torch.float32, copy=True)
+        return self.initial.detach().to(device, torch.float32, copy=True)
 
     def _flatten(self, scope: Scope) -> tuple[Tensor, list[Tensor]]:
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in scope.base))

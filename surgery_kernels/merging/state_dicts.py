@@ -87,7 +87,7 @@ def merge_state_dicts(
         if owner[name] == name
     }
     owner_of_merged = {name: owner[name] for name in base if base[name].is_floating_point()}
-    groups = [merged] if shared or merging.whole else [[name] for name in merged]
+    groups = [merged] if shared or merging.whole else _side_by_side({name: base[name] for name in merged}, merging)
     size = sum(base[name].nbytes for name in merged)
     with progress_bar(merging.reads * (len(experts) + 1) * size, progress):
         for names in filter(None, groups):
@@ -109,6 +109,15 @@ def _method(name: str, options: Mapping[str, Any]) -> Method:
         if option not in known:
             raise TypeError(f"options of method={name!r} must be among {', '.join(known)}, got {option!r}")
     return METHODS[name](**options)
+
+
+def _side_by_side(tensors: StateDict, merging: Method) -> list[list[str]]:
+    """Where tensors decide nothing together: each alone, but all of a GPU by the same launches."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        launch = (tensor.device, tensor.dtype == torch.float64)
+        groups.setdefault(launch if tensor.is_cuda and not merging.shares else name, []).append(name)
+    return list(groups.values())
 
 
 def _check_same_tensors(base: StateDict, experts: Sequence[StateDict]) -> None:

@@ -1,0 +1,55 @@
+"""The ops on CUDA tensors. Triton and the kernels are imported by the first call, never by `import surgery_kernels`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the op
+    "trim_thresholds": "trim",
+    "trim_limits": "trim",
+    "ties_merge": "ties_merge",
+    "ties_split": "ties_merge",
+    "ties_merge_out": "ties_merge",
+    "linear_merge_out": "linear_merge",
+    "surgery_adapter": "surgery_adapter",
+    "surgery_adapter_backward": "surgery_adapter",
+    "surgery_train": "surgery_train",
+    "representation_loss": "representation_loss",
+    "representation_loss_backward": "representation_loss",
+    "combine": "combine",
+    "combine_backward": "combine",
+}
+
+
+@functools.cache
+def host_function(op: str) -> Callable[..., Any]:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ImportError("triton must be installed for CUDA tensors, got none: pip install triton") from error
+    return getattr(importlib.import_module(f".{MODULES[op]}", __name__), op)
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    """Every op takes one, or a list of some."""
+    lists = (argument if isinstance(argument, (list, tuple)) else [argument] for argument in arguments)
+    return next(argument for listed in lists for argument in listed[:1] if isinstance(argument, Tensor))
+
+
+def _implementation(op: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(_first_tensor(arguments)):  # where kernels are launched and memory is allocated
+            return host_function(op)(*arguments, **options)
+
+    return call
+
+
+_library = torch.library.Library("surgery_kernels", "IMPL")
+for _op in MODULES:
+    _library.impl(_op, _implementation(_op), "CUDA")

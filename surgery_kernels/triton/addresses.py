@@ -1,0 +1,272 @@
+"""Lists of tensors as kernels see them: a table of addresses on the device, and the tensors cut into chunks.
+
+One launch goes through all tensors of a dtype, program i through chunk i, so that a model of many small tensors takes
+as few launches as one large tensor. Row of a tensor in the table, int64: NUMEL, elements of the scope before it, chunks
+of the launch before it, chunks of the scope before it, addresses of out, base and every expert.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import arguments
+
+CHUNK = 4096  # elements a program goes through
+
+NUMEL, OFFSET, FIRST_CHUNK, SCOPE_CHUNK = (tl.constexpr(column) for column in range(4))
+OUT, BASE, EXPERTS = (tl.constexpr(column) for column in range(4, 7))
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+_kept: list[Tensor] = []  # a captured graph reads the tables on the host again at every replay
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors of a scope that have one dtype."""
+
+    dtype: torch.dtype
+    table: Tensor  # int64 [num_parts, columns]
+    numbers: Tensor  # float64
+    num_chunks: int
+    aligned: bool  # every tensor starts at a multiple of 16 bytes
+
+    @property
+    def place(self) -> tuple[Tensor, int, int]:
+        """What `locate` and `part_of` take first."""
+        return self.table, self.table.shape[0], self.table.shape[1]
+
+    @property
+    def dtypes(self) -> dict[str, tl.dtype]:
+        return {"STORED": TYPES[self.dtype], "COMPUTE": tl.float64 if self.dtype == torch.float64 else tl.float32}
+
+
+class Scope:
+    """Tensors that share one decision, checked, contiguous and alive.
+
+    base: one tensor for every merged one, or none; experts: all experts of the first, then of the second, ...; out: one
+    for every merged one, filled through a copy where not contiguous; stacked: in its place, [num_tasks, *shape] of the
+    only tensor; numbers: what kernels of a dtype read from `Group.numbers`.
+    """
+
+    def __init__(
+        self,
+        base: Sequence[Tensor],
+        experts: Sequence[Tensor],
+        num_tasks: int,
+        out: Sequence[Tensor] | None = None,
+        stacked: Tensor | None = None,
+        numbers: Callable[[torch.dtype], list[float]] = lambda dtype: [],
+    ) -> None:
+        self._check(base, experts, num_tasks)
+        filled = [] if stacked is None else [stacked]
+        if out is not None:
+            _check_out(out, base, experts, num_tasks)
+            filled = [
+                x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in out
+            ]
+        self._copies = [(to, x) for to, x in zip(out or (), filled, strict=False) if to is not x]
+        self.base, self.experts, self.num_tasks = base, experts, num_tasks
+        self.has_base = bool(base)
+        self.device = experts[0].device
+        self.wide = experts[0].dtype == torch.float64
+        self.numel = self.num_chunks = 0
+        self._alive: list[Tensor] = []
+        rows: dict[torch.dtype, list[list[int]]] = {}
+        chunks: dict[torch.dtype, int] = {}
+        for part, first in enumerate(experts[::num_tasks]):
+            of_part = experts[part * num_tasks : (part + 1) * num_tasks]
+            addresses = [filled[part].data_ptr() if filled else 0, self._address(base[part]) if base else 0]
+            addresses += [self._address(expert) for expert in of_part]
+            before, count = chunks.get(first.dtype, 0), -(-first.numel() // CHUNK)
+            row = [first.numel(), self.numel, before, self.num_chunks, *addresses]
+            rows.setdefault(first.dtype, []).append(row + [0] * (len(row) % 2))
+            chunks[first.dtype] = before + count
+            self.numel += first.numel()
+            self.num_chunks += count
+        self.groups = [self._group(dtype, rows[dtype], chunks[dtype], numbers(dtype)) for dtype in rows]
+
+    @property
+    def compute(self) -> torch.dtype:
+        return torch.float64 if self.wide else torch.float32
+
+    def deliver(self) -> None:
+        """Once everything is known to be finite: the outputs that are not contiguous."""
+        for to, filled in self._copies:
+            to.copy_(filled)
+
+    def _check(self, base: Sequence[Tensor], experts: Sequence[Tensor], num_tasks: int) -> None:
+        if num_tasks == 0 or len(experts) % num_tasks:
+            raise RuntimeError(
+                "experts must be one tensor for every expert and merged tensor, "
+                f"got {len(experts)} for {num_tasks} experts"
+            )
+        if not experts:
+            raise RuntimeError("experts must be at least one tensor, got none")
+        parts = len(experts) // num_tasks
+        if base and len(base) != parts:
+            raise RuntimeError(f"base must be one tensor for every merged tensor, got {len(base)} for {parts}")
+        wide = {expert.dtype == torch.float64 for expert in experts}
+        if len(wide) > 1:
+            raise RuntimeError("experts must be all float64 or none within one scope, got both")
+        for i, expert in enumerate(experts):
+            check_same(f"experts[{i % num_tasks}]", expert, experts[i - i % num_tasks])
+        if other := [expert.device for expert in experts[::num_tasks] if expert.device != experts[0].device]:
+            raise RuntimeError(f"experts must be on one device within one scope, {experts[0].device}, got {other[0]}")
+        for part, tensor in enumerate(base):
+            check_same("base", tensor, experts[part * num_tasks])
+
+    def _address(self, tensor: Tensor) -> int:
+        self._alive.append(tensor.contiguous())
+        return self._alive[-1].data_ptr()
+
+    def _group(self, dtype: torch.dtype, rows: list[list[int]], num_chunks: int, numbers: list[float]) -> Group:
+        aligned = all(address % 16 == 0 for row in rows for address in row[OUT.value :])
+        size = len(rows) * len(rows[0])
+        words = torch.empty(size + len(numbers), dtype=torch.int64)
+        words[:size] = torch.tensor(rows, dtype=torch.int64).view(-1)
+        words[size:] = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
+        words = upload(words, self.device)
+        table = words[:size].view(len(rows), len(rows[0]))
+        return Group(dtype, table, words[size:].view(torch.float64), num_chunks, aligned)
+
+
+def _check_out(out: Sequence[Tensor], base: Sequence[Tensor], experts: Sequence[Tensor], num_tasks: int) -> None:
+    if len(out) * num_tasks != len(experts):
+        raise RuntimeError(f"out must be one tensor for every merged tensor, got {len(out)}")
+    for part, tensor in enumerate(out):
+        check_same("out", tensor, experts[part * num_tasks])
+    check_apart(out, [*base, *experts])
+
+
+def check_same(argument: str, tensor: Tensor, first: Tensor) -> None:
+    """What would corrupt memory; users meet the checks of the public ops first."""
+    if tensor.dtype not in arguments.DTYPES:
+        raise RuntimeError(f"{argument} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.device != first.device:
+        raise RuntimeError(f"{argument} must be on the device of experts[0], {first.device}, got {tensor.device}")
+    if tensor.dtype != first.dtype:
+        raise RuntimeError(f"{argument} must have the dtype of experts[0], got another")
+    if tensor.shape != first.shape:
+        raise RuntimeError(f"{argument} must have the shape of experts[0], got another")
+
+
+def check_apart(out: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Every out tensor is apart from the inputs and from the other out tensors."""
+    for tensor in out:
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise RuntimeError("out must have memory for every element, got an expanded tensor")
+    taken = sorted(_extent(tensor) for tensor in out if tensor.numel())
+    for (_, end), (begin, _) in zip(taken, taken[1:], strict=False):
+        if end > begin:
+            raise RuntimeError("out must be apart from every other out, got memory that overlaps one")
+    ends = [end for _, end in taken]
+    for tensor in inputs:
+        begin, end = _extent(tensor)
+        after = bisect.bisect_right(ends, begin)
+        if begin < end and after < len(taken) and taken[after][0] < end:
+            raise RuntimeError("out must be apart from every input, got memory that overlaps one")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes from the first to the last element, holes included."""
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return begin, begin + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def upload(words: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on the device, in the order of the stream and without waiting for it."""
+    if device.type == "cpu":
+        return words
+    if is_capturing(device):
+        _kept.append(words)
+        return words.to(device, non_blocking=True)
+    return words.pin_memory().to(device, non_blocking=True)
+
+
+@triton.jit
+def part_of(table, num_parts, columns, value, COLUMN: tl.constexpr):
+    """The last tensor whose entry of the column is not above `value`."""
+    low = tl.zeros([], tl.int32)
+    high = low + num_parts - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        below = tl.load(table + middle.to(tl.int64) * columns + COLUMN) <= value
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle - 1)
+    return low
+
+
+@triton.jit
+def locate(table, num_parts, columns, CHUNK: tl.constexpr):
+    """Of this program: its tensor, that one's row, its first element there, and how many elements it has."""
+    program = tl.program_id(0)
+    part = part_of(table, num_parts, columns, program, FIRST_CHUNK).to(tl.int64)
+    row = table + part * columns
+    begin = (program - tl.load(row + FIRST_CHUNK)) * CHUNK
+    return part, row, begin, tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def pointer_to(address, STORED: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(STORED))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load(
+    address, at, lanes, left,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Elements at + lanes in the compute type; unless WHOLE only `left` of them, and 0 beyond."""
+    pointer = pointer_to(address, STORED, ALIGNED) + at + lanes
+    if WHOLE:
+        values = tl.load(pointer)
+    else:
+        values = tl.load(pointer, mask=lanes < left, other=0)
+    return values.to(COMPUTE)
+
+
+@triton.jit
+def store(
+    values, address, at, lanes, left,
+    STORED: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Rounds to the stored dtype."""
+    pointer = pointer_to(address, STORED, ALIGNED) + at + lanes
+    if WHOLE:
+        tl.store(pointer, values.to(STORED))
+    else:
+        tl.store(pointer, values.to(STORED), mask=lanes < left)
+
+
+@triton.jit
+def divide(x, y):
+    """Rounded correctly: `/` of float32 is not."""
+    if x.dtype == tl.float64:
+        ratio = x / y
+    else:
+        ratio = tl.math.div_rn(x, y)
+    return ratio

@@ -1,0 +1,123 @@
+"""What NaN and infinity do: found on the device, told by the host once the work is in the queue."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import arguments
+from .addresses import BASE, CHUNK, EXPERTS, Group, Scope, is_capturing, load, locate
+
+
+@triton.jit
+def key_of(x):
+    """The magnitude as an integer, which orders like it and puts infinity and then NaN on top."""
+    if x.dtype == tl.float64:
+        key = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        key = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return key
+
+
+@triton.jit
+def is_finite(x):
+    if x.dtype == tl.float64:
+        finite = key_of(x) < 0x7FF0000000000000
+    else:
+        finite = key_of(x) < 0x7F800000
+    return finite
+
+
+@triton.jit
+def task_vector(expert, base, STORED: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr):
+    """expert - base as the dtype would store it; where DROP, 0 for NaN and infinity."""
+    x = expert
+    if HAS_BASE:
+        x = (expert - base).to(STORED).to(expert.dtype)
+    if DROP:
+        x = tl.where(is_finite(x), x, 0.0)
+    return x
+
+
+@triton.jit
+def _count_nonfinite(
+    table, num_parts, columns, num_tasks, found,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    _, row, begin, count = locate(table, num_parts, columns, CHUNK)
+    if count == CHUNK:
+        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, True, ALIGNED, CHUNK)
+    else:
+        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, False, ALIGNED, CHUNK)
+    if bad > 0:
+        tl.atomic_add(found, bad.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _nonfinite_of(
+    row, begin, count, num_tasks,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, CHUNK)
+    base = tl.zeros([CHUNK], COMPUTE)
+    if HAS_BASE:
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+    bad = tl.zeros([CHUNK], tl.int32)
+    for t in tl.range(num_tasks, loop_unroll_factor=2):
+        expert = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+        bad += tl.where(is_finite(task_vector(expert, base, STORED, HAS_BASE, False)), 0, 1)
+    return tl.sum(bad)
+
+
+class FiniteCheck:
+    """nonfinite="error": kernels count into `found` and write nothing once it is not 0; `look` tells the user."""
+
+    def __init__(self, scope: Scope, nonfinite: str, names: Sequence[str] | None) -> None:
+        arguments.check_one_of("nonfinite", nonfinite, arguments.NONFINITE)
+        self.wanted = nonfinite == "error"
+        if self.wanted and is_capturing(scope.device):
+            raise ValueError("nonfinite must be 'propagate' or 'drop' while a CUDA graph is captured, got 'error'")
+        self.found = torch.zeros(1, dtype=torch.int64, device=scope.device) if self.wanted else None
+        self._scope, self._names = scope, names or []
+
+    def count(self) -> None:
+        """One read of everything, for a merge that has no other reason to read twice."""
+        if self.wanted:
+            for group in self._scope.groups:
+                self._launch(group)
+
+    def _launch(self, group: Group) -> None:
+        _count_nonfinite[(group.num_chunks,)](
+            *group.place, self._scope.num_tasks, self.found, **group.dtypes, HAS_BASE=self._scope.has_base,
+            ALIGNED=group.aligned, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def look(self) -> None:
+        """Waits for the device."""
+        if self.found is None or self.found.item() == 0:
+            return
+        scope = self._scope
+        for part, first in enumerate(scope.experts[:: scope.num_tasks]):
+            where = f" in tensor {self._names[part]!r}" if part < len(self._names) else ""
+            base = scope.base[part] if scope.base else None
+            if base is not None and (count := _nonfinite_in(base)):
+                raise RuntimeError(f"base must be finite, got {count} NaN or infinite values{where}")
+            for t in range(scope.num_tasks):
+                expert = scope.experts[part * scope.num_tasks + t]
+                if count := _nonfinite_in(expert):
+                    raise RuntimeError(f"experts[{t}] must be finite, got {count} NaN or infinite values{where}")
+                if base is None:
+                    continue
+                task_vector = expert.to(scope.compute) - base.to(scope.compute)
+                if count := _nonfinite_in(task_vector.to(first.dtype)):
+                    raise RuntimeError(f"experts[{t}] - base must be finite, got {count} overflows{where}")
+
+
+def _nonfinite_in(tensor: Tensor) -> int:
+    return int((~tensor.isfinite()).sum())
