@@ -30,6 +30,12 @@ def surgery_adapter(
     Products and sums run in float32 (float64 for float64 features), relu has gradient 0 at 0. Results do not depend on
     the number of threads; those of two instruction sets differ by rounding.
 
+    On CUDA sums are the same, and products take what tensor cores take: bfloat16 for bfloat16 adapters, else TF32 (10
+    bits of mantissa, the range of float32) for float16 and bfloat16 features or where
+    ``torch.backends.cuda.matmul.allow_tf32`` is set, else float32 or float64. Under ``torch.autocast("cuda",
+    torch.bfloat16)`` float32 adapters are cast like the weights of ``nn.Linear``, while corrected features keep the
+    dtype of `features`; under float16, which would lose small gradients, they are not.
+
     Args:
         features: [num_tasks, rows, dim] or [num_tasks, batch, tokens, dim], or with `task_index` [rows, dim] or
             [rows, tokens, dim]; float64, float32, float16 or bfloat16. Any strides with the last one 1: activations
@@ -47,19 +53,30 @@ def surgery_adapter(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        RuntimeError: `task_index` holds a number outside [0, num_tasks), or a gradient's gradient is asked for.
+        RuntimeError: `task_index` holds a number outside [0, num_tasks), or a gradient's gradient is asked for. On CUDA
+            rows with such a number become NaN instead: to look would wait for the device.
 
     Source: Representation Surgery (arXiv 2402.02705), equation 4; SurgeryV2 (arXiv 2410.14389), section 4.
     """
     _check(features, down, up, task_index, token_mean)
-    compute = torch.promote_types(features.dtype, torch.float32)
     if features.stride(-1) != 1:
         features = features.contiguous()
     keep_hidden = torch.is_grad_enabled() and (features.requires_grad or down.requires_grad or up.requires_grad)
+    dtype = _adapter_dtype(features, down)
     corrected, means, _ = _ops.surgery_adapter(
-        features, down.to(compute), up.to(compute), task_index, token_mean, keep_hidden
+        features, down.to(dtype), up.to(dtype), task_index, token_mean, keep_hidden
     )
     return (corrected, means.to(features.dtype)) if token_mean else corrected
+
+
+def _adapter_dtype(features: Tensor, down: Tensor) -> torch.dtype:
+    """What the backend is given: it says what products are made of."""
+    compute = torch.promote_types(features.dtype, torch.float32)
+    if not features.is_cuda or compute == torch.float64:
+        return compute
+    if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+        return torch.bfloat16
+    return down.dtype
 
 
 def _check(features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, token_mean: bool) -> None:
@@ -115,7 +132,12 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     means = (*features.shape[:-2], features.shape[-1]) if token_mean else (0,)
     hidden = (features.shape[:-1].numel(), down.shape[1]) if keep_hidden else (0,)
-    return _empty_like_rows(features), down.new_empty(means), down.new_empty(hidden)
+    compute = torch.promote_types(features.dtype, torch.float32)
+    return (
+        _empty_like_rows(features),
+        features.new_empty(means, dtype=compute),
+        features.new_empty(hidden, dtype=compute),
+    )
 
 
 @torch.library.register_fake("surgery_kernels::surgery_adapter_backward")

@@ -56,7 +56,8 @@ def surgery_train(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or numbers do not fit.
         RuntimeError: `indices` names an image that is not there, or what moves overlaps another tensor. Nothing has
-            moved then.
+            moved then. On CUDA the call waits for `indices` to know; while a graph is captured it cannot, and an image
+            that is not there makes its task NaN.
 
     Source: Representation Surgery (arXiv 2402.02705), equation 5.
     """

@@ -145,12 +145,13 @@ def fit(
     device = device_of(merged)
     widths = dict(zip(sites.names, store.widths, strict=True))
     adapters = SurgeryAdapters(len(data), widths, rank, tasks=tuple(experts), dtype=store.dtype, seed=seed)
+    if mode == "v2" or device.type == "cuda":  # V1's steps need no model: they run on the CPU where it has no kernels
+        adapters.to(device)
     adam = Adam(lr, zero_grad_steps=len(data) - 1 if legacy_zero_grad else 0)
     trainer: Trainer
     if mode == "v1":
         trainer = FinalTrainer(adapters, data, features, targets, adam)
     else:
-        adapters.to(device)
         trainer = DeepTrainer(
             adapters, merged, sites_of_merged, data, targets, adam, detach_layers=detach_layers, autocast=autocast
         )

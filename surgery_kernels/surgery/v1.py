@@ -27,13 +27,15 @@ class FinalTrainer:
         targets: Sequence[Tensor],
         adam: Adam,
     ) -> None:
-        self._features = list(features)
-        self._targets = list(targets)
-        self._rows = torch.stack([of_task.rows for of_task in data], dim=1)  # [steps, num_tasks, batch_size]
         self._down = adapters.down[0].detach()
         self._up = adapters.up[0].detach()
-        self._down_moments = torch.zeros(2, *self._down.shape, dtype=self._down.dtype)
-        self._up_moments = torch.zeros(2, *self._up.shape, dtype=self._up.dtype)
+        self._down_moments = self._down.new_zeros(2, *self._down.shape)
+        self._up_moments = self._up.new_zeros(2, *self._up.shape)
+        device = self._down.device
+        self._features = [x.to(device) for x in features]
+        self._targets = [x.to(device) for x in targets]
+        rows = torch.stack([of_task.rows for of_task in data], dim=1)
+        self._rows = rows.to(device)  # [steps, num_tasks, batch_size]
         self._adam = adam
 
     def train(self, start: int, stop: int) -> Tensor:
