@@ -13,7 +13,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 REQUIREMENT := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TORCH),$(TORCH))
 
-CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp")
+CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .PHONY: demo test bench lint ruff clang-format mypy format build clean
 .DELETE_ON_ERROR:

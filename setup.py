@@ -1,4 +1,8 @@
-"""Compiles csrc/ with CMake into surgery_kernels/_C. MAX_JOBS limits how many compilers run at once."""
+"""Compiles csrc/ with CMake into surgery_kernels/_C. MAX_JOBS limits how many compilers run at once.
+
+The CUDA kernels are compiled where nvcc is; SK_CUDA=1 or 0 decides otherwise.
+SK_CUDA_ARCHS="90-real" limits the architectures.
+"""
 
 import json
 import os
@@ -15,13 +19,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+CUDA_ARCHITECTURES = "80-real;90-real;100-real;120"  # the last one as PTX too, for what comes later
 
 FIND_TORCH = """
 import importlib.util, json, pathlib
 folder = pathlib.Path(importlib.util.find_spec("torch").origin).parent
 version = {}
 exec((folder / "version.py").read_text(), version)
-print(json.dumps([str(folder), version["__version__"]]))
+print(json.dumps([str(folder), version["__version__"], version.get("cuda")]))
 """
 
 
@@ -34,8 +39,8 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
-def find_torch() -> tuple[str, str]:
-    """Folder and version of the torch of this interpreter."""
+def find_torch() -> tuple[str, str, bool]:
+    """Folder and version of the torch of this interpreter, and whether it has CUDA."""
     # pip's build isolation hides the installed packages through PYTHONPATH: ask without it second
     for hidden in ((), ("PYTHONPATH", "PYTHONNOUSERSITE")):
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
@@ -43,13 +48,27 @@ def find_torch() -> tuple[str, str]:
             [sys.executable, "-c", FIND_TORCH], capture_output=True, text=True, env=environment, cwd="/"
         )
         if answer.returncode == 0:
-            folder, version = json.loads(answer.stdout)
+            folder, version, cuda = json.loads(answer.stdout)
             break
     else:
         stop("PyTorch 2.10 or newer must be installed before the build: pip install torch==2.13.0")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         stop(f"PyTorch must be 2.10 or newer, got {version}: pip install torch==2.13.0")
-    return folder, version
+    return folder, version, cuda is not None
+
+
+def cuda_architectures(torch_has_cuda: bool) -> str:
+    """What the CUDA kernels are compiled for, as CMake's list; empty: not at all."""
+    wanted = os.environ.get("SK_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        stop(f"SK_CUDA must be auto, 0 or 1, got {wanted!r}")
+    has_nvcc = bool(os.environ.get("CUDACXX") or shutil.which("nvcc"))
+    if wanted == "1" and not has_nvcc:
+        stop("nvcc must be on PATH for SK_CUDA=1, found none: install the CUDA toolkit")
+    if wanted == "0" or not has_nvcc:
+        return ""
+    # beside a torch that cannot run them, one shows that they compile
+    return os.environ.get("SK_CUDA_ARCHS") or (CUDA_ARCHITECTURES if torch_has_cuda else "90-real")
 
 
 def check_compiler() -> None:
@@ -61,8 +80,9 @@ def check_compiler() -> None:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        torch_folder, torch_version = find_torch()
+        torch_folder, torch_version, torch_has_cuda = find_torch()
         check_compiler()
+        architectures = cuda_architectures(torch_has_cuda)
         if not (cmake := find_tool("cmake")):
             stop("CMake 3.22 or newer must be installed before the build: pip install cmake")
         try:
@@ -73,7 +93,7 @@ class CMakeBuild(build_ext):
             stop(f"the headers of {sys.executable} must be installed before the build: apt install python3-dev")
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch_version}"
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch_version}{'-cuda' * bool(architectures)}"
         configure = [
             f"-S{ROOT}",
             f"-B{build}",
@@ -85,6 +105,7 @@ class CMakeBuild(build_ext):
             f"-DSK_TORCH_VERSION={torch_version}",
             f"-DSK_VERSION={self.distribution.get_version()}",
             f"-DSK_OUTPUT_DIR={output}",
+            f"-DSK_CUDA_ARCHS={architectures}",
         ]
         if ninja := find_tool("ninja"):
             # given every time: the ninja of an isolated build is gone at the next one

@@ -40,6 +40,7 @@ class Section:
     families: list[str]  # of ops, in order
     note: str
     memory_note: str = MEMORY_NOTE
+    device: str = "cpu"
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -72,6 +73,17 @@ TOOLKITS = Section(
     ["mergekit", "PEFT", "FusionBench"],
     "Inside a toolkit, whose random masks (DARE, DELLA) and file handling stay its own:",
 )
+GPU = Section(
+    "gpu",
+    "8 experts",
+    {"eager": "eager", "compiled": "torch.compile", "cuda": "ours, CUDA", "ours": "ours, Triton"},
+    ["ties_merge", "trim_thresholds", "merge_state_dicts", "combine", "surgery_adapter"],
+    """\
+Median / minimum; in brackets, how many times as long as ours on Triton. `combine` and `surgery_adapter` run forward and
+backward. Bound: what must be read and written, at the bandwidth of a large copy in the same run, or where that takes
+longer the multiplications at the rate of a large product in that dtype.""",
+    device="gpu",
+)
 CHECKPOINTS = Section(
     "checkpoints",
     "4 experts, files to files",
@@ -84,7 +96,7 @@ once, or where that takes longer the result written and synced, at the rates of 
 round. †: other processes took more than a tenth of the processors meanwhile.""",
     "Peak memory is the most that the process had resident, pages of its mapped files included.",
 )
-SECTIONS = [MERGING, LEARNING, TOOLKITS, CHECKPOINTS]
+SECTIONS = [MERGING, LEARNING, TOOLKITS, CHECKPOINTS, GPU]
 
 Row = dict[str, Any]
 
@@ -134,12 +146,17 @@ def label(row: Row) -> str:
     if "shape" not in row:
         return f"`{row['op']}` {size(row['num_params'])} {row['dtype']}"
     rank = f", rank {row['rank']}" if "rank" in row else ""
-    return f"`{row['op']}` {' x '.join(map(str, row['shape']))}{rank}"
+    dtype = f" {row['dtype']}" if row.get("device") == "gpu" else ""
+    return f"`{row['op']}` {' x '.join(map(str, row['shape']))}{rank}{dtype}"
 
 
 def family(row: Row) -> str:
     """The op, or the toolkit whose method it is."""
     return row["op"].split()[0]
+
+
+def belongs(row: Row, section: Section) -> bool:
+    return family(row) in section.families and row.get("device", "cpu") == section.device
 
 
 def is_variant(row: Row) -> bool:
@@ -153,7 +170,7 @@ def groups(section: Section, rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     def order(row: Row) -> tuple[int, bool, int, int]:
         return section.families.index(family(row)), row["dtype"] != "fp32", row["num_params"], row.get("rank", 0)
 
-    chosen = sorted((row for row in rows if family(row) in section.families and not is_variant(row)), key=order)
+    chosen = sorted((row for row in rows if belongs(row, section) and not is_variant(row)), key=order)
     grouped: dict[str, dict[str, Row]] = {}
     for row in chosen:
         grouped.setdefault(label(row), {})[row["contender"]] = row
@@ -229,7 +246,7 @@ def rates(rows: list[Row]) -> str:
 
 def report(section: Section, run: dict[str, Any]) -> str:
     """The section, or nothing if the run has no rows of it."""
-    rows = [row for row in load(run) if family(row) in section.families]
+    rows = [row for row in load(run) if belongs(row, section)]
     if not rows:
         return ""
     machine, commit = run["machine_info"], run["commit_info"]

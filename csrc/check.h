@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -57,10 +58,25 @@ inline bool has_shape(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef 
   return t.sizes().equals(sizes);
 }
 
-inline void check_same_shape(const Tensor& t, const Tensor& like, const std::string& argument) {
-  require(t.is_cpu() && like.is_cpu(), argument, " must be on the CPU like every other tensor, got another device");
+inline void check_same_kind(const Tensor& t, const Tensor& like, const std::string& argument) {
   require(t.scalar_type() == like.scalar_type(), argument, " must have the dtype of experts[0], got another");
   require(has_shape(t, like.sizes()), argument, " must have the shape of experts[0], got another");
+}
+
+inline void check_same_shape(const Tensor& t, const Tensor& like, const std::string& argument) {
+  require(t.is_cpu() && like.is_cpu(), argument, " must be on the CPU like every other tensor, got another device");
+  check_same_kind(t, like, argument);
+}
+
+// An op on one tensor takes its experts and nothing else.
+inline void check_one_tensor(const std::vector<Tensor>& experts, const std::vector<double>& density) {
+  require(!experts.empty(), "experts must be at least one tensor, got none");
+  require(experts.size() == density.size(), "density must be one number per expert (", experts.size(), "), got ",
+          density.size());
+}
+
+inline std::vector<Tensor> as_list(const std::optional<Tensor>& base) {
+  return base ? std::vector<Tensor>{*base} : std::vector<Tensor>{};
 }
 
 // The bytes from the first to the last element, holes included.

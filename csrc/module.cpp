@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
+#include <string>
+#include <vector>
+
 #include "cpu/isa.h"
 #include "cpu/scope.h"
 #include "cpu/trim.h"
@@ -16,17 +20,25 @@ constexpr const char* kCompiler = "clang " __clang_version__;
 constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
+// CMake's list of architectures.
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> list;
+  std::istringstream names(SK_CUDA_ARCHS);
+  for (std::string name; std::getline(names, name, ',');) list.push_back(name);
+  return list;
+}
+
 py::dict build_info() {
   using namespace py::literals;
   return py::dict("version"_a = SK_VERSION, "compiler"_a = kCompiler, "torch"_a = SK_TORCH_VERSION,
-                  "isas"_a = sk::compiled_isas(), "cuda"_a = false);
+                  "isas"_a = sk::compiled_isas(), "cuda"_a = cuda_architectures());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
-        "Version, compiler, torch compiled against, instruction sets compiled in, CUDA or not.");
+        "Version, compiler, torch compiled against, instruction sets and CUDA architectures compiled in.");
   m.def("isas", &sk::machine_isas, "The instruction sets this machine runs, narrowest first.");
   m.def("isa", [] { return sk::isa_name(sk::current_isa()); }, "The instruction set the CPU kernels use now.");
   m.def("set_isa", &sk::set_isa, py::arg("name"), py::arg("argument") = "name",

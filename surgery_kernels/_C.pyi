@@ -5,7 +5,7 @@ class BuildInfo(TypedDict):
     compiler: str
     torch: str
     isas: list[str]
-    cuda: bool
+    cuda: list[str]
 
 def build_info() -> BuildInfo: ...
 def isas() -> list[str]: ...

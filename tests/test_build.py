@@ -43,7 +43,7 @@ def test_build_info() -> None:
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert re.match(r"2\.\d+", info["torch"])
     assert info["isas"][0] == "base"
-    assert info["cuda"] is False
+    assert all(re.match(r"\d+", architecture) for architecture in info["cuda"])
 
 
 def test_isas_of_this_machine() -> None:
@@ -150,6 +150,27 @@ def setup_fails_with(
         text=True,
     )
     return answer.returncode, answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ("1", "nvcc must be on PATH for SK_CUDA=1, found none: install the CUDA toolkit"),
+        ("yes", "SK_CUDA must be auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_setup_says_what_cuda_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, sentence: str
+) -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("no C++ compiler is installed")
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs/c++").symlink_to(compiler)
+    monkeypatch.setenv("SK_CUDA", wanted)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    answer = setup_fails_with(tmp_path, monkeypatch, torch_version="2.13.0", path=str(tmp_path / "programs"))
+    assert answer == (1, f"surgery_kernels: {sentence}\n")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -61,17 +60,6 @@ struct Inputs {
     return static_cast<const char*>(alive.back().data_ptr());
   }
 };
-
-// An op on one tensor takes its experts and nothing else.
-inline void check_one_tensor(const std::vector<Tensor>& experts, const std::vector<double>& density) {
-  require(!experts.empty(), "experts must be at least one tensor, got none");
-  require(experts.size() == density.size(), "density must be one number per expert (", experts.size(), "), got ",
-          density.size());
-}
-
-inline std::vector<Tensor> as_list(const std::optional<Tensor>& base) {
-  return base ? std::vector<Tensor>{*base} : std::vector<Tensor>{};
-}
 
 // Memory not yet touched is mapped on first touch, 4 KiB at a time: for a large output that takes as long as the merge.
 inline void ask_for_huge_pages(const Tensor& t) {

@@ -9,8 +9,8 @@
 #include <mutex>
 #include <optional>
 
+#include "../ties_options.h"
 #include "inputs.h"
-#include "rounding.h"
 #include "ties_merge_kernel.h"
 #include "trim.h"
 #include "trim_kernel.h"
@@ -20,72 +20,18 @@ namespace {
 
 constexpr int kMaxDraws = 512;  // recorded per chunk
 
-struct Options {
-  std::vector<double> density;
-  double lam;
-  std::optional<std::vector<double>> weights;
-  Semantics semantics;
-  Rule rule;
-  bool elect_count, divide, rescale;
-  NonFinite nonfinite;
-  std::optional<Tensor> thresholds;
-  std::optional<std::vector<int64_t>> cuts;  // beside thresholds: where its ties end; none: all of them are kept
-  std::vector<std::string> names;
-};
-
-Options parse(std::vector<double> density, double lam, std::optional<std::vector<double>> weights,
-              const std::string& semantics_name, const std::string& elect_name, const std::string& reduce_name,
-              bool normalize, bool rescale, const std::string& nonfinite, std::optional<Tensor> thresholds) {
-  const Semantics semantics = parse_semantics(semantics_name);
-  const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
-  const int elect = one_of("elect", elect_name, {"sum", "count", "none"});
-  const bool max = reduce == 2, all = elect == 2, mergekit = semantics == Semantics::mergekit,
-             paper = semantics == Semantics::paper;
-  require(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
-  require(!all || mergekit, "elect must be 'sum' or 'count' with semantics='", semantics_name, "', got 'none'");
-  require(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='",
-          semantics_name, "', got others");
-  require(!weights || weights->size() == density.size(), "weights must be one per expert, got ",
-          weights ? weights->size() : 0);
-  require(!paper || !weights, "weights must be None with semantics='paper', got weights");
-  const Rule rule = all        ? Rule::mergekit_all
-                    : mergekit ? Rule::mergekit
-                    : !paper   ? Rule::peft
-                    : max      ? Rule::paper_max
-                               : Rule::paper;
-  return {std::move(density),
-          lam,
-          std::move(weights),
-          semantics,
-          rule,
-          elect == 1,
-          reduce == 0 && normalize,
-          rescale,
-          parse_nonfinite(nonfinite),
-          std::move(thresholds),
-          {},
-          {}};
-}
-
-template <class C>
-C stored(double x, Dtype dtype) {
-  return dtype == Dtype::f64 ? C(x) : C(round_to(float(x), dtype));
-}
-
 template <class Key>
 class Merger {
   using C = typename TiesArgs<Key>::C;
 
  public:
-  Merger(const Scope& scope, const Options& options) : scope_(scope), options_(options) {
+  Merger(const Scope& scope, const TiesOptions& options) : scope_(scope), options_(options) {
     require(std::isfinite(C(options.lam)), "lam must be finite in the compute type, got ", options.lam);
     limits_ = options.thresholds ? given_limits() : trimmed_limits();
-    if (options.weights)
-      for (const Part& part : scope.parts)
-        for (const double w : *options.weights)
-          weights_.push_back(options.semantics == Semantics::mergekit ? stored<C>(w, part.dtype) : C(float(w)));
-    if (options.rule == Rule::mergekit_all)
-      for (size_t p = 0; p < scope.parts.size(); ++p) divisors_.push_back(sum_of_weights(p));
+    for (const Part& part : scope.parts) {
+      for (const C weight : weights_of<C>(options, part.dtype)) weights_.push_back(weight);
+      if (options.rule == Rule::mergekit_all) divisors_.push_back(divisor_of<C>(options, part.dtype));
+    }
     if (options.rescale) set_rescales();
   }
 
@@ -233,15 +179,6 @@ class Merger {
     return total;
   }
 
-  // Weights that cancel divide nothing.
-  C sum_of_weights(size_t part) const {
-    const size_t tasks = size_t(scope_.num_tasks);
-    C sum = 0;
-    for (size_t t = 0; t < tasks; ++t) sum += weights_.empty() ? C(1) : weights_[part * tasks + t];
-    sum = stored<C>(double(sum), scope_.parts[part].dtype);
-    return std::abs(sum) < C(1e-8) ? C(1) : sum;
-  }
-
   // mergekit's `rescale`: every trimmed task vector is scaled back to its L1 norm, tensor by tensor.
   void set_rescales() {
     const size_t tasks = size_t(scope_.num_tasks);
@@ -281,14 +218,14 @@ class Merger {
   bool rule_is_paper() const { return options_.rule == Rule::paper || options_.rule == Rule::paper_max; }
 
   const Scope& scope_;
-  const Options& options_;
+  const TiesOptions& options_;
   std::vector<Limit<Key>> limits_;
   std::vector<C> weights_, rescales_;  // [parts, num_tasks], or empty
   std::vector<C> divisors_;            // [parts], or empty
 };
 
 template <class Key>
-void merge_scope(const Scope& scope, const Options& options, const Outputs& outputs) {
+void merge_scope(const Scope& scope, const TiesOptions& options, const Outputs& outputs) {
   Merger<Key>(scope, options)
       .run(
           kMaxDraws,
@@ -303,7 +240,7 @@ void merge_scope(const Scope& scope, const Options& options, const Outputs& outp
           });
 }
 
-void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, const Options& options,
+void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, const TiesOptions& options,
                 const std::vector<Tensor>& out) {
   const Inputs inputs(base, experts, options.density.size());
   Outputs outputs(out, base, experts, options.density.size());
@@ -318,8 +255,10 @@ Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::
                   std::optional<Tensor> thresholds) {
   check_one_tensor(experts, density);
   const Tensor out = torch::stable::new_empty(experts[0], experts[0].sizes());
-  merge_into(as_list(base), experts,
-             parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds), {out});
+  merge_into(
+      as_list(base), experts,
+      parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds),
+      {out});
   return out;
 }
 
@@ -330,14 +269,15 @@ void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::
                     std::optional<std::vector<std::string>> names, std::vector<Tensor> out) {
   require(!cuts || thresholds, "thresholds must be given where cuts are, got none");
   require(!cuts || cuts->size() == density.size(), "cuts must be one per expert, got ", cuts ? cuts->size() : 0);
-  Options options = parse(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
+  TiesOptions options =
+      parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
   options.cuts = std::move(cuts);
   if (names) options.names = std::move(*names);
   merge_into(base, experts, options, out);
 }
 
 template <class Key>
-void split_scope(const Scope& scope, const Options& options, const Tensor& out) {
+void split_scope(const Scope& scope, const TiesOptions& options, const Tensor& out) {
   const auto targets = [&](int64_t i) {
     std::vector<void*> rows;
     for (int64_t t = 0; t < scope.num_tasks; ++t)
@@ -359,7 +299,8 @@ Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale,
                   std::string nonfinite, std::optional<Tensor> thresholds) {
   check_one_tensor(experts, density);
-  const Options options = parse(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds);
+  const TiesOptions options =
+      parse_ties_options(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds);
   const Inputs inputs(as_list(base), experts, density.size());
   std::vector<int64_t> shape{int64_t(density.size())};
   for (int64_t d = 0; d < experts[0].dim(); ++d) shape.push_back(experts[0].size(d));

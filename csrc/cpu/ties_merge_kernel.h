@@ -5,12 +5,10 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "../ties_rule.h"
 #include "isa.h"
 
 namespace sk {
-
-enum class Rule { paper, paper_max, mergekit, mergekit_all, peft };  // mergekit_all: without an election
-constexpr int kRules = 5;
 
 // An element whose election was a draw between entries, and its result under the sign that was not assumed.
 struct Draw {

@@ -270,13 +270,6 @@ bool is_finite(const Scope& scope, const Tally<Key>& tally) {
                      [&](const Counts<Key>& n) { return stored_key(scope, n.largest) < kInfinityKey<Key>; });
 }
 
-int64_t keep_count(double density, int64_t numel, Semantics semantics) {
-  if (density >= 1) return numel;
-  const int64_t floor = int64_t(density * double(numel));
-  if (semantics == Semantics::paper) return std::min(floor + 1, numel);
-  return semantics == Semantics::mergekit ? std::max<int64_t>(1, floor) : floor;
-}
-
 std::string where(const std::vector<std::string>& names, size_t part) {
   return part < names.size() ? " in tensor '" + names[part] + "'" : "";
 }
@@ -284,13 +277,6 @@ std::string where(const std::vector<std::string>& names, size_t part) {
 }  // namespace
 
 void force_histogram(bool on) { forced_histogram = on; }
-
-Semantics parse_semantics(const std::string& name) {
-  return Semantics(one_of("semantics", name, {"paper", "mergekit", "peft"}));
-}
-NonFinite parse_nonfinite(const std::string& name) {
-  return NonFinite(one_of("nonfinite", name, {"error", "propagate", "drop"}));
-}
 
 template <class Key>
 void check_finite(const Scope& scope, const std::vector<std::string>& names) {

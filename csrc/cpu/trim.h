@@ -3,15 +3,10 @@
 #include <string>
 #include <vector>
 
+#include "../trim_options.h"
 #include "scope.h"
 
 namespace sk {
-
-enum class Semantics { paper, mergekit, peft };
-enum class NonFinite { error, propagate, drop };
-
-Semantics parse_semantics(const std::string& name);
-NonFinite parse_nonfinite(const std::string& name);
 
 // An entry is kept when its key is above the threshold, or equals it and lies before `cut` in the scope's flat order.
 template <class Key>

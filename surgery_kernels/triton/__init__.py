@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import _C
 
 MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the op
     "trim_thresholds": "trim",
@@ -27,13 +30,34 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
 }
 
 
+CUDA_OPS = ("trim_thresholds", "trim_limits", "ties_merge", "ties_split", "ties_merge_out")  # csrc/cuda has these too
+
+
 @functools.cache
 def host_function(op: str) -> Callable[..., Any]:
+    """What runs on CUDA tensors: Triton, or with SURGERY_KERNELS_CUDA=1 the CUDA kernels where there is one."""
+    if os.environ.get("SURGERY_KERNELS_CUDA", "0") == "1" and op in CUDA_OPS:
+        if not _C.build_info()["cuda"]:
+            raise RuntimeError("SURGERY_KERNELS_CUDA must be 0 where the library was built without CUDA, got 1")
+        return _refusing_captured_errors(getattr(torch.ops.surgery_kernels_cuda, op))
     try:
         import triton  # noqa: F401
     except ImportError as error:
         raise ImportError("triton must be installed for CUDA tensors, got none: pip install triton") from error
     return getattr(importlib.import_module(f".{MODULES[op]}", __name__), op)
+
+
+def _refusing_captured_errors(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, with the ValueError of Triton's host functions: C++ can raise RuntimeError only."""
+    names = [argument.name for argument in op.default._schema.arguments]  # type: ignore[attr-defined]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonfinite = {**dict(zip(names, arguments, strict=False)), **options}.get("nonfinite", "error")
+        if nonfinite == "error" and torch.cuda.is_current_stream_capturing():
+            raise ValueError("nonfinite must be 'propagate' or 'drop' while a CUDA graph is captured, got 'error'")
+        return op(*arguments, **options)
+
+    return call
 
 
 def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:

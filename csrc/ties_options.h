@@ -1,0 +1,88 @@
+// The options of the TIES ops, parsed and checked, for every backend in C++.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cpu/rounding.h"
+#include "ties_rule.h"
+#include "trim_options.h"
+
+namespace sk {
+
+struct TiesOptions {
+  std::vector<double> density;
+  double lam;
+  std::optional<std::vector<double>> weights;
+  Semantics semantics;
+  Rule rule;
+  bool elect_count, divide, rescale;
+  NonFinite nonfinite;
+  std::optional<Tensor> thresholds;
+  std::optional<std::vector<int64_t>> cuts;  // beside thresholds: where its ties end; none: all of them are kept
+  std::vector<std::string> names;
+};
+
+inline TiesOptions parse_ties_options(std::vector<double> density, double lam,
+                                      std::optional<std::vector<double>> weights, const std::string& semantics_name,
+                                      const std::string& elect_name, const std::string& reduce_name, bool normalize,
+                                      bool rescale, const std::string& nonfinite, std::optional<Tensor> thresholds) {
+  const Semantics semantics = parse_semantics(semantics_name);
+  const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
+  const int elect = one_of("elect", elect_name, {"sum", "count", "none"});
+  const bool max = reduce == 2, all = elect == 2, mergekit = semantics == Semantics::mergekit,
+             paper = semantics == Semantics::paper;
+  require(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
+  require(!all || mergekit, "elect must be 'sum' or 'count' with semantics='", semantics_name, "', got 'none'");
+  require(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='",
+          semantics_name, "', got others");
+  require(!weights || weights->size() == density.size(), "weights must be one per expert, got ",
+          weights ? weights->size() : 0);
+  require(!paper || !weights, "weights must be None with semantics='paper', got weights");
+  const Rule rule = all        ? Rule::mergekit_all
+                    : mergekit ? Rule::mergekit
+                    : !paper   ? Rule::peft
+                    : max      ? Rule::paper_max
+                               : Rule::paper;
+  return {std::move(density),
+          lam,
+          std::move(weights),
+          semantics,
+          rule,
+          elect == 1,
+          reduce == 0 && normalize,
+          rescale,
+          parse_nonfinite(nonfinite),
+          std::move(thresholds),
+          {},
+          {}};
+}
+
+template <class C>
+C stored(double x, Dtype dtype) {
+  return dtype == Dtype::f64 ? C(x) : C(round_to(float(x), dtype));
+}
+
+// The weights as they enter the sums of a tensor; empty: all one.
+template <class C>
+std::vector<C> weights_of(const TiesOptions& options, Dtype dtype) {
+  std::vector<C> weights;
+  for (const double w : options.weights.value_or(std::vector<double>()))
+    weights.push_back(options.semantics == Semantics::mergekit ? stored<C>(w, dtype) : C(float(w)));
+  return weights;
+}
+
+// What mergekit divides the sum by without an election. Weights that cancel divide nothing.
+template <class C>
+C divisor_of(const TiesOptions& options, Dtype dtype) {
+  C sum = 0;
+  for (const C w : weights_of<C>(options, dtype)) sum += w;
+  sum = stored<C>(options.weights ? double(sum) : double(options.density.size()), dtype);
+  return std::abs(sum) < C(1e-8) ? C(1) : sum;
+}
+
+}  // namespace sk
