@@ -265,6 +265,15 @@ def test_two_at_once(given: dict[str, Any], out: Path, expected: dict[str, bytes
     assert files_in(out) == expected
 
 
+def test_out_of_somebody_else(given: dict[str, Any], out: Path) -> None:
+    """Not the result of an earlier try, however it came to be there."""
+    out.mkdir()
+    partial(out).mkdir()
+    with pytest.raises(ValueError, match=f"^out must not exist, got {re.escape(repr(str(out)))}$"):
+        merge(given, out, resume=True)
+    assert list(out.iterdir()) == [] and not partial(out).exists()
+
+
 def test_torn_journal(given: dict[str, Any], out: Path, expected: dict[str, bytes]) -> None:
     stop(given, out)
     with (partial(out) / "journal.jsonl").open("a") as file:

@@ -16,7 +16,7 @@ class OutputFolder:
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
         self.out = Path(os.path.abspath(out))
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial = self.out.parent / f"{self.out.name}.partial"
         self.model = self.partial / "model"
 
     def check(self, nbytes: int, *, resume: bool) -> None:
@@ -48,10 +48,16 @@ class OutputFolder:
             self.model.mkdir(exist_ok=True)
         return Journal(self.partial / "journal.jsonl", identity)
 
-    @property
-    def complete(self) -> bool:
-        """Whether an earlier try got as far as the new name, and no further."""
-        return self.out.exists() and not self.model.exists()
+    def is_published(self, journal: Journal) -> bool:
+        """Whether an earlier try got as far as the new name, and no further.
+
+        Raises:
+            ValueError: it did not, and `out` is somebody else's, made since `check`.
+        """
+        published = self.out.exists() and not self.model.exists()
+        if published and not journal.done:
+            raise ValueError(f"out must not exist, got {str(self.out)!r}")
+        return published
 
     def publish(self) -> None:
         """Gives the complete model its name. Either all of it is there afterwards or, after a crash, nothing is."""

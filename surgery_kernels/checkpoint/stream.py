@@ -78,7 +78,7 @@ def run(
     with _threads(threads), many_files_open():
         journal = folder.begin(plan.identity)
         try:
-            if not folder.complete:
+            if not folder.is_published(journal):
                 _write_model(plan, folder, journal, where, progress)
                 folder.publish()
             folder.discard()
