@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,19 @@ INF, NAN = math.inf, math.nan
 
 def of(tmp_path: Path, first: dict[str, Tensor], second: dict[str, Tensor]) -> list[TensorDifference]:
     return list(diff(save_safetensors(tmp_path / "a", first), save_safetensors(tmp_path / "b", second)))
+
+
+def test_more_files_than_a_process_usually_has(tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.weight": torch.ones(2) for i in range(40)}
+    a, b = (save_safetensors(tmp_path / name, tensors, num_shards=40) for name in "ab")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = (len(os.listdir("/dev/fd")) + 30, limits[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, few)
+    try:
+        assert list(diff(a, b)) == []
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == few
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_no_difference(tmp_path: Path) -> None:

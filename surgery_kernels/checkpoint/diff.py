@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .mapped_file import many_files_open
 from .memory import Releasing
 from .opening import open_checkpoint
 from .source import TensorInfo
@@ -39,6 +40,7 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Itera
         ValueError, FileNotFoundError: one of them cannot be opened.
     """
     with (
+        many_files_open(),
         closing(open_checkpoint(first)) as a,
         closing(open_checkpoint(second)) as b,
         Releasing([a.release, b.release]),
