@@ -41,13 +41,15 @@ def _errors_as_exit_codes(*, writing: bool = False) -> Iterator[None]:
         yield
     except (ValueError, TypeError, ImportError) as error:
         _stop(str(error), WRONG_INPUT)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`: click ends quietly, with 1
+        raise
     except OSError as error:
-        hint = ": make room and run it again with --resume" if error.errno == errno.ENOSPC else ""
+        hint = ": make room and run it again with --resume" if writing and error.errno == errno.ENOSPC else ""
         _stop(f"{error}{hint}", FAILED if writing else WRONG_INPUT)
     except RuntimeError as error:
         _stop(str(error), FAILED)
     except KeyboardInterrupt:
-        _stop("interrupted: run it again with --resume to go on", INTERRUPTED)
+        _stop("interrupted: run it again with --resume to go on" if writing else "interrupted", INTERRUPTED)
 
 
 def _stop(sentence: str, code: int) -> None:
@@ -124,17 +126,21 @@ def merge(
 def _print_plan(plan: Plan) -> None:
     recipe = plan.recipe
     base = f" over {plan.sources[recipe.base].name}" if recipe.base else ""
-    click.echo(f"{recipe.merge_method} of {len(recipe.experts)} models{base}, scope {recipe.scope}")
+    click.echo(f"{recipe.merge_method} of {_counted(len(recipe.experts), 'model')}{base}, scope {recipe.scope}")
     click.echo(
-        f"{len(plan.merged)} tensors to merge, {len(plan.steps) - len(plan.merged)} to copy, "
+        f"{_counted(len(plan.merged), 'tensor')} to merge, {len(plan.steps) - len(plan.merged)} to copy, "
         f"{sum(step.numel for step in plan.merged) / 1e6:.1f}M parameters"
     )
     click.echo(
         f"{format_size(plan.nbytes_read)} to read, {format_size(plan.layout.nbytes)} to write "
-        f"in {len(plan.layout.shards)} file{'s' * (len(plan.layout.shards) > 1)}"
+        f"in {_counted(len(plan.layout.shards), 'file')}"
     )
     for difference in plan.differences:
         click.echo(f"{difference.kind}: {difference.sentence}: {difference.consequence}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @main.command()

@@ -224,6 +224,21 @@ def test_interrupted(recipe: str, out: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cli, "run", interrupt)
     stopped(130, "interrupted: run it again with --resume to go on", "merge", recipe, out)
+    monkeypatch.setattr(cli, "plan_merge", interrupt)
+    stopped(130, "interrupted", "merge", recipe, out)
+
+
+def test_nobody_reads_on(folders: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    echo = cli.click.echo
+
+    def refuse(message: str, err: bool = False) -> None:
+        if not err:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        echo(message, err=err)
+
+    monkeypatch.setattr(cli.click, "echo", refuse)
+    result = run("diff", *folders[:2])
+    assert (result.exit_code, result.output) == (1, "")
 
 
 def test_diff(folders: list[str]) -> None:
