@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from surgery_kernels import merge_state_dicts, ties_merge
 from surgery_kernels.checkpoint import memory, merge
+from surgery_kernels.checkpoint import plan as plan_module
 from surgery_kernels.checkpoint.layout import ALIGNMENT
 from surgery_kernels.checkpoint.opening import open_checkpoint
 from surgery_kernels.checkpoint.plan import plan_merge
@@ -203,6 +206,44 @@ def test_adapters_as_experts(
     merged, expected = loaded(tmp_path / "out"), loaded(tmp_path / "expected")
     for name in expected:
         torch.testing.assert_close(merged[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.any_isa
+def test_every_checkpoint_is_opened_and_closed_once(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is only named as what is below an adapter, and one that is also an expert itself."""
+    opened: list[str] = []
+
+    def open_and_count(reference: str, **options: Any) -> Any:
+        opened.append(reference)
+        return open_checkpoint(reference, **options)
+
+    monkeypatch.setattr(plan_module, "open_checkpoint", open_and_count)
+    base, first, second = saved(models(num_tasks=2))
+    adapter = save_lora(tmp_path / "adapter", {"model.layers.1.mlp": (torch.randn(2, 20), torch.randn(8, 2))})
+    files = len(os.listdir("/dev/fd"))
+    plan = plan_merge(load_recipe(recipe("ties", [base, f"{first}+{adapter}", f"{second}+{adapter}", second])))
+    assert sorted(opened) == sorted([base, first, second, str(adapter), str(adapter)])
+    for source in plan.sources.values():
+        for name in source.tensors:
+            source.tensor(name)
+    assert len(os.listdir("/dev/fd")) == files + 5
+    plan.close()
+    assert len(os.listdir("/dev/fd")) == files
+
+
+@pytest.mark.any_isa
+def test_bytes_to_read(saved: Any) -> None:
+    """Whole-model thresholds need a read of their own, of what is merged."""
+    folders = saved(models())
+    nbytes = {}
+    for scope in ("tensor", "model"):
+        with plan_merge(load_recipe(recipe("ties", folders, scope=scope))) as plan:
+            nbytes[scope] = plan.nbytes_read
+    copied = 5 * 8
+    merged = 4 * 4 * sum(math.prod(shape) for shape in SHAPES.values())
+    assert nbytes == {"tensor": merged + copied, "model": 2 * merged + copied}
 
 
 @pytest.mark.any_isa

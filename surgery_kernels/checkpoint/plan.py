@@ -103,7 +103,9 @@ class Plan:
 
     @property
     def nbytes_read(self) -> int:
-        return sum(step.nbytes_read for step in self.steps)
+        """Thresholds over the whole model take a read of their own."""
+        steps = self.steps + (self.merged if self.recipe.scope == "model" else [])
+        return sum(step.nbytes_read for step in steps)
 
     @property
     def nbytes_scratch(self) -> int:
@@ -173,15 +175,17 @@ def plan_merge(
 
 
 def _opened(recipe: Recipe) -> Iterator[tuple[ModelReference, Source]]:
-    """Every checkpoint once; adapters last, over the model they name or else over the base."""
+    """Every checkpoint once: the base first, adapters over the model they name or else over the base."""
     base: Source | None = None
     models: dict[str, Source] = {}
     for reference in sorted(recipe.references, key=lambda reference: reference != recipe.base_model):
         if reference.lora is None:
-            source = open_checkpoint(str(reference.model), base=base)
+            source = models.get(str(reference)) or open_checkpoint(str(reference.model), base=base)
         else:
-            below = models.get(str(reference.model)) or open_checkpoint(str(reference.model))
-            models[str(reference.model)] = below
+            below = models.get(str(reference.model))
+            if below is None:
+                below = models[str(reference.model)] = open_checkpoint(str(reference.model))
+                yield reference.model_copy(update={"lora": None}), below  # to be closed with the others
             source = open_checkpoint(str(reference.lora), base=below)
         models.setdefault(str(reference), source)
         if reference == recipe.base_model:
