@@ -200,6 +200,8 @@ def _plan(
     nonfinite: str,
     max_shard_bytes: int,
 ) -> Plan:
+    for source in sources.values():
+        _check_unscaled(source)
     first = sources[recipe.donor]
     experts = [sources[reference] for reference in recipe.experts]
     by_token = recipe.tokenizer_source is not None
@@ -221,6 +223,14 @@ def _plan(
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     layout = lay_out({step.name: (step.out_dtype, step.shape) for step in steps}, max_shard_bytes)
     return Plan(recipe, sources, steps, layout, differences, nonfinite)
+
+
+def _check_unscaled(source: Source) -> None:
+    """Numbers that are nothing without the scales beside them could be cast, and would come out as garbage."""
+    if (source.config or {}).get("quantization_config"):
+        for name, info in source.tensors.items():
+            if info.dtype.is_floating_point and info.dtype not in arguments.DTYPES:
+                raise ValueError(f"models must be without quantization, got {name!r} of {source.name} in {info.dtype}")
 
 
 class _Vocabularies:
