@@ -66,6 +66,9 @@ class OutputFolder:
         fsync_folder(self.out.parent)
 
     def discard(self) -> None:
-        """Removes what lies beside the result."""
-        shutil.rmtree(self.partial)
+        """Removes what lies beside the result: its name at once, so that a crash leaves no half of it to resume."""
+        gone = self.partial.with_name(f".{self.partial.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)  # of a crash right here
+        os.rename(self.partial, gone)
+        shutil.rmtree(gone)
         fsync_folder(self.out.parent)
