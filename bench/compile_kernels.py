@@ -10,6 +10,7 @@ does not load 16 bytes at a time where it should. --write puts the table into be
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import re
@@ -132,6 +133,7 @@ def read(stem: str, launch: Launch, name: str, target: str, kernel: Any) -> Row:
     return Row(stem, launch.name, name, target, warps, shared=shared, should_be_wide=checked, **figures)
 
 
+@functools.cache  # launches share kernels
 def read_nvidia(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -169,6 +171,7 @@ def read_nvidia(cubin: bytes) -> dict[str, int]:
     }
 
 
+@functools.cache
 def read_amd(code: str) -> dict[str, int]:
     def figure(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", code)

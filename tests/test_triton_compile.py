@@ -19,9 +19,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    "target", ["sm_90", "gfx942", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sm_80", "sm_100"))]
-)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_kernels(target: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "--targets", target]

@@ -12,10 +12,16 @@ from . import Launch
 
 
 def launches() -> Iterator[Launch]:
-    for dtype, dim, rank in ((torch.float32, 512, 16), (torch.bfloat16, 768, 64), (torch.float64, 512, 16)):
+    for dtype, dim, rank, batch in (
+        (torch.float32, 512, 16, 16),
+        (torch.float32, 512, 16, 64),
+        (torch.bfloat16, 768, 64, 16),
+        (torch.float64, 512, 16, 16),
+        (torch.float64, 512, 64, 16),
+    ):
         wide = ("_train_kernel",) if dtype == torch.float32 else ()  # 16-bit images are few and read one by one
-        name = f"{dtype}, dim {dim}, rank {rank}".removeprefix("torch.")
-        yield Launch(name, train(dtype, dim, rank, batch=16), wide)
+        name = f"{dtype}, dim {dim}, rank {rank}, batch {batch}".removeprefix("torch.")
+        yield Launch(name, train(dtype, dim, rank, batch), wide)
     yield Launch("by ops", train(torch.float32, 512, 128, batch=64), ("_adam_kernel",))
 
 

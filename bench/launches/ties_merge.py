@@ -22,4 +22,5 @@ def launches() -> Iterator[Launch]:
             lambda: ties_merge(experts[0], experts, density, **weighted),  # noqa: B023
             wide,
         )
-    yield Launch("split", lambda: ties_split(experts[0], experts, density), wide)
+        yield Launch(f"{dtype}, 8 experts, split", lambda: ties_split(experts[0], experts, density), wide)  # noqa: B023
+    yield Launch(f"{dtype}, 8 experts, max", lambda: ties_merge(experts[0], experts, density, reduce="max"), wide)

@@ -21,9 +21,18 @@ from .addresses import TYPES, is_capturing, pointer_to, upload
 from .representation_loss import representation_loss, representation_loss_backward
 from .surgery_adapter import surgery_adapter, surgery_adapter_backward
 
-MOST_HIDDEN = 4096  # batch x rank in the registers of one program
-TILE = 2048  # parameters that a program takes at once; fewer where hidden values are many
-NUM_WARPS = 8
+ADAM_BLOCK = 2048  # parameters that a program of `_adam_kernel` takes
+
+# By block of ranks and block of images: the columns of dim that a program takes at once, and its warps. As wide as
+# registers allow, as every tile waits for the cache; what is not here would spill on some GPU.
+TILES = {
+    torch.float32: {
+        16: {16: (128, 8), 32: (64, 8), 64: (32, 4), 128: (64, 8)},
+        32: {16: (64, 8), 32: (32, 8), 64: (32, 8)},
+        64: {16: (16, 8), 32: (16, 8)},
+    },
+    torch.float64: {16: {16: (32, 8), 32: (32, 8), 64: (16, 8)}, 32: {16: (16, 8), 32: (16, 4)}, 64: {16: (16, 4)}},
+}
 NUMBERS = tl.constexpr(5)  # of Adam, before the corrections of its steps
 
 
@@ -210,25 +219,20 @@ def surgery_train(
         "ALIGNED": all(x.data_ptr() % 16 == 0 for x in (*features, *targets)),
         "COMPUTE": compute,
     }
-    if block_batch * block_rank > MOST_HIDDEN:
+    tile = TILES[down.dtype].get(block_rank, {}).get(block_batch)
+    if tile is None:
         _train_by_ops(table, numbers, moved, indices, losses, zero_grad_steps, images)
     elif steps > 0:
+        block_dim, num_warps = tile
         _train_kernel[(num_tasks,)](
             table, numbers, down, up, down_moments, up_moments, indices, losses,
             num_tasks, steps, batch, dim, rank, zero_grad_steps,
-            BATCH=block_batch, BLOCK_DIM=_block_dim(down.dtype, block_batch, block_rank), BLOCK_RANK=block_rank,
+            BATCH=block_batch, BLOCK_DIM=block_dim, BLOCK_RANK=block_rank,
             **images,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 and compute == tl.float32 else "ieee",
-            num_warps=NUM_WARPS, num_stages=1,
+            num_warps=num_warps, num_stages=1,
         )  # fmt: skip
     return losses
-
-
-def _block_dim(dtype: torch.dtype, block_batch: int, block_rank: int) -> int:
-    """As wide as registers allow: every tile waits for the cache."""
-    if dtype == torch.float64:
-        return max(16, TILE // 4 // block_rank)
-    return max(16, (TILE if block_batch * block_rank <= 512 else TILE // 2) // block_rank)
 
 
 def _train_by_ops(
@@ -255,8 +259,8 @@ def _train_by_ops(
         gradients = surgery_adapter_backward(grad, None, x, down, up, None, hidden, False, True)[1:]
         for value, of_value, gradient in zip((down, up), moments, gradients, strict=True):
             numel = value.numel()
-            _adam_kernel[(triton.cdiv(numel, TILE),)](
-                value, of_value, gradient, numbers, numel, step, zero_grad_steps, BLOCK=TILE
+            _adam_kernel[(triton.cdiv(numel, ADAM_BLOCK),)](
+                value, of_value, gradient, numbers, numel, step, zero_grad_steps, BLOCK=ADAM_BLOCK
             )
 
 

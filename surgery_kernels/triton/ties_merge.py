@@ -149,7 +149,7 @@ def _merge_block(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, SPLIT: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count."""
     lanes = tl.arange(0, BLOCK)
@@ -160,7 +160,7 @@ def _merge_block(
     total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
     positives = tl.zeros([BLOCK], tl.int32)
     negatives = positives
-    for t in tl.range(num_tasks, loop_unroll_factor=4):
+    for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
         elected, summed, kept, up, down = _entry(
             row, t, base, at, lanes, left, flat, limits, numbers, rescales,
             RULE, HAS_WEIGHTS, HAS_RESCALES, STORED, COMPUTE, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED, BLOCK,
@@ -218,6 +218,7 @@ def _merge(
     HAS_RESCALES: tl.constexpr, SPLIT: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
     CHECKED: tl.constexpr, AGAIN: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """AGAIN: only the chunks with draws, under the sign that `sign_sum` has turned out to have."""
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
@@ -240,7 +241,7 @@ def _merge(
         signs_of_block, draws_of_block = _merge_block(
             row, begin + at, BLOCK, flat + at, num_tasks, limits, numbers, rescales, draw_sign,
             RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, HAS_BASE, DROP, CUTS, True, ALIGNED, BLOCK,
+            STORED, COMPUTE, HAS_BASE, DROP, CUTS, True, ALIGNED, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
         draws_here += draws_of_block
@@ -248,7 +249,7 @@ def _merge(
         signs_of_block, draws_of_block = _merge_block(
             row, begin + whole, count - whole, flat + whole, num_tasks, limits, numbers, rescales, draw_sign,
             RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, HAS_BASE, DROP, CUTS, False, ALIGNED, BLOCK,
+            STORED, COMPUTE, HAS_BASE, DROP, CUTS, False, ALIGNED, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
         draws_here += draws_of_block
@@ -400,6 +401,7 @@ class Merger:
             "DROP": self.nonfinite == "drop",
             "CUTS": self.cuts is not None if self.thresholds is not None else self.semantics != "paper",
             "CHECKED": finite.wanted,
+            "TOGETHER": self._together(split),
         }
         sign_sum = torch.zeros(1, dtype=torch.int64, device=scope.device)
         launches = []
@@ -415,6 +417,12 @@ class Merger:
                     CHUNK=CHUNK, BLOCK=BLOCK_BYTES // group.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
         finite.look()
+
+    def _together(self, split: bool) -> int:
+        """Experts whose loads are on their way at the same time: as many as fit into the registers beside the sums."""
+        if split or self.rule == "paper_max":
+            return 1
+        return 2 if self.rescale else 4
 
     def _limits(self, scope: Scope, finite: FiniteCheck) -> Tensor:
         if self.thresholds is None:
