@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -128,7 +129,8 @@ def test_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_release_while_tensors_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(memory, "SECONDS_BETWEEN_RELEASES", 0)
+    monkeypatch.setattr(memory, "SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(memory, "MAPPED_BYTES", -math.inf)  # released at every look
     failures: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
     switching = sys.getswitchinterval()
