@@ -46,5 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bytes_read", [] { return sk::bytes_read.load(); },
       "Bytes of tensors that every call went through so far, for progress bars.");
+  m.def("set_mapped", &sk::set_mapped, py::arg("ranges"),
+        "Addresses and bytes of read-only shared maps of files, whose pages calls give back as they go; [] ends it.");
   m.def("force_histogram", &sk::force_histogram, py::arg("on"), "Tests only: finds thresholds by the fallback.");
 }

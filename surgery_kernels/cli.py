@@ -183,6 +183,7 @@ def info() -> None:
         "compiler": build["compiler"],
         "instruction set": f"{_C.isa()} of {', '.join(_C.isas())}",
         "threads": torch.get_num_threads(),
+        "CUDA kernels": ", ".join(build["cuda"]) or "none besides Triton's",
         "CUDA devices": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none",
     }
     for name, value in lines.items():

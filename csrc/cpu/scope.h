@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../dtype.h"
+#include "mapped.h"
 
 namespace sk {
 
@@ -62,7 +63,9 @@ struct Scope {
 
   void report(const Chunk& chunk) const {
     const int64_t tensors = num_tasks + (chunk.part.base ? 1 : 0);
-    bytes_read.fetch_add(tensors * chunk.count * size_of(chunk.part.dtype), std::memory_order_relaxed);
+    const int64_t bytes = tensors * chunk.count * size_of(chunk.part.dtype);
+    const int64_t before = bytes_read.fetch_add(bytes, std::memory_order_relaxed);
+    if (before / kGiveBackBytes != (before + bytes) / kGiveBackBytes) give_back_mapped();
   }
 
   // Runs body(first, last) over contiguous ranges of chunks, one per thread.

@@ -22,7 +22,9 @@ namespace {
 constexpr int64_t kDirect = 1 << 10;        // up to here every key is a candidate: no sample is worth its time
 constexpr int64_t kWorthAThread = 1 << 12;  // elements from which the experts are shared out among threads
 constexpr int64_t kCluster = 16;            // neighbouring elements per sampled place: one cache line of float32
+constexpr int64_t kPlacesMapped = 1 << 10;  // sampled between two times that pages are given back: a fault maps 64 KiB
 constexpr int64_t kMaxInside = 1 << 20;     // candidates one thread stores, beyond a share of its elements
+constexpr int64_t kMostInside = 48 << 20;   // candidates of a call: a scope may be larger than the memory
 
 std::atomic<bool> forced_histogram{false};
 
@@ -40,7 +42,7 @@ struct KeyBuffer {
 
   Key* room(int64_t count) {
     if (size + count > capacity) {
-      capacity = std::max(2 * capacity, size + count);
+      capacity = std::max(capacity + capacity / 2, size + count);
       std::unique_ptr<Key[]> larger(new Key[capacity]);
       std::copy_n(data.get(), size, larger.get());
       data = std::move(larger);
@@ -79,7 +81,9 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
   scope.parallel([&](int64_t first, int64_t last) {
     typename Tally<Key>::Range range{first, last, std::vector<KeyBuffer<Key>>(slots), std::vector<char>(slots)};
     std::vector<Counts<Key>> totals(slots);
-    const int64_t most = kMaxInside / int64_t(slots) + (last - first) * (kChunk / 16);
+    const int64_t most = std::min(
+        kMaxInside / int64_t(slots) + (last - first) * (kChunk / 16),
+        kChunk + int64_t(double(kMostInside) / double(slots) * double(last - first) / double(scope.num_chunks)));
     for (int64_t c = first; c < last; ++c) {
       const Chunk chunk = scope.chunk(c);
       const TrimKernel<Key>& kernel = kernels.get<Key>(chunk.part.dtype);
@@ -148,6 +152,7 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
       sample.resize(places * kCluster + kSlack);
       int64_t size = 0;
       for (int64_t j = 0; j < places; ++j) {
+        if (j % kPlacesMapped == kPlacesMapped - 1) give_back_mapped();
         const Part& part = scope.part_of(position[j]);
         const int64_t begin = std::max<int64_t>(0, std::min(position[j] - part.offset, part.numel - kCluster));
         const int64_t n = std::min(kCluster, part.numel - begin);

@@ -6,13 +6,15 @@ import mmap
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import _C
 from .durable import reserve
 
 MAPPED_BYTES = 192 << 20  # of files, resident in this process, from which on pages are given back
@@ -24,6 +26,25 @@ def give_back_pages(mapped: mmap.mmap) -> None:
     """Takes the pages of a shared map out of this process; the next access finds them in the page cache."""
     if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def given_back(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Views of maps of files whose pages the ops give back themselves: a call may read all of a model.
+
+    Not for any other memory, which would be lost.
+    """
+    ranges: list[tuple[int, int]] = []
+    for begin, nbytes in sorted({(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.nbytes}):
+        if ranges and sum(ranges[-1]) == begin:  # neighbours in a file
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + nbytes)
+        else:
+            ranges.append((begin, nbytes))
+    _C.set_mapped(ranges)
+    try:
+        yield
+    finally:
+        _C.set_mapped([])
 
 
 class Buffers:

@@ -18,7 +18,7 @@ from .companions import write_companions
 from .journal import Journal
 from .loader import Loader
 from .mapped_file import many_files_open
-from .memory import Releasing, Scratch
+from .memory import Releasing, Scratch, given_back
 from .output import OutputFolder
 from .plan import Plan, Step, plan_merge
 from .read_ahead import ReadAhead
@@ -159,7 +159,17 @@ def _model_limits(plan: Plan, loader: Loader, journal: Journal) -> dict[str, Lim
         method = steps[0].method
         assert isinstance(method, Ties)  # the only one with a scope; its densities are the same for all tensors
         # one call goes through all tensors: they are read as fast as may be, and none counts that could not be
-        with _models_named(steps[0]), ReadAhead((step.spans for step in steps), math.inf) as ahead:
+        in_files = [
+            tensor
+            for step, scope in zip(steps, scopes, strict=True)
+            for wanted, tensor in zip([step.first, *step.experts], [*scope.base, *scope.experts[0]], strict=True)
+            if step.takes_as_it_is(wanted)
+        ]
+        with (
+            _models_named(steps[0]),
+            given_back(in_files),
+            ReadAhead((step.spans for step in steps), math.inf) as ahead,
+        ):
             found = method.limits(model)
             ahead.wait_for(len(steps) - 1)
         journal.decide({"thresholds": found.thresholds.tolist(), "cuts": list(found.cuts)})
