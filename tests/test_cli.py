@@ -269,7 +269,7 @@ def test_diff_of_what_is_not_there(folders: list[str], tmp_path: Path) -> None:
 
 def test_info() -> None:
     result = run("info")
-    names = ["surgery_kernels", "torch", "compiler", "instruction set", "threads", "CUDA devices"]
+    names = ["surgery_kernels", "torch", "compiler", "instruction set", "threads", "CUDA kernels", "CUDA devices"]
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and [line[:16].rstrip() for line in lines] == names
     values = [line[17:] for line in lines]
