@@ -15,7 +15,7 @@ from .journal import Journal
 from .layout import Layout
 
 PENDING_BYTES = 128 << 20  # merged, not yet written: from here on the next merge waits
-SYNC_BYTES = 256 << 20  # written between two syncs: what a crash can cost
+SYNC_BYTES = 64 << 20  # written between two syncs: the disk is busy from early on, and a crash costs little
 
 
 class Writer:
