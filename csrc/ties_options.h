@@ -1,5 +1,7 @@
 // The options of the TIES ops, parsed and checked, for every backend in C++.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -30,7 +32,11 @@ struct TiesOptions {
 inline TiesOptions parse_ties_options(std::vector<double> density, double lam,
                                       std::optional<std::vector<double>> weights, const std::string& semantics_name,
                                       const std::string& elect_name, const std::string& reduce_name, bool normalize,
-                                      bool rescale, const std::string& nonfinite, std::optional<Tensor> thresholds) {
+                                      bool rescale, const std::string& nonfinite, std::optional<Tensor> thresholds,
+                                      std::optional<std::vector<int64_t>> cuts = std::nullopt,
+                                      std::optional<std::vector<std::string>> names = std::nullopt) {
+  require(!cuts || thresholds, "thresholds must be given where cuts are, got none");
+  require(!cuts || cuts->size() == density.size(), "cuts must be one per expert, got ", cuts ? cuts->size() : 0);
   const Semantics semantics = parse_semantics(semantics_name);
   const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
   const int elect = one_of("elect", elect_name, {"sum", "count", "none"});
@@ -58,8 +64,15 @@ inline TiesOptions parse_ties_options(std::vector<double> density, double lam,
           rescale,
           parse_nonfinite(nonfinite),
           std::move(thresholds),
-          {},
-          {}};
+          std::move(cuts),
+          std::move(names).value_or(std::vector<std::string>())};
+}
+
+// Room for what every expert gets of its own: [num_tasks, *shape].
+inline Tensor new_stack(const std::vector<Tensor>& experts) {
+  std::vector<int64_t> shape{int64_t(experts.size())};
+  for (int64_t d = 0; d < experts[0].dim(); ++d) shape.push_back(experts[0].size(d));
+  return torch::stable::new_empty(experts[0], shape);
 }
 
 template <class C>

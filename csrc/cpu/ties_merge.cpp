@@ -267,13 +267,10 @@ void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::
                     std::string reduce, bool normalize, bool rescale, std::string nonfinite,
                     std::optional<Tensor> thresholds, std::optional<std::vector<int64_t>> cuts,
                     std::optional<std::vector<std::string>> names, std::vector<Tensor> out) {
-  require(!cuts || thresholds, "thresholds must be given where cuts are, got none");
-  require(!cuts || cuts->size() == density.size(), "cuts must be one per expert, got ", cuts ? cuts->size() : 0);
-  TiesOptions options =
-      parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
-  options.cuts = std::move(cuts);
-  if (names) options.names = std::move(*names);
-  merge_into(base, experts, options, out);
+  merge_into(base, experts,
+             parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite,
+                                thresholds, cuts, names),
+             out);
 }
 
 template <class Key>
@@ -302,9 +299,7 @@ Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::
   const TiesOptions options =
       parse_ties_options(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds);
   const Inputs inputs(as_list(base), experts, density.size());
-  std::vector<int64_t> shape{int64_t(density.size())};
-  for (int64_t d = 0; d < experts[0].dim(); ++d) shape.push_back(experts[0].size(d));
-  const Tensor out = torch::stable::new_empty(experts[0], shape);
+  const Tensor out = new_stack(experts);
   ask_for_huge_pages(out);
   inputs.wide ? split_scope<int64_t>(inputs.scope, options, out) : split_scope<int32_t>(inputs.scope, options, out);
   return out;

@@ -45,7 +45,7 @@ std::vector<double> values_of(const Device& device, const Tensor& t) {
 
 template <class Key>
 const Limit<Key>* given_limits(const Inputs& inputs, const TiesOptions& options) {
-  using C = std::conditional_t<sizeof(Key) == 8, double, float>;
+  using C = ComputeOf<Key>;
   const Device& device = inputs.device();
   const Tensor given = torch::stable::contiguous(*options.thresholds);
   require(given.numel() == inputs.scope().num_tasks, "thresholds must be one value per expert, got ", given.numel());
@@ -102,22 +102,17 @@ void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::
                     std::string reduce, bool normalize, bool rescale, std::string nonfinite,
                     std::optional<Tensor> thresholds, std::optional<std::vector<int64_t>> cuts,
                     std::optional<std::vector<std::string>> names, std::vector<Tensor> out) {
-  require(!cuts || thresholds, "thresholds must be given where cuts are, got none");
-  require(!cuts || cuts->size() == density.size(), "cuts must be one per expert, got ", cuts ? cuts->size() : 0);
-  TiesOptions options =
-      parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds);
-  options.cuts = std::move(cuts);
-  if (names) options.names = std::move(*names);
-  merge_tensors(base, experts, options, out, /*split=*/false);
+  merge_tensors(base, experts,
+                parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite,
+                                   thresholds, cuts, names),
+                out, /*split=*/false);
 }
 
 Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale,
                   std::string nonfinite, std::optional<Tensor> thresholds) {
   check_one_tensor(experts, density);
-  std::vector<int64_t> shape{int64_t(density.size())};
-  for (int64_t d = 0; d < experts[0].dim(); ++d) shape.push_back(experts[0].size(d));
-  const Tensor out = torch::stable::new_empty(experts[0], shape);
+  const Tensor out = new_stack(experts);
   merge_tensors(
       as_list(base), experts,
       parse_ties_options(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds), {out},

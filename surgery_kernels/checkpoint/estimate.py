@@ -19,11 +19,10 @@ def estimate_seconds(plan: Plan, out: str | os.PathLike[str]) -> float:
     page cache read fast here and in the merge.
     """
     largest = max((file for source in plan.sources.values() for file in source.files), key=lambda file: file.size)
-    reading = _seconds_to_read(largest.path, min(PROBE_BYTES, largest.size))
-    writing = _seconds_to_write(Path(os.path.abspath(out)).parent, min(PROBE_BYTES, plan.layout.nbytes))
-    return reading * plan.nbytes_read / min(PROBE_BYTES, largest.size) + writing * plan.layout.nbytes / min(
-        PROBE_BYTES, plan.layout.nbytes
-    )
+    read, written = min(PROBE_BYTES, largest.size), min(PROBE_BYTES, plan.layout.nbytes)
+    reading = _seconds_to_read(largest.path, read) / read
+    writing = _seconds_to_write(Path(os.path.abspath(out)).parent, written) / written
+    return reading * plan.nbytes_read + writing * plan.layout.nbytes
 
 
 def _seconds_to_read(path: Path, nbytes: int) -> float:
