@@ -21,7 +21,7 @@ step() {
   }
 }
 failed=0
-gpu_tests=$(ls tests/test_triton_*.py tests/test_cuda_gpu.py 2>/dev/null || true)
+gpu_tests=$(ls tests/triton/test_*.py tests/cuda/test_gpu.py 2>/dev/null || true)
 
 if [ "${1:-}" = --dry-run ]; then
   limit=3600
@@ -44,7 +44,7 @@ SK_CUDA=1 step 240 build "$python" setup.py --quiet build_ext --inplace
 step 150 tests "$python" -m pytest -q -x $gpu_tests
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    step 60 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q tests/test_cuda_gpu.py -k "small and 257"
+    step 60 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q tests/cuda/test_gpu.py -k "small and 257"
   done
 else
   say "memcheck, racecheck: left out, there is no compute-sanitizer"

@@ -39,7 +39,7 @@ def gpu() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     pytest.importorskip("triton", reason="there is no Triton for this platform")
-    import interpreter
+    from tests import interpreter
 
     interpreter.repair()
     return torch.device("cpu")

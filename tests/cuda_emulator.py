@@ -64,9 +64,8 @@ def build(folder: Path, *flags: str) -> Path:
 
 def exercise(library: str) -> None:
     """Calls that go through every kernel."""
-    from cases import SEMANTICS, assert_same, gaussian, inputs
-
     from surgery_kernels import reference
+    from tests.cases import SEMANTICS, assert_same, gaussian, inputs
 
     torch.ops.load_library(library)
     ops = torch.ops.surgery_kernels_emulated

@@ -1,6 +1,6 @@
 """Prints the peak of the resident memory of a process that merges checkpoints, in bytes.
 
-python -m merge_memory RECIPE OUT: a process of its own, for the peak never falls again.
+python -m tests.merge_memory RECIPE OUT: a process of its own, for the peak never falls again.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import os
 import sys
 
 import torch
-from peak_memory import resident
 
 from surgery_kernels.checkpoint import merge
+from tests.peak_memory import resident
 
 if __name__ == "__main__":
     torch.set_num_threads(2)

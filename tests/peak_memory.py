@@ -1,6 +1,6 @@
 """Prints the bytes by which one merge raises the peak of resident memory, beyond inputs and output.
 
-python -m peak_memory CASE DTYPE OPTIONS: a process of its own, for the peak never falls again.
+python -m tests.peak_memory CASE DTYPE OPTIONS: a process of its own, for the peak never falls again.
 """
 
 from __future__ import annotations

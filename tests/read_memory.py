@@ -1,6 +1,6 @@
 """Prints the bytes by which reading a checkpoint raises the peak of resident memory.
 
-python -m read_memory HOW CHECKPOINT [ADAPTER]: a process of its own, for the peak never falls again.
+python -m tests.read_memory HOW CHECKPOINT [ADAPTER]: a process of its own, for the peak never falls again.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import sys
 import threading
 
 import torch
-from peak_memory import resident
 
 from surgery_kernels.checkpoint.opening import open_checkpoint
 from surgery_kernels.checkpoint.source import Source
+from tests.peak_memory import resident
 
 
 def all_kept(source: Source) -> None:

@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import files_in, save_models, save_safetensors, state_dict, ties_recipe
 from click.testing import CliRunner, Result
 
 from surgery_kernels import _C, cli
 from surgery_kernels.checkpoint import estimate, writer
+from tests.checkpoints import files_in, save_models, save_safetensors, state_dict, ties_recipe
 
 pytestmark = pytest.mark.any_isa
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from cases import Inputs, generator
+
+from tests.cases import Inputs, generator
 
 
 def untied(shape: Sequence[int], num_tasks: int, dtype: torch.dtype) -> Inputs:

@@ -1,0 +1,33 @@
+"""The oracle: what every backend must compute, in plain PyTorch, expert after expert. One file per stem.
+
+A scope is a list of tensors that share one threshold per expert and, under "paper", one sign for exact zeros: an
+expert is then a list of tensors too. Steps run in the compute type (float32, or float64 for float64 tensors) and are
+rounded to the stored dtype exactly where the toolkit behind `semantics` rounds. `compute_dtype=torch.float64` runs
+everything in float64, rounds nothing and returns float64: what a backend's error is measured against.
+"""
+
+from .combine import combine
+from .linear_merge import linear_merge
+from .representation_loss import representation_loss
+from .scope import load_scope, scope_keys
+from .surgery_adapter import surgery_adapter
+from .surgery_train import surgery_train
+from .ties_merge import scope_merge, ties_merge, ties_split
+from .trim import keep_count, kept_entries, scope_thresholds, trim_thresholds
+
+__all__ = [
+    "combine",
+    "keep_count",
+    "kept_entries",
+    "linear_merge",
+    "load_scope",
+    "representation_loss",
+    "scope_keys",
+    "scope_merge",
+    "scope_thresholds",
+    "surgery_adapter",
+    "surgery_train",
+    "ties_merge",
+    "ties_split",
+    "trim_thresholds",
+]

@@ -1,0 +1,26 @@
+"""The adapter of Surgery and SurgeryV2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def surgery_adapter(
+    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = None, token_mean: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """features - relu(features down^T) up^T with each task's own adapter; differentiable by autograd."""
+    compute = torch.promote_types(features.dtype, torch.float32)
+    down, up = down.to(compute), up.to(compute)
+    if task_index is not None:
+        down, up = down[task_index], up[task_index]
+    corrected = correct(features.to(compute), down, up)
+    if token_mean:
+        return corrected.to(features.dtype), corrected.mean(dim=-2).to(features.dtype)
+    return corrected.to(features.dtype)
+
+
+def correct(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """features [n, ..., dim], each of the first dimension with its own down [n, rank, dim] and up [n, dim, rank]."""
+    hidden = torch.einsum("n...d,nrd->n...r", features, down).relu()
+    return features - torch.einsum("n...r,ndr->n...d", hidden, up)

@@ -1,0 +1,432 @@
+"""Checkpoints merged from one recipe file by mergekit's own command and by ours."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery_kernels import merge_state_dicts
+from surgery_kernels.checkpoint import merge
+from surgery_kernels.checkpoint.opening import open_checkpoint
+from surgery_kernels.checkpoint.parameters import resolve_parameters
+from surgery_kernels.checkpoint.recipe import PARAMETERS, load_recipe
+from tests.cases import Inputs, assert_same, bits, gaussian, grid, inputs, option_id
+from tests.checkpoints import save_safetensors
+from tests.untied import untied
+
+pytestmark = pytest.mark.any_isa
+
+StateDict = dict[str, Tensor]
+Data = Callable[[Sequence[int], int, torch.dtype], Inputs]
+Merges = Callable[..., tuple[StateDict, StateDict]]
+
+LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 8, 16, 40
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": HIDDEN,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu",
+}  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DENSITIES = [0.2, 0.55, 1.0, 0.37]
+NUMBERS = [{"weight": w, "density": d} for w, d in zip([1.0, 0.5, -0.3, 0.7], DENSITIES, strict=True)]
+
+# of the experts, and of all
+Settings = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]
+SETTINGS: dict[str, Settings] = {
+    "numbers": (NUMBERS, {}),
+    "undivided": (NUMBERS, {"normalize": False, "lambda": 0.4, "int8_mask": True}),
+    "divided": (NUMBERS, {"normalize": True, "lambda": -1.7, "rescale": False}),
+    "shared": ([{}, {"weight": 0.25}, {"density": 0.0}], {"weight": "1e-1", "density": 0.35}),
+    "gradients": (
+        [{"weight": [0, 1], "density": [0.3, 0.9, 0.5, 0.1]}, {"weight": [0.2, 0.7, -0.4]}, {"weight": 1}],
+        {"density": [0.1, 1], "lambda": [1, 0.5], "normalize": [True, False, True]},
+    ),
+    "filters": (
+        [
+            {
+                "weight": [
+                    {"filter": "mlp", "value": [0.5, 1.5]},
+                    {"filter": "q_proj", "value": 0.1},
+                    {"filter": "layers.1.", "value": 2},
+                    {"value": 0.8},
+                ],
+                "density": [{"filter": "*", "value": [0.45, 0.65]}, {"value": 1}],
+            },
+            {"weight": [{"filter": "self_attn", "value": -0.2}], "density": {"filter": "head", "value": 0.2}},
+            {},
+        ],
+        {
+            "weight": [{"filter": "norm", "value": 0.3}, {"filter": None, "value": 0.9}],
+            "density": 0.75,
+            "lambda": [{"filter": "embed", "value": 0.9}],
+            "normalize": [{"filter": "down_proj", "value": False}, {"filter": "up_proj", "value": True}],
+        },
+    ),
+}
+
+
+def llama_shapes(vocabulary: int = VOCABULARY) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, WIDTH)}
+    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (HIDDEN, WIDTH) for name in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = (WIDTH, HIDDEN)
+        shapes |= {f"{layer}.{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
+    return {**shapes, "model.norm.weight": (WIDTH,), HEAD: (vocabulary, WIDTH)}
+
+
+def models(data: Data, dtype: torch.dtype, num_tasks: int = 3) -> list[StateDict]:
+    """The base and the experts."""
+    state_dicts: list[StateDict] = [{} for _ in range(1 + num_tasks)]
+    for name, shape in llama_shapes().items():
+        base, experts = data(shape, num_tasks, dtype)
+        for state_dict, tensor in zip(state_dicts, [base, *experts], strict=True):
+            state_dict[name] = tensor.clone()
+    return state_dicts
+
+
+def gaussians(shape: Sequence[int], num_tasks: int, dtype: torch.dtype) -> Inputs:
+    return inputs(gaussian, shape, num_tasks, dtype)
+
+
+def multiples(shape: Sequence[int], num_tasks: int, dtype: torch.dtype) -> Inputs:
+    return inputs(grid, shape, num_tasks, dtype)
+
+
+def save(folder: Path, state_dicts: Sequence[StateDict], **config: Any) -> list[str]:
+    names = ["base", *(f"expert{t}" for t in range(len(state_dicts) - 1))]
+    return [save_one(folder / name, tensors, **config) for name, tensors in zip(names, state_dicts, strict=True)]
+
+
+def save_one(folder: Path, tensors: StateDict, **config: Any) -> str:
+    sizes = {"dtype": option_id(tensors[EMBEDDING].dtype), "vocab_size": len(tensors[EMBEDDING])}
+    return str(save_safetensors(folder, tensors, config={**CONFIG, **sizes, **config}))
+
+
+def recipe(
+    method: str, folders: Sequence[str], of_model: Sequence[Mapping[str, Any]] = NUMBERS, **keys: Any
+) -> dict[str, Any]:
+    """Of a base and experts; parameters that the method does not have are left out."""
+
+    def known(parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in parameters.items() if name in PARAMETERS[method]}
+
+    base, *experts = folders
+    models = [
+        {"model": expert, "parameters": known(parameters)}
+        for expert, parameters in zip(experts, of_model, strict=False)
+    ]
+    if "parameters" in keys:
+        keys["parameters"] = known(keys["parameters"])
+    return {"merge_method": method, **({} if method == "linear" else {"base_model": base}), "models": models, **keys}
+
+
+def loaded(folder: Path) -> StateDict:
+    with closing(open_checkpoint(folder)) as source:
+        return {name: source.tensor(name).clone() for name in source.tensors}
+
+
+@pytest.fixture
+def merges(tmp_path: Path) -> Merges:
+    """The tensors of mergekit's merge and of ours."""
+    pytest.importorskip("mergekit", reason="mergekit is not installed", exc_type=ImportError)
+    command = importlib.import_module("mergekit.scripts.run_yaml").main
+
+    def both(given: Mapping[str, Any], max_shard_bytes: int = 10**9) -> tuple[StateDict, StateDict]:
+        path = tmp_path / f"{len(list(tmp_path.glob('*.yml')))}.yml"
+        path.write_text(json.dumps(given))  # JSON is YAML
+        stock, ours = path.with_suffix(".mergekit"), path.with_suffix(".ours")
+        options = ["--out-shard-size", str(max_shard_bytes), "--no-copy-tokenizer", "--quiet"]
+        command.main([str(path), str(stock), *options], standalone_mode=False)
+        merge(path, ours, max_shard_bytes=max_shard_bytes)
+        return loaded(stock), loaded(ours)
+
+    return both
+
+
+def written(folder: Path, file: str) -> list[dict[str, Any]]:
+    """What the last merges in a folder wrote, mergekit's and ours."""
+    last = max(folder.glob("*.yml"), key=lambda path: int(path.stem))
+    return [json.loads((last.with_suffix(end) / file).read_text()) for end in (".mergekit", ".ours")]
+
+
+def assert_same_bits(stock: StateDict, ours: StateDict) -> None:
+    assert list(ours) == list(stock)
+    for name, tensor in ours.items():
+        assert tensor.dtype == stock[name].dtype, name
+        assert torch.equal(bits(tensor), bits(stock[name])), f"{name}: {int((tensor != stock[name]).sum())} differ"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_task_arithmetic(merges: Merges, tmp_path: Path, settings: str, dtype: torch.dtype) -> None:
+    of_model, parameters = SETTINGS[settings]
+    folders = save(tmp_path, models(gaussians, dtype))
+    assert_same_bits(*merges(recipe("task_arithmetic", folders, of_model, parameters=parameters)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_ties(merges: Merges, tmp_path: Path, settings: str, dtype: torch.dtype) -> None:
+    of_model, parameters = SETTINGS[settings]
+    folders = save(tmp_path, models(untied, dtype))
+    assert_same_bits(*merges(recipe("ties", folders, of_model, parameters=parameters)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_numbers_of_experts(merges: Merges, tmp_path: Path, method: str, dtype: torch.dtype) -> None:
+    for num_tasks in (1, 2, 4):
+        folders = save(tmp_path / str(num_tasks), models(untied, dtype, num_tasks))
+        assert_same_bits(*merges(recipe(method, folders)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("data", [gaussians, multiples], ids=option_id)
+def test_ties_of_equal_magnitudes(merges: Merges, tmp_path: Path, data: Data, dtype: torch.dtype) -> None:
+    """Which of the entries at a threshold are kept is up to mergekit's sort; nothing else may differ."""
+    base, *experts = models(data, dtype)
+    stock, ours = merges(recipe("ties", save(tmp_path, [base, *experts])))
+    assert list(ours) == list(stock)
+    differing = 0
+    for name, tensor in ours.items():
+        at_a_threshold = torch.zeros(tensor.shape, dtype=torch.bool)
+        for expert, density in zip(experts, DENSITIES, strict=False):
+            magnitudes = (expert[name] - base[name]).abs()
+            keep = max(1, int(density * magnitudes.numel()))
+            threshold = magnitudes.flatten().sort(descending=True).values[keep - 1]
+            at_a_threshold |= (magnitudes == threshold) & (density < 1)
+        differs = tensor != stock[name]
+        differing += int(differs.sum())
+        assert not (differs & ~at_a_threshold).any(), name
+    assert (differing > 0) == (data is multiples or dtype != torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_linear(merges: Merges, tmp_path: Path, settings: str, dtype: torch.dtype) -> None:
+    of_model, parameters = SETTINGS[settings]
+    given = recipe("linear", save(tmp_path, models(gaussians, dtype)), of_model, parameters=parameters)
+    assert_same_sums(*merges(given), given)
+
+
+def assert_same_sums(stock: StateDict, ours: StateDict, given: Mapping[str, Any]) -> None:
+    """mergekit fuses multiplication and addition in float32. Both results must be what the exact sum rounds to, give or
+    take two float32 epsilons of what is summed: in 16 bits a single number, but for sums half-way between two."""
+    read = load_recipe(given)
+    models = [loaded(Path(str(reference))) for reference in read.experts]
+    parameters = resolve_parameters(read, ours, LAYERS)
+    assert list(ours) == list(stock)
+    decided = []
+    for name, tensor in ours.items():
+        weights = torch.tensor(parameters[name].weights).double()
+        divisor = weights.sum() if parameters[name].normalize else 1.0
+        terms = [weight * model[name].double() for weight, model in zip(weights, models, strict=True)]
+        exact = sum(terms) / divisor
+        slack = 2 * torch.finfo(torch.float32).eps * sum(term.abs() for term in terms) / abs(divisor)
+        least, most = ((exact + side * slack).to(tensor.dtype) for side in (-1, 1))
+        for merged in (tensor, stock[name]):
+            assert merged.dtype == tensor.dtype == models[0][name].dtype
+            assert ((least <= merged) & (merged <= most)).all(), name
+        decided.append((least == most).flatten())
+    assert ours[HEAD].dtype == torch.float32 or torch.cat(decided).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+def test_linear_with_a_base(merges: Merges, tmp_path: Path, dtype: torch.dtype) -> None:
+    folders = save(tmp_path, models(gaussians, dtype))
+    given = recipe("linear", folders, base_model=folders[0], parameters={"weight": 0.3})  # not listed: summed last
+    assert_same_sums(*merges(given), given)
+    given = recipe("linear", folders[1:], base_model=folders[3])  # listed: one of the models, with its weight
+    assert_same_sums(*merges(given), given)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_base_among_the_models(merges: Merges, tmp_path: Path, method: str) -> None:
+    folders = save(tmp_path, models(untied, torch.float32))
+    given = recipe(method, folders)
+    expected, _ = merges(given)
+    given["models"].insert(1, {"model": folders[0], "parameters": {"weight": 5.0}})
+    stock, ours = merges(given)
+    assert_same_bits(stock, ours)
+    assert_same_bits(expected, ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+def test_rescale(merges: Merges, tmp_path: Path, dtype: torch.dtype) -> None:
+    folders = save(tmp_path, models(untied, dtype))
+    parameters = {"rescale": [{"filter": "mlp", "value": True}, {"filter": "embed", "value": True}]}
+    assert_same_bits(*merges(recipe("ties", folders, parameters=parameters)))
+
+
+CASTS = [
+    (torch.bfloat16, {"dtype": "float32"}),
+    (torch.float32, {"dtype": "bfloat16"}),
+    (torch.float16, {"dtype": "float32", "out_dtype": "float16"}),
+    (torch.bfloat16, {"dtype": "bfloat16", "out_dtype": "float32"}),
+    (torch.float32, {"dtype": "float16", "out_dtype": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "keys"), CASTS, ids=option_id)
+def test_dtypes(merges: Merges, tmp_path: Path, dtype: torch.dtype, keys: dict[str, str]) -> None:
+    folders = save(tmp_path, models(gaussians, dtype))
+    stock, ours = merges(recipe("task_arithmetic", folders, **keys))
+    assert_same_bits(stock, ours)
+    expected = keys.get("out_dtype", keys["dtype"])
+    assert {tensor.dtype for tensor in ours.values()} == {getattr(torch, expected)}
+    assert [config["dtype"] for config in written(tmp_path, "config.json")] == [expected, expected]
+
+
+@pytest.mark.parametrize("wide", [0, 2])
+def test_models_of_two_dtypes(merges: Merges, tmp_path: Path, wide: int) -> None:
+    state_dicts = models(gaussians, torch.bfloat16)
+    state_dicts[wide] = {name: tensor.float() for name, tensor in state_dicts[wide].items()}
+    state_dicts[3] = {name: tensor.half() if "mlp" in name else tensor for name, tensor in state_dicts[3].items()}
+    assert_same_bits(*merges(recipe("task_arithmetic", save(tmp_path, state_dicts))))
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_shards(merges: Merges, tmp_path: Path, method: str) -> None:
+    given = recipe(method, save(tmp_path, models(untied, torch.float32)))
+    stock, ours = merges(given, max_shard_bytes=3000)
+    if method == "linear":
+        assert_same_sums(stock, ours, given)
+    else:
+        assert_same_bits(stock, ours)
+    places = written(tmp_path, "model.safetensors.index.json")
+    assert places[0]["weight_map"] == places[1]["weight_map"]
+    assert places[0]["metadata"]["total_size"] == places[1]["metadata"]["total_size"]
+    assert len(set(places[0]["weight_map"].values())) > 3
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_tied_embeddings(merges: Merges, tmp_path: Path, method: str) -> None:
+    state_dicts = models(untied, torch.float32)
+    tied = [{name: tensor for name, tensor in x.items() if name != HEAD} for x in state_dicts]
+    stock, ours = merges(recipe(method, save(tmp_path / "all", tied, tie_word_embeddings=True)))
+    assert_same_bits(stock, ours)
+    assert HEAD not in ours
+    folders = save(tmp_path / "one", state_dicts)
+    save_one(tmp_path / "one" / "expert1", tied[2], tie_word_embeddings=True)
+    stock, ours = merges(recipe(method, folders))
+    assert_same_bits(stock, ours)
+    assert HEAD in ours
+
+
+TOKENS = ["<unk>", "</s>", *(f"word{i}" for i in range(30)), "<pad>"]
+
+
+def save_tokenizer(folder: Path, tokens: Sequence[str]) -> None:
+    tokenizers, transformers = importlib.import_module("tokenizers"), importlib.import_module("transformers")
+    words = {token: i for i, token in enumerate(tokens) if token != "<pad>"}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<pad>"])  # not in the vocabulary of the model itself: it comes last
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
+    assert fast.get_vocab() == {token: i for i, token in enumerate(tokens)}
+    fast.save_pretrained(folder)
+
+
+def with_rows(state_dict: StateDict, rows: Any) -> StateDict:
+    """Other rows in the layers that have one for every token."""
+    return {name: tensor[rows] if name in (EMBEDDING, HEAD) else tensor for name, tensor in state_dict.items()}
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_tokenizers(merges: Merges, tmp_path: Path, method: str) -> None:
+    """A model whose tokens have other rows merges as if it had those of the base; rows without a token go."""
+    padded = models(untied, torch.bfloat16)
+    aligned = [with_rows(state_dict, slice(len(TOKENS))) for state_dict in padded]
+    folders = save(tmp_path, padded)
+    tokens = ["a word of its own", *reversed(TOKENS[:-1]), "<pad>"]
+    rows = [TOKENS.index(token) if token in TOKENS else 0 for token in tokens]
+    save_one(tmp_path / "expert0", with_rows(aligned[1], rows))
+    for name, words in (("base", TOKENS), ("expert0", tokens), ("expert1", TOKENS)):  # expert2: as the base
+        save_tokenizer(tmp_path / name, words)
+    keys = {"parameters": {"weight": 0.3}}  # of the base in "linear"
+    stock, ours = merges(recipe(method, folders, base_model=folders[0], tokenizer_source="base", **keys))
+    assert ours[EMBEDDING].shape == (len(TOKENS), WIDTH)
+    assert [config["vocab_size"] for config in written(tmp_path, "config.json")] == 2 * [len(TOKENS)]
+    folders = save(tmp_path / "aligned", aligned)
+    given = recipe(method, folders, base_model=folders[0], **keys)
+    if method == "linear":
+        assert_same_sums(stock, ours, given)
+    else:
+        assert_same_bits(stock, ours)
+        assert_same_bits(merges(given)[0], ours)
+
+
+def test_tokens_that_an_expert_lacks(merges: Merges, tmp_path: Path) -> None:
+    state_dicts = models(gaussians, torch.bfloat16)
+    folders = save(tmp_path, state_dicts)
+    few = [*TOKENS[5:9], *TOKENS[:2], TOKENS[20], "<pad>"]
+    save_one(tmp_path / "expert0", with_rows(state_dicts[1], slice(len(few))))
+    for name, words in (("base", TOKENS), ("expert0", few)):
+        save_tokenizer(tmp_path / name, words)
+    assert_same_bits(*merges(recipe("task_arithmetic", folders, tokenizer_source="base")))
+
+
+def test_more_tokens_than_rows(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+    folders = save(tmp_path, models(gaussians, torch.float32))
+    save_tokenizer(tmp_path / "base", TOKENS)
+    for folder in (folders[2], folders[0]):
+        save_tokenizer(Path(folder), [*(f"own{i}" for i in range(40)), *TOKENS])
+        message = rf"^'{HEAD}' of {re.escape(folder)} must have 73 rows for the tokens it has, got 40$"
+        with pytest.raises(ValueError, match=message):
+            merge(recipe("ties", folders, tokenizer_source="base"), tmp_path / "out")
+
+
+SIZES = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 20}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {"n_embd": 8, "n_head": 2, "n_layer": 3, "vocab_size": 20, "n_positions": 8},
+    "OPTForCausalLM": {**SIZES, "ffn_dim": 16, "word_embed_proj_dim": 8, "max_position_embeddings": 8},
+    "Qwen2ForCausalLM": {**SIZES, "intermediate_size": 16, "num_key_value_heads": 1},
+    "T5ForConditionalGeneration": {
+        "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 2, "vocab_size": 20,
+        "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_in_other_architectures(merges: Merges, tmp_path: Path, architecture: str) -> None:
+    transformers = importlib.import_module("transformers")
+    of_model = getattr(transformers, architecture)
+    folders = [str(tmp_path / name) for name in ("base", "expert0", "expert1")]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        model = of_model(of_model.config_class(**ARCHITECTURES[architecture]))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder)
+    assert_same_bits(*merges(recipe("task_arithmetic", folders, [{"weight": [0, 1]}, {"weight": [1, 0.3, 0]}])))
+
+
+def test_transformers_loads_the_result(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+    base, *experts = models(gaussians, torch.float32)
+    merge(recipe("ties", save(tmp_path, [base, *experts])), tmp_path / "out", max_shard_bytes=3000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    options = {"method": "ties", "semantics": "mergekit", "density": DENSITIES[:3], "scope": "tensor"}
+    merged = merge_state_dicts(base, experts, weights=[entry["weight"] for entry in NUMBERS[:3]], **options)
+    expected = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **CONFIG))
+    expected.load_state_dict(merged)
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+        assert_same(logits, expected.eval()(tokens).logits)
+    assert logits.isfinite().all()

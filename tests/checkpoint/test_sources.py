@@ -1,0 +1,413 @@
+"""Checkpoints as a merge reads them: layouts, views, memory, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgery_kernels.checkpoint import torch_file
+from surgery_kernels.checkpoint.opening import open_checkpoint
+from surgery_kernels.checkpoint.safetensors_file import DTYPES
+from surgery_kernels.checkpoint.source import FileStamp
+from tests.checkpoints import save_lora, save_safetensors, save_torch, state_dict, write_safetensors, write_zeros
+
+pytestmark = pytest.mark.any_isa
+
+RunPython = Callable[..., str]
+MIB = 1 << 20
+
+
+def refused(reference: Path | str, message: str, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        open_checkpoint(reference)
+
+
+def check_same(reference: Path, expected: dict[str, Tensor]) -> None:
+    source = open_checkpoint(reference)
+    assert source.tensors.keys() == expected.keys()
+    assert source.changed == expected.keys()
+    for name, tensor in expected.items():
+        info, found = source.tensors[name], source.tensor(name)
+        assert (info.dtype, info.shape, info.nbytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+        assert found.dtype == tensor.dtype and found.shape == tensor.shape and found.is_contiguous()
+        assert torch.equal(found, tensor)
+    source.release()
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in expected.items())
+    source.close()
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("save", [save_safetensors, save_torch])
+def test_every_layout(tmp_path: Path, save: Callable[..., Path], num_shards: int) -> None:
+    tensors = state_dict()
+    folder = save(tmp_path, tensors, num_shards=num_shards, config={"model_type": "small"})
+    check_same(folder, tensors)
+    source = open_checkpoint(str(folder))
+    assert source.name == str(folder) and source.folder == folder and source.config == {"model_type": "small"}
+    weights = [file for file in source.files if file.path.suffix != ".json"]
+    assert len(weights) == num_shards and len(source.files) == num_shards + (num_shards > 1)
+    assert all(file == FileStamp.of(file.path) and file.size == file.path.stat().st_size for file in source.files)
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tensors = state_dict(dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "expert.safetensors")
+    check_same(tmp_path / "expert.safetensors", tensors)
+    source = open_checkpoint(tmp_path / "expert.safetensors")
+    assert source.folder is None and source.config is None and source.tied == {}
+
+
+def test_safetensors_come_first(tmp_path: Path) -> None:
+    save_torch(tmp_path, {"a": torch.zeros(3)})
+    check_same(save_safetensors(tmp_path, state_dict()), state_dict())
+
+
+def test_every_dtype(tmp_path: Path) -> None:
+    header, end = {}, 0
+    for dtype, of_torch in DTYPES.items():
+        header[dtype] = {"dtype": dtype, "shape": [2, 1], "data_offsets": [end, end + 2 * of_torch.itemsize]}
+        end += 2 * of_torch.itemsize
+    source = open_checkpoint(write_safetensors(tmp_path / "all.safetensors", header, end))
+    for dtype, of_torch in DTYPES.items():
+        assert source.tensors[dtype].dtype == source.tensor(dtype).dtype == of_torch
+        assert source.tensor(dtype).shape == (2, 1)
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_torch])
+def test_order_of_the_file(tmp_path: Path, save: Callable[..., Path]) -> None:
+    tensors = {name: torch.full((5,), float(i)) for i, name in enumerate("cadb")}
+    source = open_checkpoint(save(tmp_path, tensors))
+    offsets = [info.offset for info in source.tensors.values()]
+    assert offsets == sorted(offsets)
+    for name, info in source.tensors.items():
+        data = info.file.read_bytes()[info.offset : info.offset + info.nbytes]
+        assert torch.equal(torch.frombuffer(bytearray(data), dtype=info.dtype), tensors[name])
+
+
+def test_views_of_the_file(tmp_path: Path) -> None:
+    source = open_checkpoint(save_safetensors(tmp_path, state_dict()))
+    first, again = source.tensor("embed.weight"), source.tensor("embed.weight")
+    assert first.data_ptr() == again.data_ptr()
+    source.close()
+    assert torch.equal(first, state_dict()["embed.weight"])
+
+
+def test_unaligned_tensors_are_copied(tmp_path: Path) -> None:
+    header = {
+        "flag": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [1, 17]},
+    }
+    path = write_safetensors(tmp_path / "a.safetensors", header, 17)
+    values = torch.arange(4.0)
+    path.write_bytes(path.read_bytes()[:-16] + values.numpy().tobytes())
+    weight = open_checkpoint(path).tensor("weight")
+    assert torch.equal(weight, values.view(2, 2)) and weight.data_ptr() % 16 == 0
+
+
+def test_empty_and_scalar_tensors(tmp_path: Path) -> None:
+    tensors = {"none": torch.empty(0, 4), "also": torch.empty(0, 4), "one": torch.tensor(3.0)}
+    for save in (save_safetensors, save_torch):
+        source = open_checkpoint(save(tmp_path / save.__name__, tensors))
+        assert source.tensor("none").shape == (0, 4) and source.tensor("one").item() == 3
+        assert source.tied == {}
+
+
+def test_torch_layouts(tmp_path: Path) -> None:
+    whole = torch.arange(48.0).view(6, 8)
+    tensors = {
+        "whole": whole,
+        "tied": whole,
+        "rows": whole[1:3],
+        "columns": whole[:, 2:5],
+        "turned": whole.t(),
+        "one": whole[0, 0].expand(3, 2),
+        "parameter": torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)),
+    }
+    source = open_checkpoint(save_torch(tmp_path, tensors))
+    assert source.tied == {"tied": "whole"}
+    assert source.tensor("rows").data_ptr() == source.tensor("whole").data_ptr() + 32
+    for name, tensor in tensors.items():
+        assert torch.equal(source.tensor(name), tensor) and source.tensor(name).is_contiguous()
+        assert source.tensors[name].nbytes == tensor.nbytes and not source.tensor(name).requires_grad
+
+
+def test_torch_files_of_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    check_same(save_torch(tmp_path, state_dict()), state_dict())
+
+
+def test_changed_files(tmp_path: Path) -> None:
+    folder = save_safetensors(tmp_path, state_dict())
+    source = open_checkpoint(folder)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    message = f"{folder / 'model.safetensors'} must stay the file that was opened, got a changed one"
+    with pytest.raises(OSError, match=f"^{re.escape(message)}$"):
+        source.tensor("norm.scale")
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    path = save_safetensors(tmp_path, state_dict()) / "model.safetensors"
+    content = path.read_bytes()
+    for size in (len(content) - 1, len(content) // 2, 100):
+        path.write_bytes(content[:size])
+        refused(tmp_path, f"{path} must be complete, got {size} bytes of ")
+    path.write_bytes(content[:-1])
+    refused(path, f"{path} must be complete, got {len(content) - 1} bytes of {len(content)}")
+    path.write_bytes(content[:5])
+    refused(path, f"{path} must be a safetensors file, got: ")
+
+
+def test_what_is_no_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"")
+    refused(path, f"{path} must hold weights, got an empty file")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    refused(path, f"{path} must hold weights, got a git-lfs pointer to them: run `git lfs pull` in its folder")
+    path.write_bytes(b"PK" * 40)
+    refused(path, f"{path} must be a safetensors file, got: ")
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    refused(write_safetensors(path, {"a": {**entry, "shape": [2]}}, 4), f"{path} must be a safetensors file, got: ")
+    refused(write_safetensors(path, {"a": entry}, 8), f"{path} must be a safetensors file, got: ")
+    refused(write_safetensors(path, {"a": [1]}, 8), f"{path} must be a safetensors file, got: ")
+    refused(write_safetensors(path, "{]", 8), f"{path} must be a safetensors file, got: ")
+    overlapping = {"a": entry, "b": {**entry, "data_offsets": [2, 6]}}
+    refused(write_safetensors(path, overlapping, 6), f"{path} must be a safetensors file, got: ")
+    twice = f'{{"a": {json.dumps(entry)}, "a": {json.dumps(entry)}}}'
+    refused(write_safetensors(path, twice, 4), f"{path} must name every tensor once, got 'a' twice")
+
+
+def test_dtypes_that_torch_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, 4)
+    refused(path, f"{path} must hold tensors of dtypes that torch has, got F4 for 'a'")
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return os.system, ("exit 1",)
+
+
+def test_what_is_no_torch_file(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    wrong_format = (
+        f"{path} must be complete and in the zip format that torch.save has written since torch 1.6, got another"
+    )
+    torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    refused(tmp_path, wrong_format)
+    torch.save({"a": torch.ones(300)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    refused(tmp_path, wrong_format)
+    torch.save({"a": Harmful()}, path)
+    refused(tmp_path, f"{path} must be a file of tensors by torch.save, got: Weights only load failed")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "a")
+    refused(tmp_path, f"{path} must be a file of tensors by torch.save, got: ")
+    torch.save({"a": torch.ones(3)}, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"))
+    refused(tmp_path, f"{path} must be a file of tensors by torch.save, got: ")
+    torch.save([torch.ones(3)], path)
+    refused(tmp_path, f"{path} must hold a dict of tensors by name, got list")
+    torch.save({"a": torch.ones(3), "step": 5}, path)
+    refused(tmp_path, f"{path} must hold a dict of tensors by name, got int for 'step'")
+    torch.save({"state_dict": {"a": torch.ones(3)}}, path)
+    refused(tmp_path, f"{path} must hold a dict of tensors by name, got dict for 'state_dict'")
+    torch.save({"a": torch.ones(3).to_sparse()}, path)
+    refused(tmp_path, f"{path} must hold dense tensors, got another layout for 'a'")
+
+
+def repacked(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in content.items():
+            archive.writestr(name, change(name, data))
+
+
+def test_archives_that_are_not_what_torch_writes(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(300)}, path)
+    repacked(path, lambda name, data: data, zipfile.ZIP_DEFLATED)
+    refused(tmp_path, f"{path} must be an archive without compression, got 'pytorch_model/data.pkl' compressed")
+    torch.save({"a": torch.ones(300)}, path)
+    other = "big" if sys.byteorder == "little" else "little"
+    repacked(path, lambda name, data: other.encode() if name.endswith("byteorder") else data)
+    refused(tmp_path, f"{path} must be from a {sys.byteorder}-endian machine, got {other!r}")
+    torch.save({"a": torch.ones(300)}, path)
+    repacked(path, lambda name, data: data[:-4] if name.endswith("data/0") else data)
+    refused(tmp_path, f"{path} must hold the data of 'a', 1200 bytes, got ")
+
+
+def test_a_pickle_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(7)}, path)
+    # K and a byte: how the pickle writes the number of elements, of the storage and of the tensor
+    repacked(path, lambda name, data: data.replace(b"K\x07", b"K\xfa") if name.endswith(".pkl") else data)
+    refused(tmp_path, f"{path} must hold the data of 'a', 1000 bytes, got 28")
+
+
+def test_pickle_alone_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    refused(tmp_path, f"{path} must be complete and in the zip format")
+
+
+def test_folders_without_weights(tmp_path: Path) -> None:
+    message = (
+        "must be a folder with model.safetensors[.index.json], pytorch_model.bin[.index.json] or adapter_config.json"
+    )
+    refused(tmp_path, f"{tmp_path} {message}, got a folder with nothing", FileNotFoundError)
+    (tmp_path / "a.txt").write_text("a")
+    refused(tmp_path, f"{tmp_path} {message}, got a folder with a.txt", FileNotFoundError)
+    refused(
+        tmp_path / "a.txt", f"reference must be a folder or a .safetensors file, got the file '{tmp_path / 'a.txt'}'"
+    )
+
+
+def test_models_beside_adapters(tmp_path: Path) -> None:
+    save_safetensors(save_lora(tmp_path, {}, {"a": torch.ones(1)}), state_dict())
+    refused(tmp_path, f"{tmp_path} must be a folder with a model or an adapter, got both: name the file of the model")
+
+
+def test_configurations(tmp_path: Path) -> None:
+    save_safetensors(tmp_path, state_dict())
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, f"{tmp_path / 'config.json'} must be a JSON file, got: ")
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\xfa")
+    refused(tmp_path, f"{tmp_path / 'config.json'} must be a JSON file, got: ")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, f"{tmp_path / 'config.json'} must hold a JSON object, got list")
+
+
+def test_indices_that_do_not_fit(tmp_path: Path) -> None:
+    save_safetensors(tmp_path, state_dict(), num_shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    first, second = (f"model-{i:05}-of-00002.safetensors" for i in (1, 2))
+    whole = json.loads(index.read_text())["weight_map"]
+
+    def write(weight_map: object) -> None:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+
+    write({**whole, "other": first})
+    refused(tmp_path, f"{tmp_path / first} must hold 'other', which {index.name} lists in it, got no such tensor")
+    write({name: shard for name, shard in whole.items() if name != "norm.scale"})
+    refused(tmp_path, f"{index} must list 'norm.scale' in {second}, where it is, got it nowhere")
+    write({**whole, "other": "model-3.safetensors"})
+    refused(tmp_path, f"{tmp_path / 'model-3.safetensors'} must be a file, got none", FileNotFoundError)
+    for outside in ("../a.safetensors", "/etc/passwd", "..\\a.safetensors", "a/b.safetensors", "..", 5):
+        write({**whole, "other": outside})
+        refused(tmp_path, f"{index} must name files of its own folder, got {outside!r}")
+    for nothing in ({}, None, ["a"]):
+        write(nothing)
+        refused(tmp_path, f"{index} must hold a weight_map from names of tensors to files, got {nothing!r}")
+    write(whole)
+    shard = {name: tensor for name, tensor in state_dict().items() if whole[name] == second}
+    save_file({**shard, "embed.weight": torch.ones(3)}, tmp_path / second)
+    refused(tmp_path, f"{index} must list 'embed.weight' in {second}, where it is, got it in {first}")
+    (tmp_path / "folder.safetensors").mkdir()
+    write({**whole, "other": "folder.safetensors"})
+    refused(tmp_path, f"{tmp_path / 'folder.safetensors'} must be a file, got a folder", FileNotFoundError)
+
+
+def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((model, revision, [pattern for pattern in allow_patterns if pattern.endswith(".bin")]))
+        if calls[-1][2]:
+            save_torch(tmp_path, state_dict())
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert open_checkpoint("org/some.model-1@v2").tensors.keys() == state_dict().keys()
+    assert [call[:2] for call in calls] == [("org/some.model-1", "v2")] * 2 and calls[1][2]
+    save_safetensors(tmp_path, {"a": torch.ones(1)})
+    assert open_checkpoint("org/model").tensors.keys() == {"a"}
+    assert calls[2:] == [("org/model", None, [])]
+    save_safetensors(tmp_path / "org" / "model", state_dict())
+    assert open_checkpoint("org/model").name == "org/model" and len(calls) == 3
+
+
+def test_references_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    message = "reference must be a path or a model of the Hub that can be had, got 'org/model': no network"
+    refused("org/model", message, FileNotFoundError)
+    for reference in ("nothing", "./nothing/here", "/nothing", "a/b/c", "org/", "../model"):
+        message = f"reference must be a path or a model of the Hub, org/name[@revision], got {reference!r}"
+        refused(reference, message, FileNotFoundError)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = "huggingface_hub must be installed for a model of the Hub, got no path 'org/model' here and: "
+    refused("org/model", message, ImportError)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "zeros.safetensors"
+    return write_zeros(path, {f"layers.{i}.weight": (4096, 4096) for i in range(16)}, torch.bfloat16)  # 512 MiB
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+
+
+@on_linux
+def test_memory(run_python: RunPython, large: Path) -> None:
+    assert int(run_python("-m", "tests.read_memory", "released", str(large))) < (32 + 16) * MIB
+    assert int(run_python("-m", "tests.read_memory", "all_kept", str(large))) > 0.9 * 512 * MIB
+
+
+@on_linux
+def test_memory_while_others_release(run_python: RunPython, tmp_path: Path) -> None:
+    path = write_zeros(tmp_path / "zeros.safetensors", {"weight": (8192, 16384)}, torch.bfloat16)  # 256 MiB
+    assert int(run_python("-m", "tests.read_memory", "watched", str(path))) < 128 * MIB
+
+
+@on_linux
+def test_memory_of_torch_files(run_python: RunPython, tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.weight": torch.zeros(2048, 4096, dtype=torch.bfloat16) for i in range(6)}
+    folder = save_torch(tmp_path, tensors)
+    assert int(run_python("-m", "tests.read_memory", "released", str(folder))) < (16 + 16) * MIB
+
+
+@on_linux
+def test_opening_maps_nothing(tmp_path: Path, large: Path) -> None:
+    source = open_checkpoint(large)
+    source.release()
+    assert str(large) not in Path("/proc/self/maps").read_text()
+    source.tensor("layers.3.weight")
+    [mapped] = (line for line in Path("/proc/self/maps").read_text().splitlines() if str(large) in line)
+    assert mapped.split()[1] == "r--s"
+    source.close()
+    assert str(large) not in Path("/proc/self/maps").read_text()
+
+
+def test_offsets_come_from_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A torch that no longer tells them is noticed."""
+    folder = save_torch(tmp_path, state_dict())
+    load = torch.load
+
+    def forgetful(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+        entries = load(*arguments, **options)
+        for tensor in entries.values():
+            del tensor.untyped_storage()._checkpoint_offset
+        return entries
+
+    monkeypatch.setattr(torch_file.torch, "load", forgetful)
+    with pytest.raises(ValueError, match=r"must hold the data of 'embed.weight', 264 bytes, got 0$"):
+        open_checkpoint(folder)

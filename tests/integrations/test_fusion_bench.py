@@ -1,0 +1,168 @@
+"""FusionBench's own algorithms against ours."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from copy import deepcopy
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery_kernels import _C
+from tests.cases import assert_same
+from tests.untied import untied
+
+pytestmark = pytest.mark.any_isa
+
+
+@pytest.fixture
+def integration() -> ModuleType:
+    pytest.importorskip("fusion_bench", reason="fusion-bench is not installed", exc_type=ImportError)
+    return importlib.import_module("surgery_kernels.integrations.fusion_bench")
+
+
+class Network(nn.Module):
+    """With tied weights, a running mean and an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 24)
+        self.norm = nn.BatchNorm1d(24)
+        self.tied = nn.Linear(24, 24, bias=False)
+        self.tied.weight = self.first.weight
+
+
+def pool(num_tasks: int = 3, dtype: torch.dtype = torch.float32, steps: int = 0) -> dict[str, nn.Module]:
+    """Models whose counters of batches are `steps` apart."""
+    pretrained = Network().to(dtype)
+    models = {"_pretrained_": pretrained} | {f"task_{t}": deepcopy(pretrained) for t in range(num_tasks)}
+    for name, tensor in pretrained.state_dict().items():
+        if tensor.is_floating_point():
+            base, experts = untied(tensor.shape, num_tasks, dtype)
+            values = [base, *experts]
+        else:
+            values = [torch.tensor(40 + steps * t) for t in range(num_tasks + 1)]
+        for model, value in zip(models.values(), values, strict=True):
+            model.state_dict()[name].copy_(value)
+    return models
+
+
+def merged(algorithm: Any, models: dict[str, nn.Module], **options: Any) -> dict[str, Tensor]:
+    from fusion_bench.modelpool import BaseModelPool
+
+    return algorithm(**options).run(BaseModelPool(deepcopy(models))).state_dict()
+
+
+def assert_same_states(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_same(actual[name], expected[name], name)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("merge_func", ["sum", "mean", "max"])
+def test_ties(integration: ModuleType, merge_func: str, steps: int) -> None:
+    for num_tasks, threshold, dtype in ((1, 20, torch.float32), (3, 0.57, torch.float32), (3, 35, torch.bfloat16)):
+        models = pool(num_tasks, dtype, steps)
+        options = {"scaling_factor": 0.3, "threshold": threshold, "remove_keys": [], "merge_func": merge_func}
+        expected = merged(integration.TiesMergingAlgorithm, models, **options)
+        before = _C.bytes_read()
+        assert_same_states(merged(integration.TiesMerging, models, **options), expected)
+        assert _C.bytes_read() > before
+
+
+def test_task_arithmetic(integration: ModuleType) -> None:
+    for num_tasks, dtype in ((1, torch.float32), (4, torch.float32), (3, torch.float64)):
+        models = pool(num_tasks, dtype)
+        expected = merged(integration.TaskArithmeticAlgorithm, models, scaling_factor=0.3)
+        before = _C.bytes_read()
+        assert_same_states(merged(integration.TaskArithmetic, models, scaling_factor=0.3), expected)
+        assert _C.bytes_read() > before
+
+
+def test_task_arithmetic_rounds_less(integration: ModuleType) -> None:
+    models = pool(3, torch.bfloat16)
+    exact = merged(
+        integration.TaskArithmeticAlgorithm, {k: m.double() for k, m in deepcopy(models).items()}, scaling_factor=0.3
+    )
+    stock = merged(integration.TaskArithmeticAlgorithm, models, scaling_factor=0.3)
+    ours = merged(integration.TaskArithmetic, models, scaling_factor=0.3)
+    for name, tensor in exact.items():
+        assert (ours[name] - tensor).abs().max() <= (stock[name] - tensor).abs().max()
+
+
+def test_where_the_result_is(integration: ModuleType) -> None:
+    from fusion_bench.modelpool import BaseModelPool
+
+    models = pool()
+    before = deepcopy(models["_pretrained_"].state_dict())
+    copied = integration.TaskArithmetic(scaling_factor=0.3, inplace=False).run(BaseModelPool(models))
+    assert copied is not models["_pretrained_"]
+    assert_same_states(models["_pretrained_"].state_dict(), before)
+    assert integration.TaskArithmetic(scaling_factor=0.3).run(models) is models["_pretrained_"]
+    ties = integration.TiesMerging(scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum")
+    assert ties.run(BaseModelPool(models)) is models["_pretrained_"]
+    assert ties.run(models) is not models["_pretrained_"]  # a plain dict is copied, as by FusionBench
+
+
+def test_configuration(integration: ModuleType) -> None:
+    from fusion_bench.utils import instantiate
+
+    options = {"scaling_factor": 0.3, "threshold": 20, "remove_keys": [], "merge_func": "sum"}
+    target = "surgery_kernels.integrations.fusion_bench"
+    ties = instantiate({"_target_": f"{target}.TiesMerging", **options})
+    assert type(ties) is integration.TiesMerging
+    assert {"_target_": f"{target}.TiesMerging", **options}.items() <= dict(ties.config).items()
+    assert (
+        type(instantiate({"_target_": f"{target}.TaskArithmetic", "scaling_factor": 0.3})) is integration.TaskArithmetic
+    )
+
+
+def test_removed_keys(integration: ModuleType) -> None:
+    class T5(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = nn.ModuleDict({"shared": nn.Embedding(8, 4)})
+            self.encoder = nn.Embedding(8, 4)
+
+    models = {"_pretrained_": T5(), "task_0": T5(), "task_1": T5()}
+    options = {"scaling_factor": 0.3, "threshold": 20, "remove_keys": ["encoder.weight"], "merge_func": "mean"}
+    assert_same_states(
+        merged(integration.TiesMerging, models, **options), merged(integration.TiesMergingAlgorithm, models, **options)
+    )
+
+
+def test_leaves_other_models_to_fusion_bench(integration: ModuleType) -> None:
+    before = _C.bytes_read()
+    options = {"scaling_factor": 0.3, "threshold": 20, "remove_keys": [], "merge_func": "sum"}
+    on_meta = {name: nn.Linear(3, 2, device="meta") for name in ("_pretrained_", "task")}
+    assert merged(integration.TiesMerging, on_meta, **options)["weight"].is_meta
+    assert merged(integration.TaskArithmetic, on_meta, scaling_factor=0.3)["weight"].is_meta
+    different = {"_pretrained_": nn.Linear(3, 2), "task": nn.Linear(3, 2, bias=False)}
+    with pytest.raises(RuntimeError, match="size"):
+        merged(integration.TiesMerging, different, **options)
+    with pytest.raises(ValueError, match="(?i)key"):
+        merged(integration.TaskArithmetic, different, scaling_factor=0.3)
+    with pytest.raises(ValueError, match="Dtype mismatch"):
+        merged(integration.TaskArithmetic, pool(steps=5), scaling_factor=0.3)
+    assert _C.bytes_read() == before
+
+
+def test_errors(integration: ModuleType) -> None:
+    options = {"scaling_factor": 0.3, "threshold": 120, "remove_keys": [], "merge_func": "sum"}
+    with pytest.raises(ValueError, match=r"^threshold must be in \(0, 100\], got 120$"):
+        merged(integration.TiesMerging, pool(), **options)
+    with pytest.raises(ValueError, match=r"^reduce must be one of 'mean', 'sum', 'max', got 'median'$"):
+        merged(integration.TiesMerging, pool(), **{**options, "threshold": 20, "merge_func": "median"})
+
+
+def test_without_fusion_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fusion_bench.compat.modelpool", None)
+    monkeypatch.delitem(sys.modules, "surgery_kernels.integrations.fusion_bench", raising=False)
+    message = r"^fusion_bench must be installed in a version .* run `pip install 'surgery-kernels\[fusion-bench\]'`$"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("surgery_kernels.integrations.fusion_bench")

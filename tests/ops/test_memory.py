@@ -1,0 +1,36 @@
+"""No temporary is as large as an input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.peak_memory import INPUT_BYTES
+
+pytestmark = [
+    pytest.mark.any_isa,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc"),
+]
+
+RunPython = Callable[..., str]
+
+
+@pytest.mark.parametrize("options", [{}, {"semantics": "mergekit", "rescale": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["one_tensor", "state_dict"])
+def test_ties(run_python: RunPython, case: str, dtype: str, options: dict[str, Any]) -> None:
+    assert int(run_python("-m", "tests.peak_memory", case, dtype, json.dumps(options))) < INPUT_BYTES // 4
+
+
+@pytest.mark.parametrize("method", ["average", "task_arithmetic"])
+def test_linear_methods(run_python: RunPython, method: str) -> None:
+    options = json.dumps({"method": method})
+    assert int(run_python("-m", "tests.peak_memory", "state_dict", "bfloat16", options)) < INPUT_BYTES // 4
+
+
+def test_the_measurement_sees_a_temporary(run_python: RunPython) -> None:
+    assert int(run_python("-m", "tests.peak_memory", "eager", "float32", "{}")) > 0.9 * INPUT_BYTES

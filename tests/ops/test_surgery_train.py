@@ -1,0 +1,482 @@
+"""surgery_train against the oracle: autograd and Adam, one task and one step after another."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery_kernels import _C, reference, surgery_train
+from tests.cases import DTYPES, bits, generator, option_id
+
+OPS = torch.ops.surgery_kernels
+BLOCK = 96  # images that the kernel takes at a time
+
+
+class Problem(NamedTuple):
+    features: list[Tensor]
+    targets: list[Tensor]
+    down: Tensor
+    up: Tensor
+    down_moments: Tensor
+    up_moments: Tensor
+    indices: Tensor
+
+    @property
+    def moved(self) -> tuple[Tensor, ...]:
+        return self[2:6]
+
+    def clone(self) -> Problem:
+        return self._replace(**{name: getattr(self, name).clone() for name in self._fields[2:6]})
+
+    def double(self) -> Problem:
+        return Problem(*([x.double() for x in group] for group in self[:2]), *(x.double() for x in self.moved), self[6])
+
+
+def problem(
+    num_tasks: int = 3,
+    dim: int = 33,
+    rank: int = 5,
+    steps: int = 12,
+    batch: int = 16,
+    images: int = 40,
+    dtype: torch.dtype = torch.float32,
+    started: bool = False,
+) -> Problem:
+    """Targets a step away from the features; tasks differ in their number of images. `started`: not the first step."""
+    g = generator(num_tasks, dim, rank, steps, batch, images)
+    compute = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    features = [normal(images + 3 * t, dim) for t in range(num_tasks)]
+    targets = [x + 0.3 * normal(*x.shape) + 0.2 for x in features]
+    down = normal(num_tasks, rank, dim) / max(dim, 1) ** 0.5
+    up = 0.1 * normal(num_tasks, dim, rank) if started else torch.zeros(num_tasks, dim, rank, dtype=torch.float64)
+    moments = [torch.zeros(2, *x.shape, dtype=torch.float64) for x in (down, up)]
+    for x in moments if started else []:
+        x[0], x[1] = 1e-3 * normal(*x[0].shape), 1e-6 * normal(*x[0].shape).square()
+    indices = torch.stack([torch.randint(0, len(x), (steps, batch), generator=g) for x in features], dim=1)
+    stored = [[x.to(dtype) for x in group] for group in (features, targets)]
+    return Problem(*stored, down.to(compute), up.to(compute), *(x.to(compute) for x in moments), indices)
+
+
+def trained(train: Callable[..., Tensor], given: Problem, **options: Any) -> list[Tensor]:
+    """The losses, and what has moved."""
+    copy = given.clone()
+    return [train(*copy, **options), *copy.moved]
+
+
+def assert_close_to_reference(given: Problem, **options: Any) -> None:
+    """Twice the error of the reference in the same dtype, both taken from float64, and a hundred roundings.
+
+    Adam divides a gradient by its own size: where that is next to nothing, rounding decides the direction of a step.
+    So errors are compared by their root mean square, and those of the reference are no bound by themselves.
+    """
+    exact = trained(reference.surgery_train, given.double(), **options)
+    expected = trained(reference.surgery_train, given, **options)
+    actual = trained(surgery_train, given, **options)
+    rounding = 100 * torch.finfo(given.down.dtype).eps
+    for name, x, y, z in zip(["losses", *Problem._fields[2:6]], actual, expected, exact, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        error, allowed, size = (float(a.norm()) for a in (x.double() - z, y.double() - z, z))
+        assert error <= 2 * allowed + rounding * size, f"{name}: {error:.2e} of {size:.2e}, the reference {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("dim", [1, 5, 33, 64, 512])
+def test_every_dim_and_rank(dim: int, dtype: torch.dtype) -> None:
+    for rank in {33: (1, 3, 16, 33, 80), 512: (16,)}.get(dim, (5, 17)):
+        assert_close_to_reference(problem(num_tasks=2, dim=dim, rank=rank, steps=3, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("batch", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 30])
+def test_batches(batch: int, dtype: torch.dtype) -> None:
+    """More images than there are, too: a batch may name one several times."""
+    assert_close_to_reference(problem(num_tasks=2, batch=batch, steps=2, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.05},
+        {"betas": (0.5, 0.9)},
+        {"betas": (0.0, 0.0)},
+        {"eps": 1e-3},
+        {"zero_grad_steps": 1},
+        {"zero_grad_steps": 7},
+        {"step": 1_000},
+        {"step": 40, "zero_grad_steps": 3, "lr": 3e-3},
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, Any]) -> None:
+    assert_close_to_reference(problem(steps=5, dtype=torch.float64, started="step" in options), **options)
+
+
+def test_decays_are_rounded_once() -> None:
+    """1 - 0.999 taken in float32 would be off by 1e-5."""
+    given = problem(steps=1).clone()
+    given.up.normal_(generator=generator(0))
+    surgery_train(*given)
+    for moments in (given.down_moments, given.up_moments):
+        first, second = moments.double()
+        torch.testing.assert_close(second, (first / 0.1).square() * 0.001, rtol=1e-6, atol=1e-30)
+
+
+def test_float32_steps() -> None:
+    assert_close_to_reference(problem(started=True), step=40, zero_grad_steps=3, lr=3e-3)
+
+
+def test_the_loss_falls() -> None:
+    losses = surgery_train(*problem(steps=300, dim=32, rank=16), lr=1e-2)
+    assert (losses[-20:].mean(dim=0) < 0.85 * losses[:20].mean(dim=0)).all()
+
+
+@pytest.mark.parametrize("zero_grad_steps", [0, 2])
+def test_cut_into_calls(zero_grad_steps: int) -> None:
+    given = problem(steps=20)
+    whole = trained(surgery_train, given, zero_grad_steps=zero_grad_steps)
+    copy, losses, step = given.clone(), [], 0
+    for part in given.indices.split([1, 7, 0, 12]):
+        losses.append(surgery_train(*copy[:6], part, step=step, zero_grad_steps=zero_grad_steps))
+        step += len(part) * (1 + zero_grad_steps)
+    for x, y in zip([torch.cat(losses), *copy.moved], whole, strict=True):
+        assert torch.equal(bits(x), bits(y))
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+def test_threads(dtype: torch.dtype) -> None:
+    given = problem(num_tasks=5, dim=64, rank=16, steps=20, dtype=dtype)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append([bits(x) for x in trained(surgery_train, given)])
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert torch.equal(x, y)
+
+
+def test_tasks_do_not_touch_each_other() -> None:
+    given = problem(num_tasks=3)
+    together = trained(surgery_train, given)
+    for t in range(3):
+        parameters = [given.down[t : t + 1], given.up[t : t + 1]]
+        moments = [given.down_moments[:, t : t + 1], given.up_moments[:, t : t + 1]]
+        alone = Problem(
+            given.features[t : t + 1], given.targets[t : t + 1], *parameters, *moments, given.indices[:, t : t + 1]
+        )
+        losses, down, up, *_ = trained(surgery_train, alone)
+        assert torch.equal(losses[:, 0], together[0][:, t])
+        assert torch.equal(down[0], together[1][t])
+        assert torch.equal(up[0], together[2][t])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_nonfinite_image_reaches_its_task_from_the_step_that_takes_it(value: float) -> None:
+    given = problem(num_tasks=2, steps=6)
+    expected = trained(surgery_train, given)
+    features = [x.clone() for x in given.features]
+    features[1][0, 32] = value
+    indices = given.indices.clamp(min=1)
+    indices[3, 1, 2] = 0
+    spoilt = trained(surgery_train, given._replace(features=features, indices=indices))
+    healthy = trained(surgery_train, given._replace(indices=given.indices.clamp(min=1)))
+    assert torch.equal(spoilt[0][:, 0], healthy[0][:, 0])
+    assert torch.equal(spoilt[0][:3, 1], healthy[0][:3, 1])
+    assert not spoilt[0][3:, 1].isfinite().any()
+    assert torch.equal(spoilt[1][0], healthy[1][0])
+    assert torch.equal(spoilt[2][0], healthy[2][0])
+    assert spoilt[1][1].isnan().any()
+    assert all(x.isfinite().all() for x in expected)
+
+
+def test_an_infinite_loss_is_no_nan() -> None:
+    """Infinity times the zeros of the padding must not reach the sum."""
+    given = problem(num_tasks=1, dim=5, rank=1, steps=1)
+    given.down.fill_(torch.finfo(torch.float32).max)
+    given.up.fill_(1)
+    features = [torch.full_like(x, 2.0) for x in given.features]
+    losses = [
+        trained(train, given._replace(features=features))[0] for train in (surgery_train, reference.surgery_train)
+    ]
+    assert losses[0].item() == losses[1].item() == math.inf
+
+
+def test_where_nothing_is_wrong_nothing_moves() -> None:
+    given = problem(steps=5)
+    losses, down, up, *moments = trained(surgery_train, given._replace(targets=given.features))
+    assert losses.count_nonzero() == 0
+    assert torch.equal(down, given.down)
+    assert torch.equal(up, given.up)
+    assert all(x.count_nonzero() == 0 for x in moments)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"rank": 0}, {"dim": 0}, {"steps": 0}, {"steps": 0, "images": 0, "batch": 1, "num_tasks": 1}], ids=str
+)
+def test_empty(shape: dict[str, int]) -> None:
+    given = problem(**{"steps": 2, **shape}) if shape.get("images") != 0 else problem(num_tasks=1, steps=0, images=1)
+    if shape.get("images") == 0:
+        given = given._replace(features=[given.features[0][:0]], targets=[given.targets[0][:0]])
+    for x, y in zip(trained(surgery_train, given), trained(reference.surgery_train, given), strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+
+
+def test_layouts() -> None:
+    """Features, targets and indices of any strides; features and targets that require gradients."""
+    given = problem()
+    expected = trained(surgery_train, given)
+    features = [x.t().contiguous().t().requires_grad_() for x in given.features]
+    targets = [torch.cat([x, x], dim=1)[:, :33].requires_grad_() for x in given.targets]
+    indices = given.indices.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    moved = given._replace(features=features, targets=targets, indices=indices)
+    for x, y in zip(trained(surgery_train, moved), expected, strict=True):
+        assert torch.equal(x, y)
+    one = torch.randn(33, generator=generator(0))
+    expanded = given._replace(features=[one.expand(60, 33)] * 3, targets=[x[:60] for x in problem(images=60).targets])
+    copied = expanded._replace(features=[x.contiguous() for x in expanded.features])
+    for x, y in zip(trained(surgery_train, expanded), trained(surgery_train, copied), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.any_isa
+def test_leaves_that_require_gradients_are_moved() -> None:
+    given = problem().clone()
+    expected = trained(surgery_train, given)
+    down, up = given.down.requires_grad_(), given.up.requires_grad_()
+    losses = surgery_train(*given)
+    assert not losses.requires_grad
+    assert down.is_leaf and up.is_leaf and down.requires_grad and up.requires_grad
+    for x, y in zip([losses, *given.moved], expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.any_isa
+def test_a_graph_notices_what_was_moved() -> None:
+    given = problem()
+    down = given.down.clone().requires_grad_()
+    loss = down.square().sum()
+    surgery_train(*given._replace(down=down))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.any_isa
+@pytest.mark.usefixtures("restored_isa")
+def test_instruction_sets_differ_by_rounding() -> None:
+    given, results = problem(steps=10), []
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        results.append(trained(surgery_train, given))
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert (x - y).norm() <= 1e-5 * y.norm()
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=option_id)
+def test_opcheck(dtype: torch.dtype) -> None:
+    given = problem(steps=2, dtype=dtype)
+    torch.library.opcheck(OPS.surgery_train, tuple(given), {"step": 3, "lr": 0.01, "zero_grad_steps": 1})
+    torch.library.opcheck(OPS.surgery_train, tuple(given))
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend: str) -> None:
+    def run(given: Problem) -> Tensor:
+        return surgery_train(*given, lr=0.01) * 2
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    given = problem(steps=3)
+    first, second = given.clone(), given.clone()
+    assert torch.equal(compiled(first), run(second))
+    for x, y in zip(first.moved, second.moved, strict=True):
+        assert torch.equal(x, y)
+    assert not torch.equal(first.up, given.up)
+
+
+@pytest.mark.any_isa
+def test_fakes_have_the_shapes_and_dtypes_of_the_results() -> None:
+    for dtype in DTYPES:
+        given = problem(dtype=dtype)
+        groups = [[x.to("meta") for x in group] for group in given[:2]]
+        losses = surgery_train(*groups, *(x.to("meta") for x in given[2:]))
+        expected = trained(surgery_train, given)[0]
+        assert (losses.shape, losses.dtype) == (expected.shape, expected.dtype)
+
+
+SMALL = problem(num_tasks=2, dim=5, rank=4, steps=3, batch=6, images=7)  # images: 7 and 10
+
+
+def refusals() -> list[tuple[Problem, dict[str, Any], str]]:
+    features, targets, down, up, down_moments, up_moments, indices = SMALL
+    first, second = features
+    change = SMALL._replace
+    return [
+        (change(down=[1.0]), {}, "down must be a tensor, got list"),
+        (change(up_moments=None), {}, "up_moments must be a tensor, got NoneType"),
+        (change(up=up.mT.contiguous().mT), {}, "up must be contiguous, got strides (20, 1, 5)"),
+        (change(up=up.double()), {}, "up must have the dtype of down, torch.float32, got torch.float64"),
+        (change(up=up.to("meta")), {}, "up must be on the device of down, cpu, got meta"),
+        (change(down=down[0]), {}, "down must be [num_tasks, rank, dim] of at least one task, got (4, 5)"),
+        (change(down=down[:0]), {}, "down must be [num_tasks, rank, dim] of at least one task, got (0, 4, 5)"),
+        (change(up=up[:1]), {}, "up must have shape (2, 5, 4), got (1, 5, 4)"),
+        (change(down_moments=down_moments[0]), {}, "down_moments must have shape (2, 2, 4, 5), got (2, 4, 5)"),
+        (change(up_moments=up_moments[:1]), {}, "up_moments must have shape (2, 2, 5, 4), got (1, 2, 5, 4)"),
+        (change(features=features[:1]), {}, "features must be one tensor per task, 2, got 1"),
+        (change(targets=[*targets, first]), {}, "targets must be one tensor per task, 2, got 3"),
+        (change(features=[first, 1.0]), {}, "features[1] must be a tensor, got float"),
+        (change(features=[first[0], second]), {}, "features[0] must be [images, 5], got (5,)"),
+        (change(features=[first, second[:, :4]]), {}, "features[1] must be [images, 5], got (10, 4)"),
+        (
+            change(features=[first.long(), second]),
+            {},
+            "features[0] must have one floating dtype with the others, got torch.int64",
+        ),
+        (
+            change(features=[first, second.half()]),
+            {},
+            "features[1] must have one floating dtype with the others, got torch.float16",
+        ),
+        (
+            change(features=[first, second.to("meta")]),
+            {},
+            "features[1] must be on the device of down, cpu, got meta",
+        ),
+        (
+            change(targets=[targets[0], second[:9]]),
+            {},
+            "targets[1] must have the shape of features[1], (10, 5), got (9, 5)",
+        ),
+        (
+            change(targets=[targets[0], second.half()]),
+            {},
+            "targets[1] must have the dtype of features[1], torch.float32, got torch.float16",
+        ),
+        (
+            change(features=[x.double() for x in features], targets=[x.double() for x in targets]),
+            {},
+            "down must be float32, or float64 for float64 features, got torch.float32",
+        ),
+        (change(indices=indices.tolist()), {}, "indices must be a tensor, got list"),
+        (change(indices=indices.to("meta")), {}, "indices must be on the device of down, cpu, got meta"),
+        (change(indices=indices.int()), {}, "indices must be int64 [steps, 2, batch], got torch.int32 [3, 2, 6]"),
+        (change(indices=indices[:, :1]), {}, "indices must be int64 [steps, 2, batch], got torch.int64 [3, 1, 6]"),
+        (change(indices=indices[0]), {}, "indices must be int64 [steps, 2, batch], got torch.int64 [2, 6]"),
+        (change(indices=indices[..., :0]), {}, "indices must be int64 [steps, 2, batch], got torch.int64 [3, 2, 0]"),
+        (SMALL, {"lr": 0}, "lr must be finite and positive, got 0"),
+        (SMALL, {"lr": math.inf}, "lr must be finite and positive, got inf"),
+        (SMALL, {"lr": "1"}, "lr must be a number, got '1'"),
+        (SMALL, {"eps": math.nan}, "eps must be finite and positive, got nan"),
+        (SMALL, {"betas": (0.9, 1.0)}, "betas must be two numbers in [0, 1), got (0.9, 1.0)"),
+        (SMALL, {"betas": (-0.1, 0.9)}, "betas must be two numbers in [0, 1), got (-0.1, 0.9)"),
+        (SMALL, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got (0.9,)"),
+        (SMALL, {"betas": (0.9, "0.99")}, "betas must be two numbers, got '0.99'"),
+        (SMALL, {"step": -1}, "step must be 0 or more, got -1"),
+        (SMALL, {"step": 1.0}, "step must be an integer, got 1.0"),
+        (SMALL, {"zero_grad_steps": -1}, "zero_grad_steps must be 0 or more, got -1"),
+    ]
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize(("given", "options", "message"), refusals(), ids=lambda x: x if isinstance(x, str) else "")
+def test_refused(given: Problem, options: dict[str, Any], message: str) -> None:
+    before = [x.clone() for x in SMALL.moved]
+    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}$"):
+        surgery_train(*given, **options)
+    assert all(torch.equal(x, y) for x, y in zip(SMALL.moved, before, strict=True))
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize(("place", "number", "count"), [((2, 0, 5), 7, 7), ((0, 1, 0), 10, 10), ((1, 1, 3), -1, 10)])
+def test_an_image_that_is_not_there(place: tuple[int, int, int], number: int, count: int) -> None:
+    indices = SMALL.indices.clone()
+    indices[place] = number
+    given = SMALL._replace(indices=indices).clone()
+    message = f"indices must be in [0, {count}) for task {place[1]}, got {number}"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        surgery_train(*given)
+    assert all(torch.equal(x, y) for x, y in zip(given.moved, SMALL.moved, strict=True))
+
+
+@pytest.mark.any_isa
+def test_memory_that_overlaps() -> None:
+    memory = torch.randn(200, generator=generator(0))
+    before = memory.clone()
+    down, up = memory[:40].view(2, 4, 5), memory[39:79].view(2, 5, 4)
+    for given, name in (
+        (SMALL._replace(down=down, up=up), "up"),
+        (SMALL._replace(down=down, down_moments=memory[:80].view(2, 2, 4, 5)), "down_moments"),
+        (SMALL._replace(down=down, features=[memory[5:40].view(7, 5), SMALL.features[1]]), "down"),
+        (SMALL._replace(up_moments=memory[:80].view(2, 2, 5, 4), targets=[memory[:35].view(7, 5)] * 2), "targets"),
+    ):
+        given = given._replace(targets=[given.targets[0], SMALL.targets[1]])
+        message = "up_moments" if name == "targets" else name
+        with pytest.raises(
+            RuntimeError, match=f"^{message} must be apart from every other tensor, got memory that over"
+        ):
+            surgery_train(*given)
+    assert torch.equal(memory, before)
+    neighbours = SMALL._replace(down=down, up=memory[40:80].view(2, 5, 4))
+    surgery_train(*neighbours)
+    assert (memory[:80] != before[:80]).any()
+    assert torch.equal(memory[80:], before[80:])
+
+
+@pytest.mark.any_isa
+def test_ops_refuse_what_would_corrupt_memory() -> None:
+    features, targets, down, up, down_moments, up_moments, indices = SMALL
+    change = SMALL._replace
+    shape = "features must be [images, 5] on the CPU, got another shape or device"
+    implied = " must have the shape that down implies, got another"
+    moving = " must be contiguous on the CPU in the dtype of down, got another tensor"
+    refused: list[tuple[Problem, dict[str, Any], str]] = [
+        (change(down=down[0]), {}, "down must be [num_tasks, rank, dim], got 2 dimensions"),
+        (change(down=down.mT.contiguous().mT), {}, "down" + moving),
+        (change(up=up.double()), {}, "up" + moving),
+        (change(up=up[:1]), {}, "up" + implied),
+        (change(down_moments=down_moments[0]), {}, "down_moments" + implied),
+        (change(up_moments=up_moments[:1]), {}, "up_moments" + implied),
+        (change(features=features[:1]), {}, "features must be one tensor per task, 2, got 1"),
+        (change(targets=targets * 2), {}, "targets must be one tensor per task, 2, got 4"),
+        (change(features=[features[0][0], features[1]]), {}, shape),
+        (change(features=[features[0][:, :4], features[1]]), {}, shape),
+        (change(features=[features[0].half(), features[1]]), {}, "features must have one dtype, got several"),
+        (change(targets=[x.half() for x in targets]), {}, "targets must have the dtype of features, got another"),
+        (
+            change(features=[features[0].long(), features[1]]),
+            {},
+            "features must be float64, float32, float16 or bfloat16, got another dtype",
+        ),
+        (
+            change(targets=[targets[0][:6], targets[1]]),
+            {},
+            "targets[0] must have the images of features[0], 7, got 6",
+        ),
+        (
+            change(features=[x.double() for x in features], targets=[x.double() for x in targets]),
+            {},
+            "down must be float32, or float64 for float64 features, got another dtype",
+        ),
+        *(
+            (change(indices=wrong), {}, "indices must be int64 [steps, 2, batch] on the CPU, got another tensor")
+            for wrong in (indices.int(), indices[0], indices[:, :1], indices[..., :0])
+        ),
+        (change(indices=indices + 7), {}, "indices must be in [0, 7) for task 0, got "),
+        (SMALL, {"zero_grad_steps": -1}, "zero_grad_steps must be in [0, 1048576], got -1"),
+        (SMALL, {"zero_grad_steps": 2**62}, f"zero_grad_steps must be in [0, 1048576], got {2**62}"),
+    ]
+    for given, options, message in refused:
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
+            OPS.surgery_train(*given, **options)

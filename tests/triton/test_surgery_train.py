@@ -1,0 +1,378 @@
+"""surgery_train's Triton kernels against the oracle: on a GPU, or in the interpreter; and `fit` on a GPU."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery_kernels import reference, surgery_train
+from surgery_kernels.surgery import attach, fit
+from tests.borders import in_poisoned_memory, is_intact
+from tests.cases import DTYPES, bits, generator, option_id
+
+kernels = pytest.importorskip("surgery_kernels.triton.surgery_train", reason="there is no Triton for this platform")
+pytestmark = pytest.mark.any_isa
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+OPS = torch.ops.surgery_kernels
+
+
+class Problem(NamedTuple):
+    features: list[Tensor]
+    targets: list[Tensor]
+    down: Tensor
+    up: Tensor
+    down_moments: Tensor
+    up_moments: Tensor
+    indices: Tensor
+
+    @property
+    def moved(self) -> tuple[Tensor, ...]:
+        return self[2:6]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        return Problem(*([change(x) for x in group] for group in self[:2]), *map(change, self[2:]))
+
+    def clone(self) -> Problem:
+        return self._replace(**{name: getattr(self, name).clone() for name in self._fields[2:6]})
+
+    def double(self) -> Problem:
+        return Problem(*([x.double() for x in group] for group in self[:2]), *(x.double() for x in self.moved), self[6])
+
+
+def problem(
+    num_tasks: int = 2,
+    dim: int = 33,
+    rank: int = 5,
+    steps: int = 3,
+    batch: int = 16,
+    images: int = 40,
+    dtype: torch.dtype = torch.float32,
+    started: bool = False,
+) -> Problem:
+    """Targets a step away from the features; tasks differ in their number of images. `started`: not the first step."""
+    g = generator(num_tasks, dim, rank, steps, batch, images)
+    compute = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    features = [normal(images + 3 * t, dim) for t in range(num_tasks)]
+    targets = [x + 0.3 * normal(*x.shape) + 0.2 for x in features]
+    down = normal(num_tasks, rank, dim) / max(dim, 1) ** 0.5
+    up = 0.1 * normal(num_tasks, dim, rank) if started else torch.zeros(num_tasks, dim, rank, dtype=torch.float64)
+    moments = [torch.zeros(2, *x.shape, dtype=torch.float64) for x in (down, up)]
+    for x in moments if started else []:
+        x[0], x[1] = 1e-3 * normal(*x[0].shape), 1e-6 * normal(*x[0].shape).square()
+    indices = torch.stack([torch.randint(0, len(x), (steps, batch), generator=g) for x in features], dim=1)
+    stored = [[x.to(dtype) for x in group] for group in (features, targets)]
+    return Problem(*stored, down.to(compute), up.to(compute), *(x.to(compute) for x in moments), indices)
+
+
+def trained(train: Callable[..., Tensor], given: Problem, **options: Any) -> list[Tensor]:
+    """The losses, and what has moved."""
+    copy = given.clone()
+    return [train(*copy, **options), *copy.moved]
+
+
+def trained_on(
+    gpu: torch.device, given: Problem, betas: tuple[float, float] = (0.9, 0.999), **options: Any
+) -> list[Tensor]:
+    """The same of the kernels, back on the CPU, from memory with poisoned borders."""
+    copy = given.map(lambda x: in_poisoned_memory(x.to(gpu)))
+    losses = kernels.surgery_train(*copy, beta1=betas[0], beta2=betas[1], **options)
+    assert all(is_intact(x) for x in copy.moved)
+    return [x.cpu() for x in (losses, *copy.moved)]
+
+
+def assert_close_to_reference(gpu: torch.device, given: Problem, **options: Any) -> None:
+    """Twice the error of the reference in the same dtype, both taken from float64, and a hundred roundings.
+
+    Adam divides a gradient by its own size: where that is next to nothing, rounding decides the direction of a step.
+    So errors are compared by their root mean square, and those of the reference are no bound by themselves.
+    """
+    exact = trained(reference.surgery_train, given.double(), **options)
+    expected = trained(reference.surgery_train, given, **options)
+    actual = trained_on(gpu, given, **options)
+    rounding = 100 * torch.finfo(given.down.dtype).eps
+    for name, x, y, z in zip(["losses", *Problem._fields[2:6]], actual, expected, exact, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        error, allowed, size = (float(a.norm()) for a in (x.double() - z, y.double() - z, z))
+        assert error <= 2 * allowed + rounding * size, f"{name}: {error:.2e} of {size:.2e}, the reference {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("dim", [1, 33, 64, 257])
+def test_every_dim_and_rank(gpu: torch.device, dim: int, dtype: torch.dtype) -> None:
+    for rank in {33: (1, 3, 16, 33)}.get(dim, (5,)):
+        assert_close_to_reference(gpu, problem(dim=dim, rank=rank, steps=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 65])
+def test_batches(gpu: torch.device, batch: int) -> None:
+    """More images than there are, too: a batch may name one several times."""
+    assert_close_to_reference(gpu, problem(batch=batch, started=True), step=10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+def test_more_than_registers_hold(gpu: torch.device, dtype: torch.dtype) -> None:
+    """Then the steps are made of other ops."""
+    assert all(128 not in tiles[64] for tiles in kernels.TILES.values())
+    assert_close_to_reference(gpu, problem(rank=40, batch=70, steps=2, dtype=dtype), zero_grad_steps=1, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.05},
+        {"betas": (0.5, 0.9)},
+        {"betas": (0.0, 0.0)},
+        {"eps": 1e-3},
+        {"zero_grad_steps": 7},
+        {"step": 40, "zero_grad_steps": 3, "lr": 3e-3},
+    ],
+    ids=str,
+)
+def test_options(gpu: torch.device, options: dict[str, Any]) -> None:
+    given = problem(dtype=torch.float64, started="step" in options)
+    assert_close_to_reference(gpu, given, **options)
+
+
+def test_the_loss_falls(gpu: torch.device) -> None:
+    losses = trained_on(gpu, problem(steps=60, dim=32, rank=16), lr=2e-2)[0]
+    assert (losses[-10:].mean(dim=0) < 0.9 * losses[:10].mean(dim=0)).all()
+
+
+def test_cut_into_calls(gpu: torch.device) -> None:
+    given = problem(steps=8)
+    whole = trained_on(gpu, given, zero_grad_steps=2)
+    copy, losses, step = given.clone().map(lambda x: x.to(gpu)), [], 0
+    for part in copy.indices.split([1, 3, 0, 4]):
+        losses.append(kernels.surgery_train(*copy[:6], part, step=step, zero_grad_steps=2))
+        step += len(part) * 3
+    for x, y in zip([torch.cat(losses), *copy.moved], whole, strict=True):
+        assert torch.equal(bits(x.cpu()), bits(y))
+
+
+def test_tasks_do_not_touch_each_other(gpu: torch.device) -> None:
+    given = problem(num_tasks=3)
+    together = trained_on(gpu, given)
+    for t in range(3):
+        parameters = [given.down[t : t + 1], given.up[t : t + 1]]
+        moments = [given.down_moments[:, t : t + 1], given.up_moments[:, t : t + 1]]
+        alone = Problem(
+            given.features[t : t + 1],
+            given.targets[t : t + 1],
+            *parameters,
+            *(x.contiguous() for x in moments),
+            given.indices[:, t : t + 1],
+        )
+        losses, down, up, *_ = trained_on(gpu, alone)
+        assert torch.equal(losses[:, 0], together[0][:, t])
+        assert torch.equal(down[0], together[1][t])
+        assert torch.equal(up[0], together[2][t])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_nonfinite_image_reaches_its_task_from_the_step_that_takes_it(gpu: torch.device, value: float) -> None:
+    given = problem(steps=6)
+    given = given._replace(indices=given.indices.clamp(min=1))
+    features = [x.clone() for x in given.features]
+    features[1][0, 32] = value
+    indices = given.indices.clone()
+    indices[3, 1, 2] = 0
+    spoilt = trained_on(gpu, given._replace(features=features, indices=indices))
+    healthy = trained_on(gpu, given)
+    assert torch.equal(spoilt[0][:, 0], healthy[0][:, 0])
+    assert torch.equal(spoilt[0][:3, 1], healthy[0][:3, 1])
+    assert not spoilt[0][3:, 1].isfinite().any()
+    assert torch.equal(spoilt[1][0], healthy[1][0])
+    assert torch.equal(spoilt[2][0], healthy[2][0])
+    assert spoilt[1][1].isnan().any()
+
+
+def test_where_nothing_is_wrong_nothing_moves(gpu: torch.device) -> None:
+    given = problem()
+    losses, down, up, *moments = trained_on(gpu, given._replace(targets=given.features))
+    assert losses.count_nonzero() == 0
+    assert torch.equal(down, given.down)
+    assert torch.equal(up, given.up)
+    assert all(x.count_nonzero() == 0 for x in moments)
+
+
+@pytest.mark.parametrize("shape", [{"rank": 0}, {"dim": 0}, {"steps": 0}], ids=str)
+def test_empty(gpu: torch.device, shape: dict[str, int]) -> None:
+    given = problem(**shape)
+    for x, y in zip(trained_on(gpu, given), trained(reference.surgery_train, given), strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+
+
+def test_layouts(gpu: torch.device) -> None:
+    """Features, targets and indices of any strides and alignment."""
+    given = problem(dim=32)
+    expected = trained_on(gpu, given)
+    moved = given._replace(
+        features=[x.t().contiguous().t() for x in given.features],
+        targets=[torch.cat([x.new_zeros(1), x.view(-1)])[1:].view(x.shape) for x in given.targets],
+        indices=given.indices.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    )
+    for x, y in zip(trained_on(gpu, moved), expected, strict=True):
+        assert torch.equal(x, y)
+    copy = moved.clone().map(lambda x: x.to(gpu))
+    for x, y in zip([kernels.surgery_train(*copy), *copy.moved], expected, strict=True):
+        assert torch.equal(x.cpu(), y)
+
+
+def test_while_a_graph_is_captured_images_that_are_not_there_are_nan(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "is_capturing", lambda device: True)
+    for given, image in ((problem(), -1), (problem(), 2**40), (problem(rank=40, batch=70), 40)):
+        healthy = trained_on(gpu, given)
+        indices = given.indices.clone()
+        indices[1, 0, 3] = image
+        losses, down, *_ = trained_on(gpu, given._replace(indices=indices))
+        assert losses[1:, 0].isnan().all()
+        assert torch.equal(losses[:, 1], healthy[0][:, 1])
+        assert torch.equal(losses[0], healthy[0][0])
+        assert torch.equal(down[1], healthy[1][1])
+
+
+def test_refused_before_anything_moves(gpu: torch.device) -> None:
+    given = problem(dim=5, rank=4, batch=6, images=7).map(lambda x: x.to(gpu))  # images: 7 and 10
+    refused: list[tuple[Problem, str]] = []
+    for t, image, count in ((0, 7, 7), (1, -3, 10)):
+        indices = given.indices.clone()
+        indices[2, t, 1] = image
+        refused.append((given._replace(indices=indices), f"indices must be in [0, {count}) for task {t}, got {image}"))
+    another = "must be contiguous {} in the dtype of down, got another tensor"
+    refused += [
+        (given._replace(up=given.up[:1]), f"up {another.format((2, 5, 4))}"),
+        (given._replace(up=given.up.double()), f"up {another.format((2, 5, 4))}"),
+        (
+            given._replace(down_moments=given.down_moments.mT.contiguous().mT),
+            f"down_moments {another.format((2, 2, 4, 5))}",
+        ),
+        (
+            given._replace(features=given.features[:1]),
+            "features and targets must be one tensor per task, 2, got another number",
+        ),
+        (
+            given._replace(targets=[given.targets[0], given.targets[0]]),
+            "features[1] and targets[1] must be [images, 5] of one dtype, got another tensor",
+        ),
+        (given._replace(indices=given.indices.int()), "indices must be int64 [steps, 2, batch], got another tensor"),
+        (
+            given._replace(targets=[given.down.view(-1)[:35].view(7, 5), given.targets[1]]),
+            "down must be apart from every other tensor, got memory that overlaps one",
+        ),
+    ]
+    before = given.clone()
+    for wrong, message in refused:
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            kernels.surgery_train(*wrong)
+    for x, y in zip(given.moved, before.moved, strict=True):
+        assert torch.equal(x, y)
+
+
+def cuda(given: Problem) -> Problem:
+    return given.map(lambda x: x.cuda())
+
+
+@needs_gpu
+def test_opcheck() -> None:
+    given = cuda(problem(steps=2))
+    torch.library.opcheck(OPS.surgery_train, tuple(given), {"step": 3, "lr": 0.01, "zero_grad_steps": 1})
+
+
+@needs_gpu
+def test_compiled() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda given: surgery_train(*given, lr=0.01) * 2, fullgraph=True)
+    given = cuda(problem())
+    first, second = given.clone(), given.clone()
+    assert torch.equal(compiled(first), surgery_train(*second, lr=0.01) * 2)
+    for x, y in zip(first.moved, second.moved, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [16, 256], ids=["one-launch", "by-ops"])
+def test_cuda_graph(batch: int) -> None:
+    given = cuda(problem(rank=32, batch=batch))
+    expected = trained(surgery_train, given)
+    copy = given.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        losses = surgery_train(*copy)
+    for x, y in zip(copy.moved, given.moved, strict=True):
+        x.copy_(y)
+    graph.replay()
+    for x, y in zip([losses, *copy.moved], expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_gpu
+def test_side_stream() -> None:
+    given = cuda(problem())
+    expected = trained(surgery_train, given)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        actual = trained(surgery_train, given)
+    side.synchronize()
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+class Encoder(nn.Module):
+    """Three blocks over tokens, and the first token projected."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(24, 24), nn.GELU()) for _ in range(3)))
+        self.project = nn.Linear(24, 16)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator(seed)) / 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.project(self.blocks(tokens)[:, 0])
+
+
+@needs_gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["v1", "v2"])
+def test_fit(mode: str, autocast: torch.dtype | None) -> None:
+    """On a GPU as on the CPU, but for rounding that Adam makes large; and the adapters serve a model there."""
+    tasks = {"a": 1, "b": 2}
+    samples = {task: torch.randn(40, 9, 24, generator=generator(seed)) for task, seed in tasks.items()}
+    fitted = []
+    for device in ("cpu", "cuda"):
+        experts = {task: Encoder(seed).to(device) for task, seed in tasks.items()}
+        merged = Encoder(3).to(device)
+        fitted.append(fit(merged, experts, samples, mode, rank=4, steps=60, lr=1e-2, autocast=autocast))
+    on_cpu, on_gpu = fitted
+    assert all(x.device.type == "cuda" and x.dtype == torch.float32 for x in on_gpu.adapters.parameters())
+    assert on_gpu.log.bias.device.type == "cpu"
+    early, late = (x.mean(dim=0).sum(dim=-1) for x in (on_gpu.log.bias[:5], on_gpu.log.bias[-5:]))
+    assert (late < 0.95 * early).all()
+    tolerance = 0.02 if autocast is None else 0.1
+    torch.testing.assert_close(on_gpu.log.bias, on_cpu.log.bias, rtol=tolerance, atol=tolerance)
+    with attach(merged, on_gpu.adapters) as model:
+        for task in ("a", ["a", "b"] * 20):
+            assert model(samples["a"].cuda(), task=task).isfinite().all()
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,199 @@
+"""Thresholds on CUDA tensors: the Triton kernels against the oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery_kernels import reference
+from tests.cases import (
+    DTYPES,
+    KINDS,
+    SEMANTICS,
+    SHAPES,
+    assert_same,
+    densities_of,
+    equal,
+    gaussian,
+    grid,
+    inputs,
+    option_id,
+    sparse,
+)
+from tests.guards import guarded
+
+pytestmark = [pytest.mark.any_isa, pytest.mark.usefixtures("gpu")]
+
+SAMPLED = 1000  # elements from which a test has the first range sampled
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from surgery_kernels.triton import trim
+
+    monkeypatch.setattr(trim, "DIRECT", SAMPLED)
+
+
+def thresholds(gpu: torch.device, base: Tensor | None, experts: list[Tensor], shift: int = 0, **options: Any) -> Tensor:
+    from surgery_kernels.triton.trim import trim_thresholds
+
+    base = None if base is None else guarded(base, gpu, shift)
+    return trim_thresholds(base, [guarded(expert, gpu, shift) for expert in experts], **options).cpu()
+
+
+def check(gpu: torch.device, base: Tensor | None, experts: list[Tensor], **options: Any) -> None:
+    expected = reference.trim_thresholds(base, experts, **options)
+    assert_same(thresholds(gpu, base, experts, **options), expected, str(options))
+
+
+def check_limits(gpu: torch.device, bases: list[Tensor], experts: list[Tensor], **options: Any) -> None:
+    """What the limits keep is what the CPU's keep: a cut may lie anywhere between two ties."""
+    from surgery_kernels.triton.trim import trim_limits
+
+    num_tasks = len(options["density"])
+    limits = trim_limits([x.to(gpu) for x in bases], [x.to(gpu) for x in experts], **options)
+    expected = torch.ops.surgery_kernels.trim_limits(bases, experts, **options)
+    compute = limits[0].dtype
+    for t in range(num_tasks):
+        task_vectors = [
+            (expert.to(compute) - base.to(compute)).to(base.dtype)
+            for base, expert in zip(bases, experts[t::num_tasks], strict=True)
+        ]
+        keys = torch.cat([x.reshape(-1).abs().to(compute) for x in task_vectors])
+        kept = [
+            (keys > threshold[t]) | ((keys == threshold[t]) & (torch.arange(len(keys)) < cut[t]))
+            for threshold, cut in ([x.cpu() for x in limits], expected)
+        ]
+        assert torch.equal(*kept), f"{options}, expert {t}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("kind", KINDS, ids=option_id)
+def test_every_kind_of_data(kind: Any, dtype: torch.dtype, gpu: torch.device) -> None:
+    base, experts = inputs(kind, 257, 3, dtype)
+    check(gpu, base, experts, density=[0.2, 1.0, 0.003])
+    check(gpu, None, experts, density=[0.9, 0.5, 1e-9], semantics="peft")
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("kind", KINDS, ids=option_id)
+def test_every_kind_of_data_through_a_sample(kind: Any, gpu: torch.device) -> None:
+    for dtype in DTYPES:
+        base, experts = inputs(kind, 5_001, 2, dtype)
+        check(gpu, base, experts, density=[0.2, 0.9])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, gpu: torch.device) -> None:
+    base, experts = inputs(gaussian, shape, 1, dtype)
+    assert_same(
+        thresholds(gpu, base, experts, shift=1, density=[0.3], semantics="mergekit"),
+        reference.trim_thresholds(base, experts, density=[0.3], semantics="mergekit"),
+    )
+
+
+@pytest.mark.parametrize("num_tasks", [1, 8, 20, 33])
+def test_every_number_of_experts(num_tasks: int, gpu: torch.device) -> None:
+    base, experts = inputs(gaussian, 65, num_tasks, torch.bfloat16)
+    check(gpu, base, experts, density=densities_of(num_tasks))
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("first", [0.0, 0.5, 1.5], ids=["below", "around", "above"])
+def test_a_range_that_misses_the_threshold_is_corrected(
+    first: float, dtype: torch.dtype, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery_kernels.triton import trim
+
+    base, experts = inputs(gaussian, 3_000, 2, dtype)
+    experts = [expert - base for expert in experts]
+    start = trim._start_from_sample
+
+    def misled(scope: Any, state: Tensor, *rest: Any) -> None:
+        start(scope, state, *rest)
+        compute = scope.compute
+        around = reference.trim_thresholds(None, experts, density=0.2).to(compute) * first
+        keys = around.to(dtype).to(compute).view(torch.int64 if scope.wide else torch.int32).to(torch.int64)
+        state[:, trim.LAST.value] -= state[:, trim.THRESHOLD.value] - keys.to(gpu)
+        state[:, trim.THRESHOLD.value] = keys.to(gpu)
+
+    monkeypatch.setattr(trim, "_start_from_sample", misled)
+    check(gpu, None, experts, density=[0.2, 0.2])
+
+
+@pytest.mark.usefixtures("sampled")
+def test_ties_at_zero_below_a_range_that_starts_at_the_smallest_number(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery_kernels.triton import trim
+
+    def misled(scope: Any, state: Tensor, *_: object) -> None:
+        state[:, trim.THRESHOLD.value], state[:, trim.LAST.value], state[:, trim.SHIFT.value] = 1, 1000, 0
+
+    monkeypatch.setattr(trim, "_start_from_sample", misled)
+    base, experts = inputs(sparse, 3_000, 2, torch.float32)
+    check_limits(gpu, [base], experts, density=[0.5, 0.3], semantics="mergekit")
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("semantics", SEMANTICS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+def test_limits_of_several_tensors(dtype: torch.dtype, semantics: str, gpu: torch.device) -> None:
+    for kind in (grid, equal):
+        bases, experts = [], []
+        for size in (40, 0, 4_200, 7):
+            base, of_tensor = inputs(kind, size, 3, dtype)
+            bases.append(base)
+            experts += of_tensor
+        check_limits(gpu, bases, experts, density=[0.3, 0.77, 1.0], semantics=semantics)
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_limits_of_several_dtypes(semantics: str, gpu: torch.device) -> None:
+    bases, experts = [], []
+    for i, size in enumerate((300, 4_100, 20, 65, 500)):
+        base, of_tensor = inputs(grid, size, 2, (torch.bfloat16, torch.float32, torch.float16)[i % 3])
+        bases.append(base)
+        experts += of_tensor
+    check_limits(gpu, bases, experts, density=[0.3, 0.05], semantics=semantics)
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+def test_nonfinite_values_are_ranked_or_dropped(nonfinite: str, gpu: torch.device) -> None:
+    for dtype in DTYPES:
+        base, experts = inputs(grid, 1_500, 2, dtype)
+        experts[0][::5] = torch.tensor([math.nan, math.inf, -math.inf]).repeat(100).to(dtype)
+        for density in (0.1, 0.25):
+            check(gpu, base, experts, density=[density] * 2, nonfinite=nonfinite)
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_nonfinite_values_are_an_error(density: float, gpu: torch.device) -> None:
+    base, experts = inputs(grid, 300, 2, torch.float32)
+    experts[1][7] = math.inf
+    with pytest.raises(RuntimeError, match=r"^experts\[1\] must be finite, got 1 NaN or infinite values$"):
+        thresholds(gpu, base, experts, density=[density] * 2)
+
+
+def test_refused(gpu: torch.device) -> None:
+    experts = [torch.zeros(10)] * 2
+    with pytest.raises(RuntimeError, match=r"^experts must be at least one tensor, got none$"):
+        thresholds(gpu, None, [], density=[])
+    with pytest.raises(RuntimeError, match=r"^density must be one number per expert \(2\), got 1$"):
+        thresholds(gpu, None, experts, density=[0.2])
+    with pytest.raises(ValueError, match=r"^semantics must be one of 'paper', 'mergekit', 'peft', got 'mine'$"):
+        thresholds(gpu, None, experts, density=[0.2] * 2, semantics="mine")
+    with pytest.raises(ValueError, match=r"^nonfinite must be one of .*, got 'keep'$"):
+        thresholds(gpu, None, experts, density=[0.2] * 2, nonfinite="keep")
+    with pytest.raises(RuntimeError, match=r"^experts must be all float64 or none within one scope, got both$"):
+        from surgery_kernels.triton.trim import trim_limits
+
+        trim_limits([], [experts[0].to(gpu), experts[0].to(gpu).double()], [0.2])
