@@ -27,7 +27,7 @@ from conftest import Others, seconds
 from process import run
 
 from surgery_kernels import merge_state_dicts
-from surgery_kernels.checkpoint.opening import open_checkpoint
+from surgery_kernels.checkpoint.reading.opening import open_checkpoint
 
 SIZES = [(8, 512), pytest.param((20, 1536), marks=pytest.mark.large)]  # layers and width: 58M and 665M parameters
 COMMANDS = {

@@ -17,10 +17,10 @@ from .checkpoint.diff import diff as diff_checkpoints
 from .checkpoint.differences import ALLOWABLE
 from .checkpoint.estimate import estimate_seconds
 from .checkpoint.plan import Plan, plan_merge
-from .checkpoint.recipe import load_recipe
+from .checkpoint.run import check, run
 from .checkpoint.sizes import format_size, parse_size
-from .checkpoint.stream import check, run
 from .ops.arguments import NONFINITE
+from .recipes.recipe import load_recipe
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 

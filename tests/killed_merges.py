@@ -1,8 +1,8 @@
 """Kills merges and resumes them. Prints, as JSON, how often one was killed, how often the next went on from there, and
 whether the files came out the same.
 
-python -m tests.killed_merges everywhere|anytime RECIPE OUT: before every single call that changes the disk, or 20 times at
-random moments. A process of its own that never merges itself: its children are forks, which start at once.
+python -m tests.killed_merges everywhere|anytime RECIPE OUT: before every single call that changes the disk, or 20
+times at random moments. A process of its own that never merges itself: its children are forks, which start at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from surgery_kernels.checkpoint import memory, merge, writer
+from surgery_kernels.checkpoint import memory, merge
+from surgery_kernels.checkpoint.writing import writer
 
 CHANGING = ("open", "posix_fallocate", "write", "pwrite", "fsync", "rename", "rmdir", "unlink", "mkdir")
 KILLS = 20

@@ -10,8 +10,8 @@ import threading
 
 import torch
 
-from surgery_kernels.checkpoint.opening import open_checkpoint
-from surgery_kernels.checkpoint.source import Source
+from surgery_kernels.checkpoint.reading.opening import open_checkpoint
+from surgery_kernels.checkpoint.reading.source import Source
 from tests.peak_memory import resident
 
 

@@ -23,7 +23,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from surgery_kernels import _C, cli
-from surgery_kernels.checkpoint import estimate, writer
+from surgery_kernels.checkpoint import estimate
+from surgery_kernels.checkpoint.writing import writer
 from tests.checkpoints import files_in, save_models, save_safetensors, state_dict, ties_recipe
 
 pytestmark = pytest.mark.any_isa

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mapped_file import many_files_open
 from .memory import Releasing
-from .opening import open_checkpoint
-from .source import TensorInfo
+from .reading.mapped_file import many_files_open
+from .reading.opening import open_checkpoint
+from .reading.source import TensorInfo
 
 CHUNK = 1 << 22  # elements compared at a time
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .source import Source, TensorInfo
-from .vocabulary import is_vocabulary, tied_to
+from .reading.source import Source, TensorInfo
+from .vocabulary.layers import is_vocabulary, tied_to
 
 # What a user may allow, with what then happens.
 ALLOWABLE = {

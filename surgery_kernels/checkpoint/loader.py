@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .memory import Buffers, Scratch
 from .plan import Input, Step
-from .vocabulary import Rows
+from .vocabulary.rows import Rows
 
 ROWS_AT_ONCE = 4096  # copied by index, which takes memory
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .durable import reserve
+from .writing.durable import reserve
 
 MAPPED_BYTES = 192 << 20  # of files, resident in this process, from which on pages are given back
 SECONDS_BETWEEN_LOOKS = 0.005

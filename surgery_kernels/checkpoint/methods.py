@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..merging import Average, Ties
-from .parameters import TensorParameters
+from ..recipes.parameters import TensorParameters
 
 
 def method_of(name: str, parameters: TensorParameters, nonfinite: str) -> Average | Ties:

@@ -13,17 +13,19 @@ import torch
 
 from .. import _C
 from ..merging import Average, Ties
+from ..merging.depths import num_layers
 from ..ops import arguments
-from .architecture import num_layers
+from ..recipes.parameters import TensorParameters, resolve_parameters
+from ..recipes.recipe import ModelReference, Recipe
 from .differences import ALLOWABLE, Difference, Match, check_allowed, match
-from .layout import Layout, lay_out
 from .methods import method_of
-from .opening import open_checkpoint
-from .parameters import TensorParameters, resolve_parameters
-from .read_ahead import Span
-from .recipe import ModelReference, Recipe
-from .source import Source, TensorInfo
-from .vocabulary import Rows, ids_by_token, is_vocabulary, shared_rows
+from .reading.opening import open_checkpoint
+from .reading.read_ahead import Span
+from .reading.source import Source, TensorInfo
+from .vocabulary.layers import is_vocabulary
+from .vocabulary.rows import Rows, shared_rows
+from .vocabulary.tokens import ids_by_token
+from .writing.layout import Layout, lay_out
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """Merging methods over whole models."""
 
-from .adamerging import AdaMerging, Learned, Objective
-from .average import Average
-from .entropy import entropy_objective
-from .fisher import Fisher, diagonal_fisher
-from .regmean import RegMean, gram_matrices
+from .methods.adamerging import AdaMerging, Learned, Objective
+from .methods.average import Average
+from .methods.entropy import entropy_objective
+from .methods.fisher import Fisher, diagonal_fisher
+from .methods.regmean import RegMean, gram_matrices
+from .methods.task_arithmetic import TaskArithmetic
+from .methods.ties import Ties
 from .scope import Method, Scope
 from .state_dicts import merge_state_dicts
-from .task_arithmetic import TaskArithmetic
-from .ties import Ties
 
 __all__ = [
     "AdaMerging",

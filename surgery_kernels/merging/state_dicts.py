@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..ops import arguments
-from .adamerging import AdaMerging
-from .average import Average
-from .fisher import Fisher
+from .methods.adamerging import AdaMerging
+from .methods.average import Average
+from .methods.fisher import Fisher
+from .methods.regmean import RegMean
+from .methods.task_arithmetic import TaskArithmetic
+from .methods.ties import Ties
 from .progress import progress_bar
-from .regmean import RegMean
 from .scope import Method, Scope
-from .task_arithmetic import TaskArithmetic
-from .ties import Ties
 
 METHODS: dict[str, Any] = {  # dataclasses that are a Method
     "ties": Ties,

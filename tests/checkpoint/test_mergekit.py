@@ -16,9 +16,9 @@ from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import merge
-from surgery_kernels.checkpoint.opening import open_checkpoint
-from surgery_kernels.checkpoint.parameters import resolve_parameters
-from surgery_kernels.checkpoint.recipe import PARAMETERS, load_recipe
+from surgery_kernels.checkpoint.reading.opening import open_checkpoint
+from surgery_kernels.recipes.parameters import resolve_parameters
+from surgery_kernels.recipes.recipe import PARAMETERS, load_recipe
 from tests.cases import Inputs, assert_same, bits, gaussian, grid, inputs, option_id
 from tests.checkpoints import save_safetensors
 from tests.untied import untied

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from surgery_kernels.checkpoint import merge, read_ahead, writer
-from surgery_kernels.checkpoint.journal import Journal
+from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.plan import plan_merge
-from surgery_kernels.checkpoint.recipe import load_recipe
+from surgery_kernels.checkpoint.reading import read_ahead
+from surgery_kernels.checkpoint.writing import writer
+from surgery_kernels.checkpoint.writing.journal import Journal
+from surgery_kernels.recipes.recipe import load_recipe
 from tests.checkpoints import files_in, save_lora, save_models, state_dict, ties_recipe
 
 pytestmark = pytest.mark.any_isa

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ...merging import entropy_objective, merge_state_dicts
-from ...merging.adamerging import Objective
+from ...merging.methods.adamerging import Objective
 from ...merging.progress import SECONDS_BEFORE_SHOWN
 from ...surgery import attach, fit
 from ..report import Accuracies, average, plot_averages, say, table

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import arguments
-from ..ops.arguments import PerExpert
-from .calling import call_with
-from .scope import Scope
+from ...ops import arguments
+from ...ops.arguments import PerExpert
+from ..calling import call_with
+from ..scope import Scope
 
 
 @dataclass(frozen=True)

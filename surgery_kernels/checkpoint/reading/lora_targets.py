@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..ops import arguments
+from ...ops import arguments
 from .folder import Checkpoint
 from .lora_settings import LoraSettings
 from .source import Source, TensorInfo

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..calling import call_with
 from .adamerging import Objective
-from .calling import call_with
 
 
 class Dataset(Protocol):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from .memory import give_back_pages
+from ..memory import give_back_pages
 from .source import FileStamp, TensorInfo
 
 

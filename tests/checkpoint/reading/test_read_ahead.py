@@ -18,12 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from surgery_kernels.checkpoint import read_ahead, writer
-from surgery_kernels.checkpoint.journal import Journal
-from surgery_kernels.checkpoint.layout import ALIGNMENT, Layout, lay_out
-from surgery_kernels.checkpoint.read_ahead import ReadAhead, Span
-from surgery_kernels.checkpoint.safetensors_file import DTYPES
-from surgery_kernels.checkpoint.writer import Writer
+from surgery_kernels.checkpoint.reading import read_ahead
+from surgery_kernels.checkpoint.reading.read_ahead import ReadAhead, Span
+from surgery_kernels.checkpoint.reading.safetensors_file import DTYPES
+from surgery_kernels.checkpoint.writing import writer
+from surgery_kernels.checkpoint.writing.journal import Journal
+from surgery_kernels.checkpoint.writing.layout import ALIGNMENT, Layout, lay_out
+from surgery_kernels.checkpoint.writing.writer import Writer
 from tests.cases import assert_same
 
 pytestmark = pytest.mark.any_isa

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from .safetensors_file import DTYPES
+from ..reading.safetensors_file import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64  # bytes; of the data behind a header, so that a mapped tensor can be read in full vectors

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from surgery_kernels.checkpoint import torch_file
-from surgery_kernels.checkpoint.opening import open_checkpoint
-from surgery_kernels.checkpoint.safetensors_file import DTYPES
-from surgery_kernels.checkpoint.source import FileStamp
+from surgery_kernels.checkpoint.reading import torch_file
+from surgery_kernels.checkpoint.reading.opening import open_checkpoint
+from surgery_kernels.checkpoint.reading.safetensors_file import DTYPES
+from surgery_kernels.checkpoint.reading.source import FileStamp
 from tests.checkpoints import save_lora, save_safetensors, save_torch, state_dict, write_safetensors, write_zeros
 
 pytestmark = pytest.mark.any_isa

@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
-from .. import _C
+from ..plan import Plan
+from ..reading.files import read_json
+from .card import model_card
 from .durable import copy_file, write_text
-from .files import read_json
-from .plan import Plan
 
 # By name, from the checkpoint that the result takes after.
 COPIED = (
@@ -35,7 +32,6 @@ COPIED = (
     "LICENSE*",
     "NOTICE*",
 )
-METHOD_NAMES = {"linear": "weighted averaging", "task_arithmetic": "task arithmetic", "ties": "TIES"}
 
 
 def write_companions(folder: Path, plan: Plan, name: str) -> None:
@@ -47,7 +43,7 @@ def write_companions(folder: Path, plan: Plan, name: str) -> None:
             copy_file(path, folder / path.name)
         if (source / "config.json").is_file():
             _write_config(source / "config.json", folder / "config.json", plan)
-    write_text(folder / "README.md", _card(plan, name))
+    write_text(folder / "README.md", model_card(plan, name))
 
 
 def _write_config(source: Path, target: Path, plan: Plan) -> None:
@@ -73,21 +69,3 @@ def _with(config: Mapping[str, Any], new: Mapping[str, object]) -> dict[str, Any
     if isinstance(inner := config.get("text_config"), Mapping):
         changed["text_config"] = {**inner, **{key: value for key, value in new.items() if key in inner}}
     return {**config, **changed}
-
-
-def _card(plan: Plan, name: str) -> str:
-    recipe = plan.recipe
-    about = {
-        "base_model": [str(reference) for reference in recipe.references],
-        "library_name": "transformers" if plan.first.config else "safetensors",
-        "tags": ["merge", "surgery-kernels"],
-    }
-    base = f" over the base {recipe.base}" if recipe.base else ""
-    experts = "\n".join(f"- {reference}" for reference in recipe.experts)
-    return (
-        f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n"
-        f"# {name}\n\n"
-        f"A merge by {METHOD_NAMES[recipe.merge_method]}{base} of\n\n{experts}\n\n"
-        f"made by surgery_kernels {_C.build_info()['version']} with torch {torch.__version__} from this recipe:\n\n"
-        f"```yaml\n{recipe.source.strip()}\n```\n"
-    )

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_kernels.checkpoint.architecture import depths, num_layers
-from surgery_kernels.checkpoint.parameters import TensorParameters, resolve_parameters
-from surgery_kernels.checkpoint.recipe import load_recipe
+from surgery_kernels.merging.depths import depths, num_layers
+from surgery_kernels.recipes.parameters import TensorParameters, resolve_parameters
+from surgery_kernels.recipes.recipe import load_recipe
 
 pytestmark = pytest.mark.any_isa
 

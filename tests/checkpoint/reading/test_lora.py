@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from surgery_kernels.checkpoint.opening import open_checkpoint
+from surgery_kernels.checkpoint.reading.opening import open_checkpoint
 from tests.checkpoints import save_lora, save_safetensors, save_torch, state_dict, write_zeros
 
 pytestmark = pytest.mark.any_isa
@@ -126,7 +126,7 @@ def test_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery_kernels.checkpoint.lora.BLOCK", 100)
+    monkeypatch.setattr("surgery_kernels.checkpoint.reading.lora.BLOCK", 100)
     torch.manual_seed(0)
     tall, wide = integers(77, 9), integers(3, 500)
     factors = {"tall": (integers(2, 9), integers(77, 2)), "wide": (integers(2, 500), integers(3, 2))}

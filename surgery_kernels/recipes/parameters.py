@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .architecture import depths
+from ..merging.depths import depths
 from .recipe import ModelParameters, Parameters, Recipe
 from .settings import Setting, value_of
 

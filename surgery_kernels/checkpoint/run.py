@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..merging.methods.ties import Limits, Ties
 from ..merging.progress import progress_bar
 from ..merging.scope import Scope
-from ..merging.ties import Limits, Ties
-from .companions import write_companions
-from .journal import Journal
+from ..recipes.recipe import Recipe, load_recipe
 from .loader import Loader
-from .mapped_file import many_files_open
 from .memory import Releasing, Scratch, given_back
-from .output import OutputFolder
 from .plan import Plan, Step, plan_merge
-from .read_ahead import ReadAhead
-from .recipe import Recipe, load_recipe
-from .writer import Writer
+from .reading.mapped_file import many_files_open
+from .reading.read_ahead import ReadAhead
+from .writing.companions import write_companions
+from .writing.journal import Journal
+from .writing.output import OutputFolder
+from .writing.writer import Writer
 
 
 def merge(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .scope import Scope
+from ..scope import Scope
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.arguments import PerExpert
-from ..ops.ties_merge import check_options
-from .scope import Scope
+from ...ops.arguments import PerExpert
+from ...ops.ties_merge import check_options
+from ..scope import Scope
 
 
 @dataclass(frozen=True)

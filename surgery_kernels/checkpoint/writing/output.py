@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from ..sizes import format_size
 from .durable import fsync_folder
 from .journal import Journal
-from .sizes import format_size
 
 
 class OutputFolder:

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops import arguments
-from ..ops.arguments import PerExpert
-from ..ops.combine import combine
-from ..ops.ties_merge import ties_split
-from .scope import Scope
+from ...ops import arguments
+from ...ops.arguments import PerExpert
+from ...ops.combine import combine
+from ...ops.ties_merge import ties_split
+from ..scope import Scope
 
 GRANULARITIES = ("layer", "task")
 

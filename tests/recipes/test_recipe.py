@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_kernels.checkpoint.model_reference import Location, ModelReference
-from surgery_kernels.checkpoint.recipe import load_recipe, parse_recipe
+from surgery_kernels.recipes.model_reference import Location, ModelReference
+from surgery_kernels.recipes.recipe import load_recipe, parse_recipe
 
 pytestmark = pytest.mark.any_isa
 

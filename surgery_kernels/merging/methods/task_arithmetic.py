@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import arguments
-from ..ops.arguments import PerExpert
-from .scope import Scope
+from ...ops import arguments
+from ...ops.arguments import PerExpert
+from ..scope import Scope
 
 
 @dataclass(frozen=True)

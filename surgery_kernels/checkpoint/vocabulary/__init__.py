@@ -1,0 +1,1 @@
+"""Which rows of embeddings and output layers belong to which tokens."""
