@@ -91,23 +91,42 @@ inline Extent extent(const Tensor& t) {
   return {begin, begin + (last + 1) * int64_t(t.element_size())};
 }
 
-// Every out tensor is apart from the inputs and from the other out tensors.
-inline void check_apart(const std::vector<Tensor>& out, std::initializer_list<const std::vector<Tensor>*> inputs) {
-  std::vector<Extent> taken;
-  for (const Tensor& t : out) {
-    for (int64_t d = 0; d < t.dim(); ++d)
-      require(t.size(d) < 2 || t.stride(d) != 0, "out must have memory for every element, got an expanded tensor");
-    if (t.numel() > 0) taken.push_back(extent(t));
+// Whether the elements of two tensors of one shape and dtype lie in the same places.
+inline bool same_memory(const Tensor& a, const Tensor& b) {
+  if (a.data_ptr() != b.data_ptr()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// Every out tensor is apart from the inputs and from the other out tensors; in place it may also be an input of its own
+// merged tensor. Of each merged tensor there are equally many in every list, those of the first before the second's.
+inline void check_apart(const std::vector<Tensor>& out, std::initializer_list<const std::vector<Tensor>*> inputs,
+                        bool in_place = false, size_t parts = 1) {
+  struct Taken {
+    Extent extent;
+    size_t index;
+  };
+  std::vector<Taken> taken;
+  for (size_t i = 0; i < out.size(); ++i) {
+    for (int64_t d = 0; d < out[i].dim(); ++d)
+      require(out[i].size(d) < 2 || out[i].stride(d) != 0,
+              "out must have memory for every element, got an expanded tensor");
+    if (out[i].numel() > 0) taken.push_back({extent(out[i]), i});
   }
-  std::sort(taken.begin(), taken.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  std::sort(taken.begin(), taken.end(), [](const Taken& a, const Taken& b) { return a.extent.begin < b.extent.begin; });
   for (size_t i = 1; i < taken.size(); ++i)
-    require(taken[i - 1].end <= taken[i].begin, "out must be apart from every other out, got memory that overlaps one");
+    require(taken[i - 1].extent.end <= taken[i].extent.begin,
+            "out must be apart from every other out, got memory that overlaps one");
   for (const auto* list : inputs)
-    for (const Tensor& t : *list) {
-      const Extent input = extent(t);
-      const auto after = std::upper_bound(taken.begin(), taken.end(), input.begin,
-                                          [](const char* p, const Extent& e) { return p < e.end; });
-      require(input.begin == input.end || after == taken.end() || after->begin >= input.end,
+    for (size_t i = 0; i < list->size(); ++i) {
+      const Tensor& input = (*list)[i];
+      const Extent read = extent(input);
+      const auto after = std::upper_bound(taken.begin(), taken.end(), read.begin,
+                                          [](const char* p, const Taken& t) { return p < t.extent.end; });
+      if (read.begin == read.end || after == taken.end() || after->extent.begin >= read.end) continue;
+      const bool own_part = i * parts / list->size() == after->index * parts / out.size();
+      require(in_place && own_part && same_memory(out[after->index], input),
               "out must be apart from every input, got memory that overlaps one");
     }
 }

@@ -35,11 +35,15 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "str nonfinite=\"error\", Tensor? thresholds=None, int[]? cuts=None, str[]? names=None, *, "
       "Tensor(a!)[] out) -> ()");
 
-  // base + lam * sum_t weights[t] * (expert_t - base) / divisor over several tensors; without base the experts are
-  // summed.
+  // out_j = base_coefficients[j] * base + sum_t coefficients[j, t] * (expert_t - base) / divisor over several tensors,
+  // each with all its outputs in turn; of the experts themselves without task_vectors or base. coefficients: float64
+  // [num_outputs, num_tasks, num_blocks], base_coefficients: [num_outputs, num_blocks], or base is added as it is; one
+  // block, or one for every tensor, row or column of all of them. fused: a product and its addition are rounded once.
+  // An out may be an input of its own tensor.
   m.def(
-      "linear_merge_out(Tensor[] base, Tensor[] experts, float[] weights, float lam=1.0, float divisor=1.0, "
-      "str nonfinite=\"error\", str[]? names=None, *, Tensor(a!)[] out) -> ()");
+      "mix_out(Tensor[] base, Tensor[] experts, Tensor coefficients, Tensor? base_coefficients=None, "
+      "float divisor=1.0, bool task_vectors=True, bool fused=False, str axis=\"tensor\", str nonfinite=\"error\", "
+      "str[]? names=None, *, Tensor(a!)[] out) -> ()");
 
   // features - relu(features down^T) up^T, each task with its own adapter: corrected, like features; the means over
   // tokens, or an empty tensor; what the backward reads again, or an empty tensor. features: [num_tasks, samples,

@@ -5,7 +5,7 @@
 
 #include "combine_kernel.h"
 #include "inputs.h"
-#include "linear_merge_kernel.h"
+#include "mix_kernel.h"
 
 namespace sk {
 namespace {
@@ -49,9 +49,9 @@ std::vector<const void*> pointers_at(const Part& part, int64_t i) {
 
 template <class Key>
 void combine_scope(const Scope& scope, const Blocks& blocks, const Tensor& coefficients, const Tensor& out) {
-  using C = typename LinearArgs<Key>::C;
+  using C = typename MixArgs<Key>::C;
   const Part& part = scope.parts[0];
-  const auto& kernel = SK_KERNELS(linear_kernels).get<Key>(part.dtype);
+  const auto& kernel = SK_KERNELS(mix_kernels).uniform.get<Key>(part.dtype);
   const C* const coefficient = static_cast<const C*>(coefficients.data_ptr());
   char* const out_begin = static_cast<char*>(out.data_ptr());
   const bool stream = scope.numel * size_of(part.dtype) > kStreamBytes;
@@ -66,17 +66,17 @@ void combine_scope(const Scope& scope, const Blocks& blocks, const Tensor& coeff
           weights[t] = std::isnan(weight) ? std::numeric_limits<C>::quiet_NaN() : weight;
         }
         const std::vector<const void*> task_vectors = pointers_at(part, begin);
-        const LinearArgs<Key> args = {part.base_at(begin),
-                                      task_vectors.data(),
-                                      weights.data(),
-                                      int(weights.size()),
-                                      count,
-                                      /*lam=*/C(1),
-                                      /*divisor=*/C(1),
-                                      /*task_vectors=*/true,
-                                      /*drop=*/false,
-                                      stream};
-        kernel(args, out_begin + begin * size_of(part.dtype));
+        MixArgs<Key> args{};
+        args.base = part.base_at(begin);
+        args.experts = task_vectors.data();
+        args.coefficients = weights.data();
+        args.num_outputs = 1;
+        args.num_tasks = int(weights.size());
+        args.n = count;
+        args.divisor = 1;
+        args.stream = stream;
+        void* const out_piece = out_begin + begin * size_of(part.dtype);
+        kernel(args, &out_piece);
       });
       scope.report(chunk);
     }
@@ -114,7 +114,7 @@ struct Partials {
 
 template <class Key>
 void differentiate_scope(const Scope& scope, const Blocks& blocks, const Tensor& out) {
-  using C = typename LinearArgs<Key>::C;
+  using C = typename MixArgs<Key>::C;
   const Part& part = scope.parts[0];
   const int num_tasks = int(scope.num_tasks);
   C* const gradient = static_cast<C*>(out.data_ptr());

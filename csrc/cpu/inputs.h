@@ -74,25 +74,31 @@ inline void ask_for_huge_pages(const Tensor& t) {
 #endif
 }
 
-// One tensor per merged tensor, apart from the inputs; what is not contiguous is filled through a copy.
+// One tensor per merged tensor, or num_outputs of them, apart from the inputs unless in place; what is not contiguous
+// is filled through a copy.
 struct Outputs {
   std::vector<Tensor> wanted, filled;
+  size_t num_outputs;
 
   Outputs(const std::vector<Tensor>& out, const std::vector<Tensor>& base, const std::vector<Tensor>& experts,
-          size_t num_tasks)
-      : wanted(out) {
-    require(out.size() * num_tasks == experts.size(), "out must be one tensor for every merged tensor, got ",
-            out.size());
-    for (size_t p = 0; p < out.size(); ++p) check_same_shape(out[p], experts[p * num_tasks], "out");
-    check_apart(out, {&base, &experts});
+          size_t num_tasks, size_t num_outputs = 1, bool in_place = false)
+      : wanted(out), num_outputs(num_outputs) {
+    const size_t parts = experts.size() / num_tasks;
+    if (num_outputs == 1)
+      require(out.size() == parts, "out must be one tensor for every merged tensor, got ", out.size());
+    else
+      require(out.size() == parts * num_outputs, "out must be ", num_outputs, " tensors for every merged tensor, got ",
+              out.size(), " for ", parts);
+    for (size_t i = 0; i < out.size(); ++i) check_same_shape(out[i], experts[i / num_outputs * num_tasks], "out");
+    check_apart(out, {&base, &experts}, in_place, parts);
     for (const Tensor& t : out) {
       filled.push_back(t.is_contiguous() ? t : torch::stable::new_empty(t, t.sizes()));
       ask_for_huge_pages(filled.back());
     }
   }
 
-  char* at(const Scope& scope, size_t part, int64_t i) const {
-    return static_cast<char*>(filled[part].data_ptr()) + i * size_of(scope.parts[part].dtype);
+  char* at(const Scope& scope, size_t part, int64_t i, size_t output = 0) const {
+    return static_cast<char*>(filled[part * num_outputs + output].data_ptr()) + i * size_of(scope.parts[part].dtype);
   }
 
   void deliver() {

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..ops import ties_merge
+from ..ops import mix, ties_merge
 from .extras import missing
 from .tensors import NONFINITE, mergeable
 
@@ -134,11 +134,7 @@ def _masked(task_tensors: Sequence[Tensor], density: float) -> list[Tensor]:
 
 
 def _weighted_sum(task_tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    merged = torch.empty_like(task_tensors[0], memory_format=torch.contiguous_format, requires_grad=False)
-    torch.ops.surgery_kernels.linear_merge_out(
-        [], [tensor.detach() for tensor in task_tensors], list(weights), nonfinite=NONFINITE, out=[merged]
-    )
-    return merged
+    return mix(None, task_tensors, weights, nonfinite=NONFINITE)
 
 
 def _ties(task_tensors: Sequence[Tensor], weights: list[float], density: float, elect: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The public ops: checks in Python, work in torch.ops.surgery_kernels."""
 
-from . import linear_merge as _linear_merge  # noqa: F401  # registers the fake
 from .combine import combine
+from .mix import mix
 from .representation_loss import representation_loss
 from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
@@ -10,6 +10,7 @@ from .trim import trim_thresholds
 
 __all__ = [
     "combine",
+    "mix",
     "representation_loss",
     "surgery_adapter",
     "surgery_train",

@@ -7,7 +7,7 @@ everything in float64, rounds nothing and returns float64: what a backend's erro
 """
 
 from .combine import combine
-from .linear_merge import linear_merge
+from .mix import mix
 from .representation_loss import representation_loss
 from .scope import load_scope, scope_keys
 from .surgery_adapter import surgery_adapter
@@ -19,8 +19,8 @@ __all__ = [
     "combine",
     "keep_count",
     "kept_entries",
-    "linear_merge",
     "load_scope",
+    "mix",
     "representation_loss",
     "scope_keys",
     "scope_merge",

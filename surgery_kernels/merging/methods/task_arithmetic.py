@@ -33,11 +33,12 @@ class TaskArithmetic:
         arguments.check_weights(self.weights, num_tasks)
 
     def merge(self, scope: Scope) -> None:
-        torch.ops.surgery_kernels.linear_merge_out(
+        weights = arguments.check_weights(self.weights, len(scope.experts[0]))
+        lam = arguments.check_lam(self.lam)
+        torch.ops.surgery_kernels.mix_out(
             scope.base,
             scope.flat_experts,
-            arguments.check_weights(self.weights, len(scope.experts[0])),
-            lam=arguments.check_lam(self.lam),
+            torch.tensor([lam * weight for weight in weights], dtype=torch.float64, device="cpu").reshape(1, -1, 1),
             nonfinite=self.nonfinite,
             names=scope.names,
             out=scope.out,

@@ -1,0 +1,137 @@
+#include "mix_kernel.h"
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace sk {
+namespace SK_ISA {
+namespace {
+
+// Outputs summed side by side, as many as the registers bear; the experts are read again, from the caches, for more.
+#if defined(__AVX512F__)
+constexpr int kTogether = 8;
+#else
+constexpr int kTogether = 4;
+#endif
+
+// a * b + c, rounded once.
+template <class C>
+inline Vec<C> fused_multiply_add(Vec<C> a, Vec<C> b, Vec<C> c) {
+#if defined(__AVX2__) || defined(__aarch64__)
+  return multiply_add(a, b, c);
+#else
+  for (int i = 0; i < Vec<C>::N; ++i)
+    c.v[i] = sizeof(C) == 8 ? __builtin_fma(a.v[i], b.v[i], c.v[i])
+                            : __builtin_fmaf(float(a.v[i]), float(b.v[i]), float(c.v[i]));
+  return c;
+#endif
+}
+
+// Coefficients of columns are in the order of the elements, so that bfloat16 is not parted into even and odd here.
+template <class S, bool kByColumn>
+inline Block<typename Compute<S>::type> load_elements(const S* p) {
+  if constexpr (kByColumn)
+    return {load(p), load(p + Vec<typename Compute<S>::type>::N)};
+  else
+    return load_block(p);
+}
+template <class S, bool kByColumn>
+inline Block<typename Compute<S>::type> load_elements(const S* p, int count) {
+  S full[Block<typename Compute<S>::type>::N] = {};
+  memcpy(full, p, size_t(count) * sizeof(S));
+  return load_elements<S, kByColumn>(full);
+}
+template <class S, bool kByColumn>
+inline void store_elements(Block<typename Compute<S>::type> x, S* p, bool stream) {
+  if constexpr (kByColumn) {
+    store(x.v[0], p);
+    store(x.v[1], p + Vec<typename Compute<S>::type>::N);
+  } else if (stream) {
+    stream_block(x, p);
+  } else {
+    store_block(x, p);
+  }
+}
+template <class S, bool kByColumn>
+inline void store_elements(Block<typename Compute<S>::type> x, S* p, bool, int count) {
+  S full[Block<typename Compute<S>::type>::N];
+  store_elements<S, kByColumn>(x, full, false);
+  memcpy(p, full, size_t(count) * sizeof(S));
+}
+
+// The outputs from `first` on: kOutputs of them, or where fewer are left a power of two, and the next ones before these
+// are stored.
+template <class S, bool kByColumn, int kOutputs = kTogether, class... Count>
+void mix_block(const MixArgs<typename Compute<S>::Key>& args, int first, int64_t i, void* const* out, bool stream,
+               Count... count) {
+  using C = typename Compute<S>::type;
+  using V = Vec<C>;
+  const int left = args.num_outputs - first;
+  if constexpr (kOutputs > 1)
+    if (left < kOutputs) return mix_block<S, kByColumn, kOutputs / 2>(args, first, i, out, stream, count...);
+  const auto load = [&](const void* p) { return load_elements<S, kByColumn>(static_cast<const S*>(p) + i, count...); };
+  const auto coefficient = [&](const C* table, int64_t place) -> Block<C> {
+    if constexpr (kByColumn) return load_elements<C, kByColumn>(table + place * args.stride + i, count...);
+    return {V::set(table[place]), V::set(table[place])};
+  };
+  const V zero = V::set(0);
+  Block<C> base = {zero, zero}, sums[kOutputs];
+  for (Block<C>& sum : sums) sum = {zero, zero};
+  if (args.base) base = load(args.base);
+  const bool subtract = args.base && args.subtract;
+  for (int t = 0; t < args.num_tasks; ++t) {
+    Block<C> x = load(args.experts[t]);
+    for (int h = 0; h < 2; ++h) {
+      if (subtract) x.v[h] = x.v[h] - base.v[h];
+      if (args.drop) x.v[h] = zero_unless_finite(x.v[h]);
+    }
+    for (int j = 0; j < kOutputs; ++j) {
+      const Block<C> c = coefficient(args.coefficients, int64_t(first + j) * args.num_tasks + t);
+      for (int h = 0; h < 2; ++h)
+        sums[j].v[h] = args.fused ? fused_multiply_add(x.v[h], c.v[h], sums[j].v[h]) : sums[j].v[h] + x.v[h] * c.v[h];
+    }
+  }
+  for (int j = 0; j < kOutputs; ++j) {
+    if (args.divisor != 1)
+      for (int h = 0; h < 2; ++h) sums[j].v[h] = sums[j].v[h] / V::set(args.divisor);
+    if (args.base && args.base_coefficients) {
+      const Block<C> b = coefficient(args.base_coefficients, first + j);
+      for (int h = 0; h < 2; ++h)
+        sums[j].v[h] =
+            args.fused ? fused_multiply_add(base.v[h], b.v[h], sums[j].v[h]) : base.v[h] * b.v[h] + sums[j].v[h];
+    } else if (args.base) {
+      for (int h = 0; h < 2; ++h) sums[j].v[h] = base.v[h] + sums[j].v[h];
+    }
+  }
+  if (left > kOutputs) mix_block<S, kByColumn>(args, first + kOutputs, i, out, stream, count...);
+  for (int j = 0; j < kOutputs; ++j)
+    store_elements<S, kByColumn>(sums[j], static_cast<S*>(out[first + j]) + i, stream, count...);
+}
+
+template <class S, bool kByColumn>
+void mix(const MixArgs<typename Compute<S>::Key>& args, void* const* out) {
+  constexpr int N = Block<typename Compute<S>::type>::N;
+  // Streams begin at a line, that of every output at the same element: what comes before it goes through the caches.
+  const auto before_line = [&](int j) { return -reinterpret_cast<uintptr_t>(out[j]) % 64; };
+  const int64_t head = int64_t(before_line(0) / sizeof(S));
+  bool streamed = args.stream && !kByColumn && head + N <= args.n;
+  for (int j = 0; j < args.num_outputs; ++j) streamed = streamed && before_line(j) == head * sizeof(S);
+  int64_t i = 0;
+  while (streamed && i < head) {
+    const int count = int(std::min<int64_t>(N, head - i));
+    mix_block<S, kByColumn>(args, 0, i, out, false, count);
+    i += count;
+  }
+  for (; i + N <= args.n; i += N) mix_block<S, kByColumn>(args, 0, i, out, streamed);
+  if (i < args.n) mix_block<S, kByColumn>(args, 0, i, out, false, int(args.n - i));
+  if (streamed) fence();
+}
+
+}  // namespace
+
+const MixKernels mix_kernels = {{mix<float, false>, mix<Half, false>, mix<BFloat16, false>, mix<double, false>},
+                                {mix<float, true>, mix<Half, true>, mix<BFloat16, true>, mix<double, true>}};
+
+}  // namespace SK_ISA
+}  // namespace sk
