@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -19,10 +20,19 @@ from .checkpoint.estimate import estimate_seconds
 from .checkpoint.plan import Plan, plan_merge
 from .checkpoint.run import check, run
 from .checkpoint.sizes import format_size, parse_size
-from .ops.arguments import NONFINITE
+from .merging import METHODS, Method, Parameter
+from .merging.method import NONE_GIVEN, count_in_words
+from .ops.arguments import NONFINITE, check_one_of
 from .recipes.recipe import load_recipe
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+DECIDES = {
+    "element": "each element alone",
+    "tensor": "over each tensor",
+    "row": "over each row of a tensor",
+    "scope": "over each tensor, or over the model (scope: model)",
+    "model": "over the model",
+}
 
 EXIT_CODES = """
 \b
@@ -102,9 +112,9 @@ def merge(
 ) -> None:
     """Merge the checkpoints that RECIPE names into the new folder OUT.
 
-    RECIPE is mergekit's YAML with merge_method linear, task_arithmetic or ties; `scope: model` takes thresholds over
-    the whole model. Models are folders with safetensors or pytorch_model.bin, .safetensors files, PEFT LoRA folders or
-    ids of the Hugging Face hub.
+    RECIPE is mergekit's YAML; `surgery-kernels methods` lists its methods, `scope: model` takes the thresholds of ties
+    over the whole model. Models are folders with safetensors or pytorch_model.bin, .safetensors files, PEFT LoRA
+    folders or ids of the Hugging Face hub.
     """
     with (
         _errors_as_exit_codes(),
@@ -171,6 +181,54 @@ def _in_words(found: TensorDifference) -> str:
         f"{dtypes}{found.count} of {math.prod(found.first.shape)} elements, at most {found.max_abs:.3g} absolute, "
         f"{found.max_rel:.3g} relative"
     )
+
+
+@main.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the merging methods, or explain the one called NAME."""
+    with _errors_as_exit_codes():
+        if name is None:
+            width = max(map(len, METHODS))
+            for method in METHODS.values():
+                click.echo(f"{method.name:{width}}  {method.summary()}")
+            return
+        check_one_of("name", name, tuple(METHODS))
+        _explain(METHODS[name])
+
+
+def _explain(method: type[Method]) -> None:
+    """What a method declares."""
+    base = {"required": "a base and ", "optional": "a base or none, and ", "none": ""}[method.base]
+    experts = "models" if method.base == "none" else "experts"
+    click.echo(f"{method.name}: {inspect.getdoc(method)}\n\n    {method.formula}\n")
+    click.echo(f"takes     {base}{count_in_words(method)} {experts}")
+    click.echo(f"decides   {DECIDES[method.decides]}")
+    click.echo(f"source    {method.source}")
+    click.echo(f"recipes   {'merge_method: ' + method.name if method.in_recipes else 'from Python only'}")
+    for title, of_model in (("for each model", True), ("for the merge", False)):
+        parameters = [parameter for parameter in method.parameters() if parameter.per_model == of_model]
+        if parameters:
+            click.echo(f"\nparameters {title}:")
+        for parameter in parameters:
+            click.echo(f"  {_in_both(parameter):24} {parameter.meaning}: {parameter.values}{_default(parameter)}")
+
+
+def _in_both(parameter: Parameter) -> str:
+    """Its name in Python, and in recipes where that is another."""
+    named = parameter.key is None or parameter.key == parameter.name
+    return parameter.name if named else f"{parameter.name} ({parameter.key})"
+
+
+def _default(parameter: Parameter) -> str:
+    if parameter.required:
+        return "; must be given"
+    in_recipes = ""
+    if parameter.key is not None and parameter.recipe_default is NONE_GIVEN:
+        in_recipes = ", must be given in recipes"
+    elif parameter.key is not None and parameter.recipe_default != parameter.default:
+        in_recipes = f", {parameter.recipe_default} in recipes"
+    return f"; default {parameter.default}{in_recipes}"
 
 
 @main.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-
 from surgery_kernels.triton.linear_merge import linear_merge_out
 
 from . import Launch

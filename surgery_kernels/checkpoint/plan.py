@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
 
 import torch
 
 from .. import _C
-from ..merging import Average, Ties
+from ..merging import Method
 from ..merging.depths import num_layers
 from ..ops import arguments
-from ..recipes.parameters import TensorParameters, resolve_parameters
+from ..recipes.parameters import resolve_methods
 from ..recipes.recipe import ModelReference, Recipe
 from .differences import ALLOWABLE, Difference, Match, check_allowed, match
-from .methods import method_of
 from .reading.opening import open_checkpoint
 from .reading.read_ahead import Span
 from .reading.source import Source, TensorInfo
@@ -53,7 +52,7 @@ class Step:
     shape: tuple[int, ...]
     first: Input  # the base where there is one; gives the rows that an expert has not
     experts: tuple[Input, ...]  # in the order of the recipe
-    method: Average | Ties | None  # None: `first` is copied
+    method: Method | None  # None: `first` is copied
     dtype: torch.dtype  # of the inputs of the merge
     out_dtype: torch.dtype
 
@@ -100,20 +99,24 @@ class Plan:
         return self.sources[self.recipe.donor]
 
     @property
+    def decides_over_model(self) -> bool:
+        return self.recipe.scope == "model" or self.recipe.method.decides == "model"
+
+    @property
     def merged(self) -> list[Step]:
         return [step for step in self.steps if step.method is not None]
 
     @property
     def nbytes_read(self) -> int:
-        """Thresholds over the whole model take a read of their own."""
-        steps = self.steps + (self.merged if self.recipe.scope == "model" else [])
+        """What is decided over the whole model takes a read of its own."""
+        steps = self.steps + (self.merged if self.decides_over_model else [])
         return sum(step.nbytes_read for step in steps)
 
     @property
     def nbytes_scratch(self) -> int:
         """Of temporary files, at most."""
         of_steps = [step.nbytes_scratch for step in self.steps]
-        return sum(of_steps) if self.recipe.scope == "model" else max(of_steps)
+        return sum(of_steps) if self.decides_over_model else max(of_steps)
 
     @property
     def identity(self) -> str:
@@ -213,11 +216,11 @@ def _plan(
     matches = [match(first, model, merged, casts=recipe.dtype is not None, by_token=by_token) for model in experts]
     differences = [difference for found in matches for difference in found.differences]
     check_allowed(differences, allow)
-    numbers = resolve_parameters(recipe, merged, num_layers(first.config or {}))
+    methods = resolve_methods(recipe, merged, num_layers(first.config or {}), nonfinite=nonfinite)
     vocabularies = _Vocabularies(first, experts) if by_token else None
     steps = [
-        _merging(recipe, name, first, experts, matches, numbers[name], nonfinite, vocabularies)
-        if name in numbers
+        _merging(recipe, name, first, experts, matches, methods[name], vocabularies)
+        if name in methods
         else Step(name, info.shape, Input(first, name), (), None, info.dtype, info.dtype)
         for name, info in first.tensors.items()
     ]
@@ -254,8 +257,7 @@ def _merging(
     first: Source,
     experts: Sequence[Source],
     matches: Sequence[Match],
-    parameters: TensorParameters,
-    nonfinite: str,
+    method: Method,
     vocabularies: _Vocabularies | None,
 ) -> Step:
     kept = Input(first, name)
@@ -271,14 +273,7 @@ def _merging(
         if inputs[-1].rows is not None:
             _check_rows(inputs[-1], inputs[-1].rows.num_there)
     dtype = recipe.dtype or _common_dtype([kept, *inputs] if recipe.base else inputs)
-    present = [t for t, density in enumerate(parameters.densities) if density > 0]  # the others are trimmed to nothing
-    parameters = replace(
-        parameters,
-        weights=tuple(parameters.weights[t] for t in present),
-        densities=tuple(parameters.densities[t] for t in present),
-    )
-    method = method_of(recipe.merge_method, parameters, nonfinite) if present else None
-    return Step(name, shape, kept, tuple(inputs[t] for t in present), method, dtype, recipe.out_dtype or dtype)
+    return Step(name, shape, kept, tuple(inputs), method, dtype, recipe.out_dtype or dtype)
 
 
 def _check_rows(tensor: Input, num_rows: int) -> None:

@@ -6,18 +6,18 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..merging.methods.ties import Limits, Ties
 from ..merging.progress import progress_bar
 from ..merging.scope import Scope
 from ..recipes.recipe import Recipe, load_recipe
 from .loader import Loader
 from .memory import Releasing, Scratch, given_back
-from .plan import Plan, Step, plan_merge
+from .plan import Input, Plan, Step, plan_merge
 from .reading.mapped_file import many_files_open
 from .reading.read_ahead import ReadAhead
 from .writing.companions import write_companions
@@ -111,44 +111,49 @@ def _write_model(
     try:
         releases = [source.release for source in plan.sources.values()]
         with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(plan, steps), progress):
-            limits = _model_limits(plan, Loader(scratch), journal) if plan.recipe.scope == "model" else {}
+            decided = _decided(plan, Loader(scratch), journal) if plan.decides_over_model else None
+            offsets = _offsets(plan)
             with ReadAhead(step.spans for step in steps) as ahead:
                 for number, step in enumerate(steps):
                     writer.wait_for_room()
                     ahead.wait_for(number)
-                    writer.write(step.name, _merged(plan, step, loader, limits.get(step.name)))
+                    scope = _scope(plan, step, loader, decided=decided, offset=offsets[step.name])
+                    writer.write(step.name, _merged(step, scope, loader))
         complete = True
     finally:
         writer.close(complete=complete)
     write_companions(folder.model, plan, folder.out.name)
 
 
-def _merged(plan: Plan, step: Step, loader: Loader, limits: Limits | None) -> Tensor:
+def _merged(step: Step, scope: Scope | None, loader: Loader) -> Tensor:
     """The tensor of one step, on the CPU and in the dtype it is written in."""
-    if step.method is None:
+    if step.method is None or scope is None:
         return loader.load(step.first, step).to("cpu", step.out_dtype)
-    scope = _scope(plan, step, loader)
     scope.out.append(loader.empty(step))
     with _models_named(step):
-        if isinstance(step.method, Ties):
-            step.method.merge(scope, limits)
-        else:
-            step.method.merge(scope)
+        step.method.merge(scope)
     return scope.out[0].to("cpu", step.out_dtype)
 
 
-def _scope(plan: Plan, step: Step, loader: Loader) -> Scope:
+def _scope(plan: Plan, step: Step, loader: Loader, **facts: Any) -> Scope | None:
+    """The inputs of one step, with room for its result; None where nothing is merged."""
+    if step.method is None:
+        return None
     base = [] if plan.recipe.base is None else [loader.load(step.first, step)]
-    return Scope([step.name], base, [[loader.load(expert, step) for expert in step.experts]], [], {})
+    return Scope([step.name], base, [[loader.load(expert, step) for expert in step.experts]], [], {}, **facts)
 
 
-def _model_limits(plan: Plan, loader: Loader, journal: Journal) -> dict[str, Limits]:
-    """What every tensor keeps when the thresholds are taken over the whole model."""
+def _offsets(plan: Plan) -> dict[str, int]:
+    """Of every merged tensor, the elements of the model before it."""
+    counts = (step.numel if step.method is not None else 0 for step in plan.steps)
+    return dict(zip((step.name for step in plan.steps), accumulate(counts, initial=0), strict=False))
+
+
+def _decided(plan: Plan, loader: Loader, journal: Journal) -> Any:
+    """What the method decides over the whole model, once per merge."""
     steps = plan.merged
-    if not steps:
-        return {}
-    if journal.decided is None:
-        scopes = [_scope(plan, step, loader) for step in steps]  # nothing is read yet
+    if steps and journal.decided is None:
+        scopes = [scope for step in steps if (scope := _scope(plan, step, loader))]  # nothing is read yet
         model = Scope(
             [step.name for step in steps],
             [tensor for scope in scopes for tensor in scope.base],
@@ -156,13 +161,13 @@ def _model_limits(plan: Plan, loader: Loader, journal: Journal) -> dict[str, Lim
             [],
             {},
         )
-        method = steps[0].method
-        assert isinstance(method, Ties)  # the only one with a scope; its densities are the same for all tensors
+        method = steps[0].method  # what it decides by is the same for all tensors
+        assert method is not None
         # one call goes through all tensors: they are read as fast as may be, and none counts that could not be
         in_files = [
             tensor
             for step, scope in zip(steps, scopes, strict=True)
-            for wanted, tensor in zip([step.first, *step.experts], [*scope.base, *scope.experts[0]], strict=True)
+            for wanted, tensor in zip(_inputs(step, scope), [*scope.base, *scope.experts[0]], strict=True)
             if step.takes_as_it_is(wanted)
         ]
         with (
@@ -170,15 +175,14 @@ def _model_limits(plan: Plan, loader: Loader, journal: Journal) -> dict[str, Lim
             given_back(in_files),
             ReadAhead((step.spans for step in steps), math.inf) as ahead,
         ):
-            found = method.limits(model)
+            decided = method.decide(model)
             ahead.wait_for(len(steps) - 1)
-        journal.decide({"thresholds": found.thresholds.tolist(), "cuts": list(found.cuts)})
-    limits = Limits(torch.tensor(journal.decided["thresholds"], dtype=torch.float64), tuple(journal.decided["cuts"]))
-    of_step = {}
-    for step in steps:
-        of_step[step.name] = limits
-        limits = limits.after(step.numel)
-    return of_step
+        journal.decide(decided)
+    return journal.decided
+
+
+def _inputs(step: Step, scope: Scope) -> Sequence[Input]:
+    return [step.first, *step.experts] if scope.base else step.experts
 
 
 @contextmanager

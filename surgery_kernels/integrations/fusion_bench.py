@@ -126,7 +126,7 @@ def _merged(states: States, method: merging.Method) -> dict[str, Tensor]:
     """Not `merge_state_dicts`: here tied tensors count as often as they have names."""
     base, *experts = states
     merged = {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in base.items()}
-    for names in [list(base)] if method.shares else [[name] for name in base]:
+    for names in [list(base)] if method.decides == "scope" else [[name] for name in base]:
         method.merge(
             merging.Scope(
                 names=names,

@@ -1,22 +1,25 @@
 """Merging methods over whole models."""
 
+from .method import Method, Parameter
+from .methods import METHODS
 from .methods.adamerging import AdaMerging, Learned, Objective
-from .methods.average import Average
 from .methods.entropy import entropy_objective
 from .methods.fisher import Fisher, diagonal_fisher
+from .methods.linear import Average, TaskArithmetic
 from .methods.regmean import RegMean, gram_matrices
-from .methods.task_arithmetic import TaskArithmetic
 from .methods.ties import Ties
-from .scope import Method, Scope
-from .state_dicts import merge_state_dicts
+from .scope import Scope
+from .state_dicts import merge_state_dicts, wise_ft_curve
 
 __all__ = [
+    "METHODS",
     "AdaMerging",
     "Average",
     "Fisher",
     "Learned",
     "Method",
     "Objective",
+    "Parameter",
     "RegMean",
     "Scope",
     "TaskArithmetic",
@@ -25,4 +28,5 @@ __all__ = [
     "entropy_objective",
     "gram_matrices",
     "merge_state_dicts",
+    "wise_ft_curve",
 ]

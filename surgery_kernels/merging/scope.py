@@ -1,28 +1,100 @@
-"""What a merging method works on: the tensors that share one decision."""
+"""What a merging method works on: tensors, named, and the ops over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Scope:
-    """One tensor or a whole model, named, contiguous or not."""
+    """One tensor or several, up to a whole model; contiguous or not."""
 
     names: list[str]
-    base: list[Tensor]  # one per name, or empty: the experts are task vectors
+    base: list[Tensor]  # one per name, or empty: the experts are task vectors, or the method has no base
     experts: list[list[Tensor]]  # [num_tensors][num_tasks]
     out: list[Tensor]  # one per name
     owner: Mapping[str, str]  # every name of a merged tensor to its first: tied tensors have several
+    decided: Any = None  # what `Method.decide` found for the whole model, of which this is a part
+    offset: int = 0  # elements of the model before this part
+    generator: torch.Generator | None = None  # what masks are drawn from, tensor after tensor; None: from a counter
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.experts[0])
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What is computed in: float32, or float64 for float64."""
+        return torch.promote_types(self.experts[0][0].dtype, torch.float32)
 
     @property
     def flat_experts(self) -> list[Tensor]:
         """All experts of the first tensor, then of the second, ...: the order of the ops."""
         return [expert for experts in self.experts for expert in experts]
+
+    def of_experts(self, chosen: Sequence[int]) -> Scope:
+        """The scope of some of the experts."""
+        return replace(self, experts=[[experts[t] for t in chosen] for experts in self.experts])
+
+    def keep_base(self) -> None:
+        """Where nothing is added to it."""
+        for out, base in zip(self.out, self.base, strict=True):
+            out.copy_(base)
+
+    def mix(
+        self,
+        coefficients: Sequence[float] | Tensor,
+        *,
+        of_base: float | Tensor | None = None,
+        divisor: float = 1.0,
+        task_vectors: bool = True,
+        fused: bool = False,
+        axis: str = "tensor",
+        nonfinite: str = "error",
+    ) -> None:
+        """Fills `out` with ``of_base * base + sum_t coefficients[t] * v_t / divisor``, v_t the experts or task vectors.
+
+        Args:
+            coefficients: [num_tasks], or [num_tasks, num_blocks]: one for every tensor, row or column (`axis`).
+            of_base: The same for the base, a number or [num_blocks]; None: the base as it is where v_t are task
+                vectors, and no base otherwise.
+        """
+        columns = torch.as_tensor(coefficients, dtype=torch.float64, device="cpu")
+        factors = None
+        if of_base is not None:
+            factors = torch.as_tensor(of_base, dtype=torch.float64, device="cpu").reshape(1, -1)
+        torch.ops.surgery_kernels.mix_out(
+            self.base if task_vectors or factors is not None else [],
+            self.flat_experts,
+            columns.reshape(1, self.num_tasks, -1),
+            factors,
+            divisor=divisor,
+            task_vectors=task_vectors,
+            fused=fused,
+            axis=axis,
+            nonfinite=nonfinite,
+            names=self.names,
+            out=self.out,
+        )
+
+    def gram(
+        self, *, task_vectors: bool = True, axis: str = "tensor", rounded: bool = False, nonfinite: str = "error"
+    ) -> Tensor:
+        """Dot products of the task vectors, or of the experts.  # float64 [num_blocks, num_tasks, num_tasks]"""
+        return torch.ops.surgery_kernels.gram(
+            self.base if task_vectors else [],
+            self.flat_experts,
+            self.num_tasks,
+            axis=axis,
+            rounded=rounded,
+            nonfinite=nonfinite,
+            names=self.names,
+        )
 
     def check_finite(self) -> None:
         """Raises RuntimeError for the first NaN or infinity, in the words of the ops."""
@@ -47,29 +119,12 @@ class Scope:
         if unknown := [key for key in keys if key not in self.owner]:
             raise ValueError(f"{argument} must have names of floating-point tensors of base, got {unknown[0]!r}")
         known = {self.owner[key]: key for key in keys}
-        for name, tensor in zip(self.names, self.base, strict=True):
+        for name, experts in zip(self.names, self.experts, strict=True):
             for t, mapping in enumerate(mappings if name in known else ()):
                 entry = mapping[known[name]]
-                if not isinstance(entry, Tensor) or entry.shape != shape_of(tensor):
+                if not isinstance(entry, Tensor) or entry.shape != shape_of(experts[0]):
                     got = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
                     raise ValueError(
-                        f"{argument}[{t}][{known[name]!r}] must be a tensor of shape {shape_of(tensor)}, got {got}"
+                        f"{argument}[{t}][{known[name]!r}] must be a tensor of shape {shape_of(experts[0])}, got {got}"
                     )
         return known
-
-
-class Method(Protocol):
-    """A merging method with its options."""
-
-    shares: ClassVar[bool]  # whether the tensors of a scope decide anything together
-    whole: ClassVar[bool]  # whether a scope is the model, whatever the user says
-
-    @property
-    def reads(self) -> int:
-        """How often `merge` reads the tensors, about, for the progress bar."""
-
-    def check(self, num_tasks: int) -> None:
-        """Raises ValueError for an option out of range."""
-
-    def merge(self, scope: Scope) -> None:
-        """Fills `scope.out`."""

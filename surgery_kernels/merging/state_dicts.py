@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import arguments
-from .methods.adamerging import AdaMerging
-from .methods.average import Average
-from .methods.fisher import Fisher
-from .methods.regmean import RegMean
-from .methods.task_arithmetic import TaskArithmetic
-from .methods.ties import Ties
+from ..ops import arguments, mix
+from .method import Method
+from .methods import METHODS
 from .progress import progress_bar
-from .scope import Method, Scope
+from .scope import Scope
 
-METHODS: dict[str, Any] = {  # dataclasses that are a Method
-    "ties": Ties,
-    "average": Average,
-    "task_arithmetic": TaskArithmetic,
-    "adamerging": AdaMerging,
-    "fisher": Fisher,
-    "regmean": RegMean,
-}
 SCOPES = ("model", "tensor")
 
 StateDict = Mapping[str, Tensor]
 
 
 def merge_state_dicts(
-    base: StateDict,
+    base: StateDict | None,
     experts: Sequence[StateDict],
     *,
     method: str = "ties",
@@ -45,17 +32,14 @@ def merge_state_dicts(
 
     Args:
         base: Pretrained state dict. Tensors of float64, float32, float16 or bfloat16 are merged; integer and boolean
-            ones are copied from here.
+            ones are copied from here. None where the method needs none: then they are those of the first expert.
         experts: num_tasks >= 1 state dicts with the names, shapes, dtypes and devices of `base`.
-        method: "ties" (options density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, as in
-            `ties_merge`), "average" (weights, normalize: divided by their sum; nonfinite), "task_arithmetic" (lam,
-            weights, nonfinite), "adamerging" (objective, granularity, density, initial, lr, steps, receive), "fisher"
-            (fishers, weights, floor) or "regmean" (grams, off_diagonal); see the classes in `surgery_kernels.merging`.
-        scope: "model": thresholds, the number kept and the sign of drawn elections are taken over all tensors
-            together, in the order of `base`, as the TIES paper does; "tensor": over each alone, as mergekit and PEFT
-            do. Other methods have nothing to take over several tensors, or learn from the whole model anyway.
+        method: The name of one of `surgery_kernels.merging.METHODS`; ``surgery-kernels methods NAME`` explains it.
+        scope: Of methods that can decide over one tensor or over several ("ties"). "model": thresholds, the number kept
+            and the sign of drawn elections are taken over all tensors together, in the order of `base`, as the TIES
+            paper does; "tensor": over each alone, as mergekit and PEFT do.
         progress: A bar on stderr: True, False, or None for one that appears after two seconds.
-        **options: Of the method.
+        **options: The parameters of the method; see its class.
 
     Returns:
         A dict with the names of `base`, in its order. Names that share memory in the base and in every expert (tied
@@ -72,39 +56,90 @@ def merge_state_dicts(
         raise ValueError("experts must be at least one state dict, got none")
     merging = _method(method, options)
     merging.check(len(experts))
-    _check_same_tensors(base, experts)
+    if base is None and merging.base == "required":
+        raise ValueError(f"base must be given for {method}, got None")
+    first = experts[0] if base is None else base
+    _check_same_tensors(first, experts, "experts[0]" if base is None else "base")
 
-    owner = _tied(base, experts)
-    merged = [name for name, tensor in base.items() if tensor.is_floating_point() and owner[name] == name]
-    shared = scope == "model" and merging.shares
-    if shared and len({base[name].dtype == torch.float64 for name in merged}) > 1:
+    owner = _tied(first, experts)
+    merged = [name for name, tensor in first.items() if tensor.is_floating_point() and owner[name] == name]
+    whole = merging.decides == "model" or (merging.decides == "scope" and scope == "model")
+    if whole and merging.decides_by and len({first[name].dtype == torch.float64 for name in merged}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     result = {
         name: (torch.empty_like if tensor.is_floating_point() else torch.clone)(
             tensor.detach(), memory_format=torch.contiguous_format
         )
-        for name, tensor in base.items()
+        for name, tensor in first.items()
         if owner[name] == name
     }
-    owner_of_merged = {name: owner[name] for name in base if base[name].is_floating_point()}
-    groups = [merged] if shared or merging.whole else _side_by_side({name: base[name] for name in merged}, merging)
-    size = sum(base[name].nbytes for name in merged)
-    with progress_bar(merging.reads * (len(experts) + 1) * size, progress):
+    owner_of_merged = {name: owner[name] for name in first if first[name].is_floating_point()}
+    groups = [merged] if whole else _side_by_side({name: first[name] for name in merged}, merging)
+    size = sum(first[name].nbytes for name in merged)
+    has_base = base is not None and merging.base != "none"
+    with progress_bar(merging.reads * (len(experts) + has_base) * size, progress):
         for names in filter(None, groups):
             merging.merge(
                 Scope(
                     names=names,
-                    base=[base[name].detach() for name in names],
+                    base=[base[name].detach() for name in names] if base is not None and has_base else [],
                     experts=[[expert[name].detach() for expert in experts] for name in names],
                     out=[result[name] for name in names],
                     owner=owner_of_merged,
                 )
             )
-    return {name: result[owner[name]] for name in base}
+    return {name: result[owner[name]] for name in first}
+
+
+def wise_ft_curve(
+    base: StateDict, expert: StateDict, ts: Sequence[float], *, nonfinite: str = "error"
+) -> list[dict[str, Tensor]]:
+    """``(1 - t) * base + t * expert`` for every t of `ts`, from one read of both.
+
+    Args:
+        base: Pretrained state dict; integer and boolean tensors are copied from here.
+        expert: Its fine-tuned version, with the same names, shapes, dtypes and devices.
+        ts: Finite numbers; 0 gives the base, 1 the expert.
+        nonfinite: As in `mix`.
+
+    Returns:
+        One state dict for every t, each as ``merge_state_dicts(base, [expert], method="wise_ft", t=t)`` gives it.
+
+    Raises:
+        As `merge_state_dicts`.
+
+    Source: Robust fine-tuning of zero-shot models (arXiv 2109.01903), equation 1.
+    """
+    for t in ts:
+        METHODS["wise_ft"](t=t, nonfinite=nonfinite).check(1)
+    _check_same_tensors(base, [expert], "base")
+    owner = _tied(base, [expert])
+    curve: list[dict[str, Tensor]] = [{} for _ in ts]
+    for name, tensor in base.items():
+        if owner[name] != name:
+            merged = [point[owner[name]] for point in curve]
+        elif tensor.is_floating_point():
+            merged = list(
+                mix(
+                    tensor,
+                    [expert[name]],
+                    [[t] for t in ts],
+                    base_coefficients=[1 - t for t in ts],
+                    task_vectors=False,
+                    nonfinite=nonfinite,
+                )
+                if ts
+                else []
+            )
+        else:
+            merged = [tensor.detach().clone() for _ in ts]
+        for point, one in zip(curve, merged, strict=True):
+            point[name] = one
+    return curve
 
 
 def _method(name: str, options: Mapping[str, Any]) -> Method:
-    known = [field.name for field in fields(METHODS[name])]
+    known = [parameter.name for parameter in METHODS[name].parameters()]
     for option in options:
         if option not in known:
             raise TypeError(f"options of method={name!r} must be among {', '.join(known)}, got {option!r}")
@@ -116,25 +151,26 @@ def _side_by_side(tensors: StateDict, merging: Method) -> list[list[str]]:
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         launch = (tensor.device, tensor.dtype == torch.float64)
-        groups.setdefault(launch if tensor.is_cuda and not merging.shares else name, []).append(name)
+        groups.setdefault(launch if tensor.is_cuda and merging.batched else name, []).append(name)
     return list(groups.values())
 
 
-def _check_same_tensors(base: StateDict, experts: Sequence[StateDict]) -> None:
+def _check_same_tensors(first: StateDict, experts: Sequence[StateDict], argument: str) -> None:
     for i, expert in enumerate(experts):
-        if missing := [name for name in base if name not in expert]:
-            raise ValueError(f"experts[{i}] must have the names of base, got no {_some(missing)}")
-        if extra := [name for name in expert if name not in base]:
-            raise ValueError(f"experts[{i}] must have the names of base, got also {_some(extra)}")
-    for name, tensor in base.items():
+        if missing := [name for name in first if name not in expert]:
+            raise ValueError(f"experts[{i}] must have the names of {argument}, got no {_some(missing)}")
+        if extra := [name for name in expert if name not in first]:
+            raise ValueError(f"experts[{i}] must have the names of {argument}, got also {_some(extra)}")
+    for name, tensor in first.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"base[{name!r}] must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{argument}[{name!r}] must be a tensor, got {type(tensor).__name__}")
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in arguments.DTYPES:
             raise ValueError(
-                f"base[{name!r}] must be float64, float32, float16, bfloat16 or an integer type, got {tensor.dtype}"
+                f"{argument}[{name!r}] must be float64, float32, float16, bfloat16 or an integer type, "
+                f"got {tensor.dtype}"
             )
         for i, expert in enumerate(experts):
-            arguments.check_like(f"experts[{i}][{name!r}]", expert[name], tensor, f"base[{name!r}]")
+            arguments.check_like(f"experts[{i}][{name!r}]", expert[name], tensor, f"{argument}[{name!r}]")
 
 
 def _some(names: list[str], most: int = 5) -> str:
@@ -143,7 +179,7 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def _tied(base: StateDict, experts: Sequence[StateDict]) -> dict[str, str]:
-    """Every name with the first name that shares its memory in the base and in every expert."""
+    """Every name with the first name that shares its memory in all of them."""
     first: dict[object, str] = {}
     owner = {}
     for name, tensor in base.items():

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,16 +23,14 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError, model_validator
 
+from ..merging import METHODS, Method
+from ..merging.method import count_in_words
 from ..ops import arguments
 from .model_reference import ModelReference
-from .settings import Setting, check_keys, flag, number, read_setting, share
+from .settings import Setting, check_keys, flag, read_setting, reader_of
 from .strict_yaml import load_yaml
 
-PARAMETERS = {  # int8_mask saves memory in mergekit and changes no result
-    "linear": ("int8_mask", "normalize", "weight"),
-    "task_arithmetic": ("int8_mask", "lambda", "normalize", "weight"),
-    "ties": ("density", "int8_mask", "lambda", "normalize", "rescale", "weight"),
-}
+RECIPE_METHODS = {name: method for name, method in METHODS.items() if method.in_recipes}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in arguments.DTYPES}
 SCOPES = ("tensor", "model")
 UNSUPPORTED = {
@@ -115,47 +112,30 @@ def _read_dtype(value: Any) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
 
-Numbers = Annotated[Setting | None, PlainValidator(partial(read_setting, read=number))]
-Shares = Annotated[Setting | None, PlainValidator(partial(read_setting, read=share))]
-Flags = Annotated[Setting | None, PlainValidator(partial(read_setting, read=flag))]
 Dtype = Annotated[torch.dtype | None, PlainValidator(_read_dtype)]
-
-
-class ModelParameters(_Mapping):
-    """Settings of one model; each comes before that of the same name for all models."""
-
-    weight: Numbers = None
-    density: Shares = None
-
-
-class Parameters(ModelParameters):
-    """Settings of the merge, and of all models."""
-
-    normalize: Flags = None
-    lam: Numbers = Field(default=None, alias="lambda")
-    rescale: Flags = None
-    int8_mask: Flags = None
 
 
 class Model(_Mapping):
     """A model to merge."""
 
     model: ModelReference
-    parameters: ModelParameters | None = None
+    parameters: Any = None  # as written; `Recipe.settings_of` has read them
 
 
 class Recipe(_Mapping):
     """A merge: which models, by which method, with which settings."""
 
-    merge_method: Annotated[str, _one_of(*PARAMETERS)]
+    merge_method: Annotated[str, _one_of(*RECIPE_METHODS)]
     base_model: ModelReference | None = None
     models: tuple[Model, ...] = Field(strict=False, min_length=1)  # YAML has lists
-    parameters: Parameters | None = None
+    parameters: Any = None  # as written; `settings` has read them
     dtype: Dtype = None
     out_dtype: Dtype = None
     tokenizer_source: Annotated[str | None, PlainValidator(_read_tokenizer_source)] = None
     scope: Annotated[str, _one_of(*SCOPES)] = "tensor"
     _source: str = PrivateAttr()
+    _settings: dict[str, Setting] = PrivateAttr()
+    _settings_of: list[dict[str, Setting]] = PrivateAttr()
 
     @property
     def source(self) -> str:
@@ -163,15 +143,29 @@ class Recipe(_Mapping):
         return self._source
 
     @property
+    def method(self) -> type[Method]:
+        return RECIPE_METHODS[self.merge_method]
+
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        """Of the merge and of all models, by their keys."""
+        return self._settings
+
+    def settings_of(self, model: ModelReference) -> Mapping[str, Setting]:
+        """Of one model: they come before those for all."""
+        of_models = zip(self.models, self._settings_of, strict=True)
+        return next((settings for entry, settings in of_models if entry.model == model), {})
+
+    @property
     def base(self) -> ModelReference | None:
-        """What task vectors are taken from; None for "linear", which has none."""
-        return None if self.merge_method == "linear" else self.base_model
+        """What task vectors are taken from; None for methods to which a base is one model more."""
+        return None if self.method.base == "none" else self.base_model
 
     @property
     def experts(self) -> tuple[ModelReference, ...]:
-        """What is merged. "linear" also sums a base model that is not among the models: it comes last."""
+        """What is merged. Where the method has no base, one that is not among the models comes last."""
         models = [entry.model for entry in self.models if entry.model != self.base]
-        if self.merge_method == "linear" and self.base_model and self.base_model not in models:
+        if self.method.base == "none" and self.base_model and self.base_model not in models:
             models.append(self.base_model)
         return tuple(models)
 
@@ -198,28 +192,46 @@ class Recipe(_Mapping):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.merge_method != "linear" and self.base_model is None:
+        if self.method.base == "required" and self.base_model is None:
             raise ValueError(f".base_model must be given for {self.merge_method}, got none")
-        if self.merge_method != "ties" and self.scope != "tensor":
+        if self.method.decides != "scope" and self.scope != "tensor":
             raise ValueError(f".scope must be 'tensor' for {self.merge_method}, got {self.scope!r}")
         models = [entry.model for entry in self.models]
         for i, model in enumerate(models):
             if model in models[:i]:
                 raise ValueError(f".models[{i}].model must be a model that is not listed yet, got {model}")
-        if not self.experts:
-            raise ValueError(f".models must be at least one model besides the base, got {', '.join(map(str, models))}")
-        self._check_parameters(self.parameters, ".parameters")
-        for i, entry in enumerate(self.models):
-            self._check_parameters(entry.parameters, f".models[{i}].parameters")
+        least, most = self.method.num_experts
+        if not least <= len(self.experts) <= (most or len(self.experts)):
+            besides = " besides the base" if self.base else ""
+            listed = ", ".join(map(str, self.experts)) or "none"
+            number = count_in_words(self.method)
+            raise ValueError(f".models must be {number}{besides} for {self.merge_method}, got {listed}")
+        self._settings = self._read(self.parameters, ".parameters", per_model=False)
+        self._settings_of = [
+            self._read(entry.parameters, f".models[{i}].parameters", per_model=True)
+            for i, entry in enumerate(self.models)
+        ]
         return self
 
-    def _check_parameters(self, parameters: ModelParameters | None, at: str) -> None:
-        """None that the method does not have."""
-        if parameters is not None:
-            keys = parameters.keys()
-            given = dict.fromkeys(keys[name] for name in keys if name in parameters.model_fields_set)
-            known = [key for key in PARAMETERS[self.merge_method] if key in keys.values()]
-            check_keys(given, known, at, f" for {self.merge_method}")
+    def _read(self, written: Any, at: str, *, per_model: bool) -> dict[str, Setting]:
+        """The settings of a mapping, by the parameters that the method has."""
+        known = {
+            parameter.key: reader_of(parameter)
+            for parameter in self.method.parameters()
+            if parameter.key is not None and (parameter.per_model or not per_model)
+        }
+        if not per_model:
+            known |= dict.fromkeys(self.method.ignored, flag)
+        if written is None:
+            return {}
+        check_keys(written, known, at, f" for {self.merge_method}")
+        settings = {}
+        for key, value in written.items():
+            try:
+                settings[key] = read_setting(value, known[key])
+            except ValueError as error:
+                raise ValueError(f"{at}.{key}{error}") from None
+        return settings
 
 
 def _sentence(error: ValidationError, document: Any) -> str:

@@ -17,7 +17,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-Value = float | bool
+from ..merging import Parameter
+from ..ops import arguments
+
+Value = float | bool | str
 Reader = Callable[[Any, str], Value]
 
 FLAG = TypeAdapter(bool)
@@ -34,13 +37,14 @@ class Rule:
         return self.filter is None or self.filter == "*" or self.filter in name
 
     def at(self, depth: float) -> Value:
-        """Numbers are interpolated; of flags the one below counts."""
+        """Numbers are interpolated; of flags and words the one below counts."""
         position = depth * (len(self.values) - 1)
         below = int(position)
-        if isinstance(self.values[0], bool):
-            return self.values[below]
-        above, part = min(below + 1, len(self.values) - 1), position - below
-        return (1 - part) * self.values[below] + part * self.values[above]
+        first, second = self.values[below], self.values[min(below + 1, len(self.values) - 1)]
+        if isinstance(first, (bool, str)) or isinstance(second, (bool, str)):
+            return first
+        part = position - below
+        return (1 - part) * first + part * second
 
 
 Setting = tuple[Rule, ...]
@@ -63,6 +67,26 @@ def read_setting(value: Any, read: Reader) -> Setting:
     return (Rule(_read_values(value, "", read)),)
 
 
+def reader_of(parameter: Parameter) -> Reader:
+    """What reads one value of a parameter, and refuses what it does not take."""
+
+    def read_number(value: Any, at: str) -> Value:
+        read = number(value, at)
+        if read not in parameter.range:
+            raise ValueError(f"{at} must be {parameter.range}, got {value!r}")
+        if parameter.kind is int and read != int(read):
+            raise ValueError(f"{at} must be a whole number, got {value!r}")
+        return read
+
+    def read_choice(value: Any, at: str) -> Value:
+        arguments.check_one_of(at, value, parameter.choices)
+        return value
+
+    if parameter.choices:
+        return read_choice
+    return flag if parameter.kind is bool else read_number
+
+
 def number(value: Any, at: str) -> float:
     """Any finite number; PyYAML takes one like 1e-3, without a point, for a string."""
     try:
@@ -71,14 +95,6 @@ def number(value: Any, at: str) -> float:
         raise ValueError(f"{at} must be a number, got {value!r}") from None
     if not math.isfinite(read):
         raise ValueError(f"{at} must be finite, got {value!r}")
-    return read
-
-
-def share(value: Any, at: str) -> float:
-    """A number in [0, 1]."""
-    read = number(value, at)
-    if not 0 <= read <= 1:
-        raise ValueError(f"{at} must be in [0, 1], got {value!r}")
     return read
 
 

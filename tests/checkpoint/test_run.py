@@ -96,7 +96,7 @@ def assert_same_model(merged: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
 _MERGEKIT = {"method": "ties", "weights": WEIGHTS, "semantics": "mergekit"}
 EXPECTED: dict[str, dict[str, Any]] = {
-    "linear": {"method": "average", "weights": WEIGHTS},
+    "linear": {"method": "linear", "weights": WEIGHTS},
     "ties": {**_MERGEKIT, "density": DENSITIES},
     "task_arithmetic": {**_MERGEKIT, "density": 1, "elect": "none", "normalize": False},
 }
@@ -280,7 +280,7 @@ def test_linear_sums_a_base_that_is_not_listed(saved: Any, tmp_path: Path) -> No
     folders = saved([base, *experts])
     given = recipe("linear", folders, base_model=folders[0], parameters={"weight": 0.75, "normalize": False})
     merge(given, tmp_path / "out")
-    expected = merge_state_dicts(base, [*experts, base], method="average", weights=[*WEIGHTS, 0.75], normalize=False)
+    expected = merge_state_dicts(base, [*experts, base], method="linear", weights=[*WEIGHTS, 0.75], normalize=False)
     assert_same_model(loaded(tmp_path / "out"), expected)
 
 

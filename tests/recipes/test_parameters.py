@@ -12,9 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery_kernels.merging import Method, Parameter
 from surgery_kernels.merging.depths import depths, num_layers
-from surgery_kernels.recipes.parameters import TensorParameters, resolve_parameters
-from surgery_kernels.recipes.recipe import load_recipe
+from surgery_kernels.merging.method import NONE_GIVEN
+from surgery_kernels.recipes.parameters import resolve_methods
+from surgery_kernels.recipes.recipe import RECIPE_METHODS, load_recipe
 
 pytestmark = pytest.mark.any_isa
 
@@ -74,16 +76,21 @@ def plan_of(mergekit: ModuleType, recipe: dict[str, Any], config: SimpleNamespac
     return recorder.plan
 
 
-def check(recipe: dict[str, Any], plan: Plan, resolved: dict[str, TensorParameters]) -> None:
+def check(recipe: dict[str, Any], plan: Plan, resolved: dict[str, Method]) -> None:
     experts = [str(model) for model in load_recipe(recipe).experts]
     assert resolved.keys() == plan.keys()
     for name, (shared, of_models) in plan.items():
-        actual = resolved[name]
-        assert actual.weights == tuple(of_models[expert]["weight"] for expert in experts), name
-        if recipe["merge_method"] != "linear":
-            assert actual.densities == tuple(of_models[expert]["density"] for expert in experts), name
-        rest = shared["normalize"], shared.get("rescale", False), shared.get("lambda", 1.0)
-        assert (actual.normalize, actual.rescale, actual.lam) == rest, name
+        method = resolved[name]
+        for parameter in known_to_mergekit(type(method)):
+            actual = getattr(method, parameter.name)
+            if parameter.per_model:
+                assert actual == [of_models[expert][parameter.key] for expert in experts], (name, parameter.key)
+            else:
+                assert actual == shared[parameter.key], (name, parameter.key)
+
+
+def known_to_mergekit(method: type[Method]) -> list[Parameter]:
+    return [parameter for parameter in method.parameters() if parameter.key not in (None, *OURS)]
 
 
 def setting(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -96,29 +103,47 @@ def setting(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return gradient | rule | st.lists(rule, min_size=1, max_size=4)
 
 
-WEIGHTS = setting(st.floats(0.0625, 3) | st.sampled_from([1, True, "0.5", "1e-1"]))
-DENSITIES = setting(st.floats(0, 1) | st.sampled_from([0, 1, "0.25", "5e-2"]))
+OURS = ("arithmetic",)  # parameters that mergekit does not have
+NUMBERS = setting(st.floats(0.0625, 3) | st.sampled_from([1, True, "0.5", "1e-1"]))
+SHARES = setting(st.floats(0.25, 0.75) | st.sampled_from(["0.25", "5e-1"]))
+WHOLE = setting(st.integers(1, 20))
 FLAGS = setting(st.sampled_from([True, False, 1, 0, "yes", "off"]))
-OF_MODEL = {"linear": {"weight": WEIGHTS}, "task_arithmetic": {"weight": WEIGHTS}}
-OF_MODEL["ties"] = {"weight": WEIGHTS, "density": DENSITIES}
-OF_ALL = {"linear": {"normalize": FLAGS, "int8_mask": FLAGS}}
-OF_ALL["task_arithmetic"] = {**OF_ALL["linear"], "lambda": setting(st.floats(-2, 2))}
-OF_ALL["ties"] = {**OF_ALL["task_arithmetic"], "rescale": FLAGS}
+
+
+def values(parameter: Parameter) -> st.SearchStrategy[Any]:
+    if parameter.kind is bool:
+        return FLAGS
+    if parameter.kind is int:
+        return WHOLE
+    return NUMBERS if 3.0 in parameter.range else SHARES
 
 
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
-    method = draw(st.sampled_from(["linear", "task_arithmetic", "ties"]))
-    of_model = st.fixed_dictionaries({}, optional=OF_MODEL[method])
-    names = draw(st.sampled_from([["a"], ["a", "b"], ["base", "a"], ["b", "a", "base"]]))
-    models = [{"model": name, "parameters": draw(of_model)} for name in names]
-    recipe = {"merge_method": method, "models": models}
-    if method != "linear" or draw(st.booleans()):
+    method = RECIPE_METHODS[draw(st.sampled_from(sorted(RECIPE_METHODS)))]
+    parameters = {parameter.key: values(parameter) for parameter in known_to_mergekit(method)}
+    of_models = {
+        parameter.key: parameters[parameter.key] for parameter in known_to_mergekit(method) if parameter.per_model
+    }
+    of_model = st.fixed_dictionaries({}, optional=of_models)
+    least, most = method.num_experts
+    number = draw(st.integers(least, min(least + 2, most or least + 2)))
+    names = ["a", "b", "c", "d"][:number]
+    has_base = method.base == "required" or (method.base == "optional" and draw(st.booleans()))
+    if has_base and (draw(st.booleans()) or method.base == "optional"):
+        names.insert(draw(st.integers(0, number)), "base")
+    recipe = {"merge_method": method.name, "models": [{"model": name, "parameters": draw(of_model)} for name in names]}
+    if has_base or (method.base == "none" and (most is None or number < most) and draw(st.booleans())):
         recipe["base_model"] = "base"
-    for_all = draw(st.sampled_from([None, {}, {"weight": WEIGHTS}, {"weight": st.floats(0.0625, 3)}]))
-    if for_all is not None:
-        optional = {key: of for key, of in {**OF_MODEL[method], **OF_ALL[method]}.items() if key not in for_all}
-        recipe["parameters"] = draw(st.fixed_dictionaries(for_all, optional=optional))
+    needed = {
+        p.key: parameters[p.key]
+        for p in known_to_mergekit(method)
+        if not p.per_model and p.recipe_default is NONE_GIVEN
+    }
+    weights = draw(st.sampled_from([{}, {key: of_models[key] for key in of_models if key == "weight"}]))
+    optional = {key: of for key, of in parameters.items() if key not in needed | weights}
+    ignored = dict.fromkeys(method.ignored, FLAGS)
+    recipe["parameters"] = draw(st.fixed_dictionaries(needed | weights, optional=optional | ignored))
     return recipe
 
 
@@ -129,12 +154,13 @@ def test_same_numbers_as_mergekit(mergekit: ModuleType, recipe: dict[str, Any], 
     try:
         plan = plan_of(mergekit, recipe, llama(layers))
     except RuntimeError as error:
-        missing = str(error).removeprefix("Missing required parameter weight for ").split(".", 1)
-        with pytest.raises(ValueError, match=f"got none for {re.escape(missing[1])}") as ours:
-            resolve_parameters(load_recipe(recipe), names, layers)
-        assert missing[0] in str(ours.value)
+        missing = re.fullmatch(r"Missing required parameter (\w+) for (?:(\w+)\.)?(.*)", str(error))
+        assert missing, error
+        with pytest.raises(ValueError, match=f"{missing[1]} must be given .* got none for ") as ours:
+            resolve_methods(load_recipe(recipe), names, layers)
+        assert missing[2] is None or missing[2] in str(ours.value)
     else:
-        check(recipe, plan, resolve_parameters(load_recipe(recipe), names, layers))
+        check(recipe, plan, resolve_methods(load_recipe(recipe), names, layers))
 
 
 def llama_names(layers: int) -> list[str]:
@@ -205,17 +231,17 @@ def ties(**recipe: Any) -> dict[str, Any]:
 
 
 def test_defaults() -> None:
-    for method, normalize in (("linear", True), ("task_arithmetic", False), ("ties", True)):
-        recipe = ties(merge_method=method, parameters={"weight": 0.5})
-        num_experts = 3 if method == "linear" else 2
-        expected = TensorParameters((0.5,) * num_experts, (1.0,) * num_experts, 1.0, normalize, False)
-        assert resolve_parameters(load_recipe(recipe), ["w"]) == {"w": expected}
+    for name, normalize in (("linear", True), ("task_arithmetic", False), ("ties", True)):
+        recipe = ties(merge_method=name, parameters={"weight": 0.5})
+        (method,) = resolve_methods(load_recipe(recipe), ["w"]).values()
+        assert (method.name, method.normalize, method.weights) == (name, normalize, [0.5] * (2 + (name == "linear")))
+    assert (method.density, method.lam, method.rescale, method.semantics) == ([1.0, 1.0], 1.0, False, "mergekit")
 
 
 def test_order_of_the_tensors() -> None:
     names = ["z", "model.layers.1.a", "b", "model.layers.0.a"]
-    assert list(resolve_parameters(load_recipe(ties(parameters={"weight": 1})), names)) == names
-    assert resolve_parameters(load_recipe(ties()), []) == {}
+    assert list(resolve_methods(load_recipe(ties(parameters={"weight": 1})), names)) == names
+    assert resolve_methods(load_recipe(ties()), []) == {}
 
 
 def test_missing_weight() -> None:
@@ -225,11 +251,13 @@ def test_missing_weight() -> None:
     ]
     message = r"recipe.models\[1\].parameters.weight must be given for every tensor, got none for norm of b"
     with pytest.raises(ValueError, match=message):
-        resolve_parameters(load_recipe(ties(models=models)), ["mlp", "norm"])
-    message = "recipe.parameters.weight must be given for the base_model base, which linear sums, got none for norm"
+        resolve_methods(load_recipe(ties(models=models)), ["mlp", "norm"])
+    message = (
+        "recipe.parameters.weight must be given for the base_model base, which linear merges too, got none for norm"
+    )
     recipe = ties(merge_method="linear", models=models[:1])
     with pytest.raises(ValueError, match=message):
-        resolve_parameters(load_recipe(recipe), ["norm"])
+        resolve_methods(load_recipe(recipe), ["norm"])
 
 
 def test_weights_of_linear_without_a_sum() -> None:
@@ -238,18 +266,16 @@ def test_weights_of_linear_without_a_sum() -> None:
     names = ["model.layers.0.w", "model.layers.1.w"]
     message = "weights must have a sum other than 0 unless normalize is false, got 0.3, -0.3 for model.layers.1.w"
     with pytest.raises(ValueError, match=message):
-        resolve_parameters(load_recipe(recipe), names)
-    resolved = resolve_parameters(load_recipe({**recipe, "parameters": {"normalize": False}}), names)
-    assert resolved["model.layers.1.w"].weights == (0.3, -0.3)
+        resolve_methods(load_recipe(recipe), names)
+    resolved = resolve_methods(load_recipe({**recipe, "parameters": {"normalize": False}}), names)
+    assert resolved["model.layers.1.w"].weights == [0.3, -0.3]
 
 
 def test_one_density_where_the_threshold_is_over_the_model() -> None:
     parameters = {"weight": [0, 1], "density": [{"filter": "mlp", "value": 0.5}, {"value": 0.25}]}
     message = "density must be the same for all tensors of a in scope: model, got 0.25 for norm and 0.5 for mlp"
     with pytest.raises(ValueError, match=message):
-        resolve_parameters(load_recipe(ties(scope="model", parameters=parameters)), ["norm", "mlp"])
+        resolve_methods(load_recipe(ties(scope="model", parameters=parameters)), ["norm", "mlp"])
     models = [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b", "parameters": {"density": 0.25}}]
-    resolved = resolve_parameters(
-        load_recipe(ties(scope="model", models=models, parameters=parameters)), ["norm", "mlp"]
-    )
-    assert {parameters.densities for parameters in resolved.values()} == {(0.5, 0.25)}
+    resolved = resolve_methods(load_recipe(ties(scope="model", models=models, parameters=parameters)), ["norm", "mlp"])
+    assert [method.density for method in resolved.values()] == [[0.5, 0.25]] * 2

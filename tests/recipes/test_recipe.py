@@ -68,7 +68,7 @@ def test_merge_keys_of_yaml_are_not_keys_twice() -> None:
         "merge_method: linear\nparameters: &all {weight: 1}\n"
         "models: [{model: a, parameters: {<<: *all, weight: 2}}, {model: b, parameters: {<<: *all}}]"
     )
-    assert [entry.parameters.weight[0].values for entry in recipe.models if entry.parameters] == [(2.0,), (1.0,)]
+    assert [recipe.settings_of(entry.model)["weight"][0].values for entry in recipe.models] == [(2.0,), (1.0,)]
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
@@ -145,7 +145,7 @@ REFERENCE = "(or {model: {path: ...}})"
         ("merge_method: linear\nmodels: [{}]", ".models[0].model must be given, got none"),
         (
             "merge_method: ties\nbase_model: a\nmodels: [{model: a}]",
-            ".models must be at least one model besides the base, got a",
+            ".models must be at least 1 besides the base for ties, got none",
         ),
         ("merge_method: linear\nmodels: [{model: a}]\nscope: model", ".scope must be 'tensor' for linear, got 'model'"),
     ],
@@ -173,9 +173,13 @@ def test_errors(text: str, message: str) -> None:
         (
             "weight: 0.6",
             "wieght: 1",
-            ".models[0].parameters must have keys among density, weight, got 'wieght': did you mean 'weight'?",
+            ".models[0].parameters must have keys among density, weight for ties, got 'wieght': did you mean 'weight'?",
         ),
-        ("weight: 0.6", "lambda: 1", ".models[0].parameters must have keys among density, weight, got 'lambda'"),
+        (
+            "weight: 0.6",
+            "lambda: 1",
+            ".models[0].parameters must have keys among density, weight for ties, got 'lambda'",
+        ),
         ("weight: 0.6", "weight: x", ".models[0].parameters.weight must be a number, got 'x'"),
         ("weight: 0.6", "weight: ", ".models[0].parameters.weight must be a number, got None"),
         ("weight: 0.6", "weight: .nan", ".models[0].parameters.weight must be finite, got nan"),
@@ -198,7 +202,7 @@ def test_errors(text: str, message: str) -> None:
         (
             "normalize",
             "gamma",
-            ".parameters must have keys among density, int8_mask, lambda, normalize, rescale, weight, got 'gamma'",
+            ".parameters must have keys among density, int8_mask, lambda, normalize, rescale, weight for ties, got",
         ),
         (
             ": ties",

@@ -8,8 +8,6 @@ import yaml
 from ... import _C
 from ..plan import Plan
 
-METHOD_NAMES = {"linear": "weighted averaging", "task_arithmetic": "task arithmetic", "ties": "TIES"}
-
 
 def model_card(plan: Plan, name: str) -> str:
     recipe = plan.recipe
@@ -23,7 +21,7 @@ def model_card(plan: Plan, name: str) -> str:
     return (
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n"
         f"# {name}\n\n"
-        f"A merge by {METHOD_NAMES[recipe.merge_method]}{base} of\n\n{experts}\n\n"
+        f"A merge by {recipe.method.title}{base} of\n\n{experts}\n\n"
         f"made by surgery_kernels {_C.build_info()['version']} with torch {torch.__version__} from this recipe:\n\n"
         f"```yaml\n{recipe.source.strip()}\n```\n"
     )

@@ -1,1 +1,28 @@
-"""The merging methods, by family."""
+"""The merging methods, by family. `METHODS` is the one list of them."""
+
+from __future__ import annotations
+
+from ..method import Method
+from .adamerging import AdaMerging
+from .fisher import Fisher
+from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, TaskArithmetic, WiseFt
+from .regmean import RegMean
+from .ties import Ties
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Linear,
+        Average,
+        WiseFt,
+        Dni,
+        ExPO,
+        Lines,
+        MetaGpt,
+        TaskArithmetic,
+        Ties,
+        Fisher,
+        RegMean,
+        AdaMerging,
+    )
+}

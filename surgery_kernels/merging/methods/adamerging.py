@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ...ops import arguments
 from ...ops.arguments import PerExpert
 from ...ops.combine import combine
 from ...ops.ties_merge import ties_split
+from ..method import ABOVE_0, AT_LEAST_0, SHARE_ABOVE_0, Method, per_model, shared
 from ..scope import Scope
 
 GRANULARITIES = ("layer", "task")
@@ -32,8 +32,8 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class AdaMerging:
-    """``base + sum_t clamp(coefficients[t, tensor], 0, 1) * (expert_t - base)``, coefficients learned by Adam.
+class AdaMerging(Method):
+    """Task arithmetic with coefficients that Adam learns on unlabeled inputs.
 
     Args:
         objective: Gives a scalar for merged tensors and a step, 0 to steps - 1; `entropy_objective` is the paper's.
@@ -48,20 +48,22 @@ class AdaMerging:
     Every step merges the whole model by one `combine`, forward and backward; only the objective may draw at random. The
     base and the task vectors are copied side by side in the widest dtype among the tensors: as much memory again as
     base and experts take, for AdaMerging++ twice that of the experts while it trims them.
-
-    Source: AdaMerging (arXiv 2310.02575), section 3.2.
     """
 
-    objective: Objective | None = None
-    granularity: str = "layer"
-    density: PerExpert | None = None
-    initial: float | Tensor = 0.3
-    lr: float = 1e-3
-    steps: int = 500
-    receive: Callable[[Learned], None] | None = None
+    name = "adamerging"
+    title = "AdaMerging"
+    formula = "base + sum_t clamp(coefficients[t, tensor], 0, 1) * (expert_t - base)"
+    source = "AdaMerging (arXiv 2310.02575), section 3.2"
+    decides = "model"
+    in_recipes = False
 
-    shares: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
+    objective: Objective | None = shared(None, kind=object, meaning="what is to fall")
+    granularity: str = shared("layer", choices=GRANULARITIES, meaning="what has a coefficient of its own")
+    density: PerExpert | None = per_model(None, range=SHARE_ABOVE_0, meaning="share that TIES keeps first; None: all")
+    initial: float | Tensor = shared(0.3, kind=object, meaning="coefficients to start from")
+    lr: float = shared(1e-3, range=ABOVE_0, meaning="learning rate of Adam")
+    steps: int = shared(500, kind=int, range=AT_LEAST_0, meaning="steps of Adam")
+    receive: Callable[[Learned], None] | None = shared(None, kind=object, meaning="is called with what was learned")
 
     @property
     def reads(self) -> int:
@@ -72,13 +74,7 @@ class AdaMerging:
             raise TypeError(f"objective must be callable, got {type(self.objective).__name__}")
         if self.receive is not None and not callable(self.receive):
             raise TypeError(f"receive must be callable or None, got {type(self.receive).__name__}")
-        arguments.check_one_of("granularity", self.granularity, GRANULARITIES)
-        if self.density is not None:
-            arguments.check_density(self.density, num_tasks)
-        if not 0 < arguments.number("lr", self.lr) < torch.inf:
-            raise ValueError(f"lr must be finite and above 0, got {self.lr}")
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be an integer, 0 or greater, got {self.steps!r}")
+        super().check(num_tasks)
         if not isinstance(self.initial, Tensor):
             arguments.per_expert("initial", arguments.number("initial", self.initial), num_tasks)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 from ...ops import arguments
 from ...ops.arguments import PerExpert
 from ..calling import call_with
+from ..method import ABOVE_0, AT_LEAST_0, Method, per_model, shared
 from ..scope import Scope
 
 
 @dataclass(frozen=True)
-class Fisher:
-    """``sum_t weights[t] * F_t * expert_t / sum_t weights[t] * F_t``; the base is not read.
+class Fisher(Method):
+    """Averages every parameter with the certainty of each expert about it. The base is not read.
 
     Args:
         fishers: For each expert the diagonal of its Fisher information by the names of the tensors, in their shapes,
@@ -25,26 +25,30 @@ class Fisher:
             One is held at a time: a mapping may read them from disk.
         weights: 0 or greater, one number or one per expert.
         floor: Smaller entries count as this, so that a parameter no expert is certain about is averaged; above 0.
-
-    Source: Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832).
     """
 
-    fishers: Sequence[Mapping[str, Tensor]] = ()
-    weights: PerExpert = 1.0
-    floor: float = 1e-6
+    name = "fisher"
+    title = "Fisher merging"
+    formula = "sum_t weights[t] * F_t * expert_t / sum_t weights[t] * F_t"
+    source = "Merging Models with Fisher-Weighted Averaging (arXiv 2111.09832)"
+    base = "none"
+    decides = "model"
+    in_recipes = False
 
-    reads: ClassVar[int] = 1
-    shares: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
+    fishers: Sequence[Mapping[str, Tensor]] = shared((), kind=object, meaning="Fisher information of each expert")
+    weights: PerExpert = per_model(1.0, range=AT_LEAST_0, meaning="weight of each expert")
+    floor: float = shared(1e-6, range=ABOVE_0, meaning="smaller entries of the information count as this")
+
+    @property
+    def reads(self) -> int:
+        return 1
 
     def check(self, num_tasks: int) -> None:
         if len(self.fishers) != num_tasks:
             raise ValueError(f"fishers must be one mapping per expert ({num_tasks}), got {len(self.fishers)}")
-        weights = arguments.per_expert("weights", self.weights, num_tasks)
-        if min(weights) < 0 or sum(weights) == 0:
-            raise ValueError(f"weights must be 0 or greater with a sum above 0, got {self.weights}")
-        if not 0 < arguments.number("floor", self.floor) < torch.inf:
-            raise ValueError(f"floor must be finite and above 0, got {self.floor}")
+        super().check(num_tasks)
+        if sum(arguments.per_expert("weights", self.weights, num_tasks)) == 0:
+            raise ValueError(f"weights must have a sum above 0, got {self.weights}")
 
     def merge(self, scope: Scope) -> None:
         known = scope.check_by_name("fishers", self.fishers)

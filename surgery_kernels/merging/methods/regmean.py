@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..method import SHARE, Method, shared
 from ..scope import Scope
 
 
 @dataclass(frozen=True)
-class RegMean:
-    """``(sum_t G_t)^-1 sum_t G_t W_t`` for the weights W_t [in, out] of linear layers; the rest is averaged.
+class RegMean(Method):
+    """Merges the weights W_t [in, out] of linear layers by least squares on their inputs; averages the rest.
 
     Args:
         grams: For each expert the Gram matrices [in, in] of its layers' inputs by the names of the weights, as
@@ -26,26 +27,31 @@ class RegMean:
 
     Where the inputs say nothing (an input that always was 0, fewer rows than inputs) the experts are averaged. The base
     is not read. Solved in float64.
-
-    Source: RegMean (arXiv 2212.09849).
     """
 
-    grams: Sequence[Mapping[str, Tensor]] = ()
-    off_diagonal: float = 0.9
+    name = "regmean"
+    title = "RegMean"
+    formula = "(sum_t G_t)^-1 sum_t G_t W_t"
+    source = "RegMean (arXiv 2212.09849)"
+    base = "none"
+    decides = "model"
+    in_recipes = False
 
-    reads: ClassVar[int] = 1
-    shares: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
+    grams: Sequence[Mapping[str, Tensor]] = shared((), kind=object, meaning="Gram matrices of each expert's inputs")
+    off_diagonal: float = shared(0.9, range=SHARE, meaning="factor of the Gram matrices' entries off the diagonal")
+
+    @property
+    def reads(self) -> int:
+        return 1
 
     def check(self, num_tasks: int) -> None:
         if len(self.grams) != num_tasks:
             raise ValueError(f"grams must be one mapping per expert ({num_tasks}), got {len(self.grams)}")
-        if not 0 <= self.off_diagonal <= 1:
-            raise ValueError(f"off_diagonal must be in [0, 1], got {self.off_diagonal}")
+        super().check(num_tasks)
 
     def merge(self, scope: Scope) -> None:
         known = scope.check_by_name("grams", self.grams, lambda weight: tuple(weight.shape[-1:]) * 2)
-        for name, weight in zip(scope.names, scope.base, strict=True):
+        for name, (weight, *_) in zip(scope.names, scope.experts, strict=True):
             if name in known and weight.dim() != 2:
                 raise ValueError(f"grams must be for matrices, got {known[name]!r} of shape {tuple(weight.shape)}")
         scope.check_finite()

@@ -1,73 +1,89 @@
-"""TIES over a scope."""
+"""TIES: trim, elect a sign per parameter, merge what agrees."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...ops.arguments import PerExpert
+from ...ops.arguments import ELECT, REDUCE, SEMANTICS, PerExpert
 from ...ops.ties_merge import check_options
+from ..method import NONE_GIVEN, SHARE, Method, nonfinite_policy, per_model, shared, values_of
 from ..scope import Scope
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a scope keeps of every expert, for merging it part by part."""
+class Ties(Method):
+    """Keeps the largest changes of every expert, elects a sign for each entry, and averages what agrees with it.
 
-    thresholds: Tensor  # [num_tasks]
-    cuts: tuple[int, ...]  # [num_tasks]; entries equal to the threshold are kept before this flat index
+    Options as in `surgery_kernels.ties_merge`. An expert with density 0 ("mergekit") takes no part.
+    """
 
-    def after(self, numel: int) -> Limits:
-        """The same, seen from the part that begins `numel` elements on."""
-        return Limits(self.thresholds, tuple(cut - numel for cut in self.cuts))
+    name = "ties"
+    title = "TIES"
+    formula = "base + lam * mean over agreeing t of weights[t] * trim(expert_t - base)"
+    source = "TIES-Merging (arXiv 2306.01708)"
+    decides = "scope"
+    decides_by = ("density",)
+    as_mergekit = {"semantics": "mergekit"}
+    ignored = ("int8_mask",)
 
-
-@dataclass(frozen=True)
-class Ties:
-    """Options as in `surgery_kernels.ties_merge`. Source: TIES-Merging (arXiv 2306.01708)."""
-
-    density: PerExpert = 0.2
-    lam: float = 1.0
-    weights: PerExpert | None = None
-    semantics: str = "paper"
-    elect: str = "sum"
-    reduce: str = "mean"
-    normalize: bool = True
-    rescale: bool = False
-    nonfinite: str = "error"
-
-    reads: ClassVar[int] = 2
-    shares: ClassVar[bool] = True
-    whole: ClassVar[bool] = False
+    density: PerExpert = per_model(0.2, meaning="share of its entries an expert keeps", range=SHARE, recipe_default=1.0)
+    lam: float = shared(1.0, key="lambda", meaning="scale of the merged task vector")
+    weights: PerExpert | None = per_model(
+        None, key="weight", recipe_default=NONE_GIVEN, meaning="factor of each task vector"
+    )
+    semantics: str = shared("paper", choices=SEMANTICS, key=None, meaning="whose TIES, bit for bit")
+    elect: str = shared("sum", choices=ELECT, key=None, meaning="what elects a sign: mass, number, or nothing")
+    reduce: str = shared("mean", choices=REDUCE, key=None, meaning="what is done with the entries that agree")
+    normalize: bool = shared(True, kind=bool, meaning="divide by the sum of the agreeing weights")
+    rescale: bool = shared(False, kind=bool, meaning="scale what is kept to the L1 norm it had before the trim")
+    nonfinite: str = nonfinite_policy()
 
     def check(self, num_tasks: int) -> None:
-        self._options(num_tasks)
+        super().check(num_tasks)
+        present, options = self._present(num_tasks)
+        if present:
+            check_options(len(present), **options)
 
-    def limits(self, scope: Scope) -> Limits:
-        """Reads the scope once; under ``nonfinite="error"`` it is known to be finite afterwards."""
-        options = self._options(len(scope.experts[0]))
+    def decide(self, scope: Scope) -> dict[str, Any]:
+        """Thresholds over the scope, read once; under ``nonfinite="error"`` it is known to be finite afterwards."""
+        present, options = self._present(scope.num_tasks)
+        if not present:
+            return {"thresholds": [], "cuts": []}
         thresholds, cuts = torch.ops.surgery_kernels.trim_limits(
             scope.base,
-            scope.flat_experts,
-            options["density"],
+            scope.of_experts(present).flat_experts,
+            check_options(len(present), **options)["density"],
             semantics=self.semantics,
             nonfinite=self.nonfinite,
             names=scope.names,
         )
-        return Limits(thresholds, tuple(cuts.tolist()))
+        return {"thresholds": thresholds.tolist(), "cuts": cuts.tolist()}
 
-    def merge(self, scope: Scope, limits: Limits | None = None) -> None:
-        """`limits`: of a larger scope that this one begins, where they are known; "mergekit" and "peft" only."""
-        options = self._options(len(scope.experts[0]))
-        if limits is not None:
+    def merge(self, scope: Scope) -> None:
+        present, options = self._present(scope.num_tasks)
+        if not present:
+            scope.keep_base()
+            return
+        arguments = check_options(len(present), **options)
+        if scope.decided is not None:
             checked = "propagate" if self.nonfinite == "error" else self.nonfinite
-            options |= {"thresholds": limits.thresholds, "cuts": limits.cuts, "nonfinite": checked}
+            arguments |= {
+                "thresholds": torch.tensor(scope.decided["thresholds"], dtype=torch.float64),
+                "cuts": [cut - scope.offset for cut in scope.decided["cuts"]],
+                "nonfinite": checked,
+            }
         torch.ops.surgery_kernels.ties_merge_out(
-            scope.base, scope.flat_experts, **options, names=scope.names, out=scope.out
+            scope.base, scope.of_experts(present).flat_experts, **arguments, names=scope.names, out=scope.out
         )
 
-    def _options(self, num_tasks: int) -> dict[str, Any]:
-        return check_options(num_tasks, **asdict(self))
+    def _present(self, num_tasks: int) -> tuple[list[int], dict[str, Any]]:
+        """The experts that keep anything, and the options for them alone."""
+        options = {parameter.name: getattr(self, parameter.name) for parameter in self.parameters()}
+        if self.semantics != "mergekit":
+            return list(range(num_tasks)), options
+        of_all = {name: values_of(options[name], num_tasks) for name in ("density", "weights")}
+        present = [t for t, density in enumerate(of_all["density"]) if density > 0]
+        return present, options | {name: [values[t] for t in present] for name, values in of_all.items()}

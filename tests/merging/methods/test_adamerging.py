@@ -263,8 +263,8 @@ def test_empty_models() -> None:
         ({"density": [0.2, 0.3, 0.4]}, "density must be one number or one per expert (2), got 3"),
         ({"lr": 0.0}, "lr must be finite and above 0, got 0.0"),
         ({"lr": math.inf}, "lr must be finite and above 0, got inf"),
-        ({"steps": -1}, "steps must be an integer, 0 or greater, got -1"),
-        ({"steps": 1.5}, "steps must be an integer, 0 or greater, got 1.5"),
+        ({"steps": -1}, "steps must be finite and 0 or greater, got -1"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
         ({"initial": math.nan}, "initial must be finite, got nan"),
         ({"initial": torch.zeros(2, 1)}, "initial must be a number or have shape (2, 9), got (2, 1)"),
         ({"lam": 0.3}, "options of method='adamerging' must be among objective, granularity, density, initial, lr, "

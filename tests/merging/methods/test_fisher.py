@@ -89,8 +89,8 @@ def test_tied_tensors_are_known_by_any_of_their_names() -> None:
     ("options", "message"),
     [
         ({"fishers": []}, "fishers must be one mapping per expert (3), got 0"),
-        ({"weights": -1.0}, "weights must be 0 or greater with a sum above 0, got -1.0"),
-        ({"weights": [0.0] * 3}, "weights must be 0 or greater with a sum above 0, got [0.0, 0.0, 0.0]"),
+        ({"weights": -1.0}, "weights must be finite and 0 or greater, got -1.0"),
+        ({"weights": [0.0] * 3}, "weights must have a sum above 0, got [0.0, 0.0, 0.0]"),
         ({"weights": [1.0]}, "weights must be one number or one per expert (3), got 1"),
         ({"floor": 0.0}, "floor must be finite and above 0, got 0.0"),
         ({"fishers": [{"bias": torch.ones(5)}, {}, {}]}, "fishers[1] must have the names of fishers[0], got others"),
