@@ -96,7 +96,7 @@ class Parameter:
         if self.kind is bool:
             return "true or false"
         number = "a whole number" if self.kind is int else "a number"
-        return number if self.range == FINITE else f"{number} {self.range}"
+        return number if self.range == FINITE else f"{number} {str(self.range).removeprefix('finite and ')}"
 
     def check(self, value: Any, num_tasks: int) -> None:
         """Raises ValueError or TypeError for a value it does not take."""

@@ -41,10 +41,20 @@ class Scope:
         """The scope of some of the experts."""
         return replace(self, experts=[[experts[t] for t in chosen] for experts in self.experts])
 
-    def keep_base(self) -> None:
-        """Where nothing is added to it."""
-        for out, base in zip(self.out, self.base, strict=True):
-            out.copy_(base)
+    def with_base_first(self) -> Scope:
+        """The base as the first of the experts."""
+        pairs = zip(self.base, self.experts, strict=True)
+        return replace(self, base=[], experts=[[base, *experts] for base, experts in pairs])
+
+    @staticmethod
+    def checked(nonfinite: str) -> str:
+        """The policy for a second read, when the first has found every entry finite."""
+        return "propagate" if nonfinite == "error" else nonfinite
+
+    def copy(self, tensors: Sequence[Tensor]) -> None:
+        """Fills `out` with these, where there is nothing to merge."""
+        for out, tensor in zip(self.out, tensors, strict=True):
+            out.copy_(tensor)
 
     def mix(
         self,

@@ -7,6 +7,7 @@ from .adamerging import AdaMerging
 from .fisher import Fisher
 from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, TaskArithmetic, WiseFt
 from .regmean import RegMean
+from .spherical import Karcher, ModelStock, MultiSlerp, NuSlerp, Slerp
 from .ties import Ties
 
 METHODS: dict[str, type[Method]] = {
@@ -19,6 +20,11 @@ METHODS: dict[str, type[Method]] = {
         ExPO,
         Lines,
         MetaGpt,
+        Slerp,
+        NuSlerp,
+        MultiSlerp,
+        Karcher,
+        ModelStock,
         TaskArithmetic,
         Ties,
         Fisher,

@@ -218,4 +218,4 @@ class MetaGpt(Method):
         squares = scope.gram(axis="model", nonfinite=self.nonfinite)[0].diagonal()
         total = squares.sum()
         share = squares / total if total > 0 else torch.full_like(squares, 1 / len(squares))
-        scope.mix(share.tolist(), nonfinite="propagate" if self.nonfinite == "error" else self.nonfinite)
+        scope.mix(share.tolist(), nonfinite=scope.checked(self.nonfinite))

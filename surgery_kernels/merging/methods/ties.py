@@ -65,15 +65,14 @@ class Ties(Method):
     def merge(self, scope: Scope) -> None:
         present, options = self._present(scope.num_tasks)
         if not present:
-            scope.keep_base()
+            scope.copy(scope.base)
             return
         arguments = check_options(len(present), **options)
         if scope.decided is not None:
-            checked = "propagate" if self.nonfinite == "error" else self.nonfinite
             arguments |= {
                 "thresholds": torch.tensor(scope.decided["thresholds"], dtype=torch.float64),
                 "cuts": [cut - scope.offset for cut in scope.decided["cuts"]],
-                "nonfinite": checked,
+                "nonfinite": scope.checked(self.nonfinite),
             }
         torch.ops.surgery_kernels.ties_merge_out(
             scope.base, scope.of_experts(present).flat_experts, **arguments, names=scope.names, out=scope.out
