@@ -1,52 +1,52 @@
-"""mergekit's generalized task arithmetic (TIES, DARE, DELLA, breadcrumbs) with our ops. Needs the extra `mergekit`.
+"""mergekit's merge methods with our ops. Needs the extra `mergekit`.
 
     surgery-kernels-mergekit merge.yaml merged_model       # mergekit-yaml, with its arguments
 
-is `install()` followed by mergekit's own command; in Python, `install()` before mergekit runs is all it takes.
+is `install()` followed by mergekit's own command; in Python, `install()` before mergekit runs is all it takes, for
+`merge_state_dicts` and `merge_tensors` of `mergekit.merge_methods.api` too. Every method that both know runs on our
+ops, on CPU and CUDA tensors, as its declaration in `surgery_kernels.merging.METHODS` says: with mergekit's rounding and
+mergekit's random masks, drawn from torch's own generator in mergekit's order.
 
-    method                         sparsification    merge
-    ties                           ours, fused with the merge
-    task_arithmetic                -                 ours
-    breadcrumbs, breadcrumbs_ties  ours              ours
-    dare_linear, dare_ties         mergekit's        ours
-    della_linear, della            mergekit's        ours
-
-Random masks stay mergekit's, number for number. Results are mergekit's to the last bit in every dtype, with these
-differences: of entries tied at the threshold the first in flat order are kept, where mergekit's choice is unspecified;
-from five models on sums may differ in the last bit, since torch adds them in another order; `rescale` of "ties" divides
-exact L1 norms; in float16 weights that cancel divide nothing, where mergekit divides by 0. What the ops do not take,
-CUDA tensors for one, goes to mergekit.
+Results are mergekit's to the last bit but for these: of entries tied at a threshold the first in flat order are kept,
+where mergekit's choice is unspecified; sums over many elements or over five models and more are added in another order
+than torch's; "karcher" and "arcee_fusion" are exact where mergekit's low precision leaves noise; in float16 weights
+that cancel divide nothing, where mergekit divides by 0. What the ops do not take (gradients, tensors on other devices,
+numbers out of range) goes to mergekit.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..ops import ties_merge
+from ..merging import METHODS, Method, Scope
 from .extras import missing
 from .tensors import NONFINITE, mergeable
 
 try:
     from mergekit.merge_methods import registry
-    from mergekit.merge_methods.base import TensorEntry, TensorGroup
-    from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+    from mergekit.merge_methods.base import (
+        BatchOptions,
+        GroupMergeMethod,
+        MergeMethod,
+        MergeMethodSpec,
+        TensorEntry,
+        TensorGroup,
+    )
     from mergekit.scripts import run_yaml
-    from mergekit.sparsify import RescaleNorm, SparsificationMethod, rescaled_masked_tensor, sparsify
 except ImportError as error:
     raise missing("mergekit", "mergekit", error) from error
 
 
 def install() -> None:
-    """From here on mergekit's eight methods of this family run on our ops, in this process; twice is as once."""
+    """From here on mergekit's methods run on our ops, in this process; twice is as once."""
     methods = registry._METHODS  # mergekit's own register() refuses a name that is taken
     for name, method in methods.items():
-        if type(method) is GeneralizedTaskArithmeticMerge:
-            methods[name] = FusedTaskArithmetic(**{field.name: getattr(method, field.name) for field in fields(method)})
+        if name in METHODS and not isinstance(method, Fused):
+            methods[name] = Fused(method, METHODS[name])
 
 
 def main() -> None:
@@ -56,84 +56,57 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class FusedTaskArithmetic(GeneralizedTaskArithmeticMerge):
-    """A method of the family, under the name and with the parameters that mergekit gives it."""
+class Fused(GroupMergeMethod):
+    """A method under the name and with the parameters that mergekit gives it."""
+
+    stock: MergeMethod
+    declared: type[Method]
+
+    @property
+    def spec(self) -> MergeMethodSpec:
+        return self.stock.spec
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """One tensor of the merged model."""
-        if not _takes(group, parameters):
-            return super().merge_group(group, **parameters)
-        base, entries = group.base.tensor, group.non_base
-        weights = [parameters["weight"][entry.id] for entry in entries]
-        if self.sparsification_method not in (None, SparsificationMethod.magnitude):
-            task_vectors = [self._sparsified(base, entry, parameters) for entry in entries]
-            return self._merged(None, task_vectors, weights, parameters).add_(base)
-        trim: dict[str, Any] = {}
-        if self.sparsification_method:
-            trim["density"] = [min(parameters["density"][entry.id], 1.0) for entry in entries]
-            trim["rescale"] = parameters["rescale"]
-        return self._merged(base, [entry.tensor for entry in entries], weights, parameters, **trim)
-
-    def _sparsified(self, base: Tensor, entry: TensorEntry, parameters: dict[str, Any]) -> Tensor:
-        """The task vector with mergekit's mask on it; breadcrumbs need no sort for theirs."""
-        task_vector, density = entry.tensor - base, parameters["density"][entry.id]
-        norm = RescaleNorm.l1 if parameters["rescale"] else None
-        if self.sparsification_method == SparsificationMethod.magnitude_outliers:
-            if density >= 1:
-                return task_vector
-            crumbs = _without_outliers(task_vector, density, parameters["gamma"][entry.id])
-            return rescaled_masked_tensor(task_vector, (crumbs != 0).to(crumbs.dtype), norm) if norm else crumbs
-        own = {name: parameters[name][entry.id] for name in ("gamma", "epsilon") if name in parameters}
-        return sparsify(task_vector, density, self.sparsification_method, rescale_norm=norm, **own)
-
-    def _merged(
-        self,
-        base: Tensor | None,
-        experts: Sequence[Tensor],
-        weights: list[float],
-        parameters: dict[str, Any],
-        density: list[float] | float = 1.0,
-        rescale: bool = False,
-    ) -> Tensor:
-        return ties_merge(
-            base,
-            experts,
-            density=density,
-            lam=parameters["lambda"],
-            weights=weights,
-            semantics="mergekit",
-            elect=self.consensus_method.value if self.consensus_method else "none",
-            normalize=parameters["normalize"],
-            rescale=rescale,
-            nonfinite=NONFINITE,
+        base, experts = self._inputs(group)
+        merging = self._method(experts, parameters) if mergeable(group.tensors) else None
+        if merging is None:
+            dtype = group.tensors[0].dtype if group.entries else None
+            (merged,) = self.stock._execute((group,), [parameters], BatchOptions(), input_dtypes=[dtype])
+            return merged
+        out = torch.empty_like(experts[0].tensor, memory_format=torch.contiguous_format, requires_grad=False)
+        name = group.metadata.name or "tensor"
+        merging.merge(
+            Scope(
+                names=[name],
+                base=[base.tensor.detach()] if base else [],
+                experts=[[entry.tensor.detach() for entry in experts]],
+                out=[out],
+                owner={name: name},
+                generator=torch.default_generator,
+            )
         )
+        return out
 
+    def _inputs(self, group: TensorGroup) -> tuple[TensorEntry | None, list[TensorEntry]]:
+        if self.declared.base == "none":
+            return None, list(group.entries)
+        return group.base, list(group.non_base)
 
-def _takes(group: TensorGroup, parameters: dict[str, Any]) -> bool:
-    """Plain tensors on the CPU and numbers in their ranges; for the rest mergekit has rules of its own."""
-    entries = group.non_base
-    return (
-        bool(entries)
-        and mergeable([group.base.tensor, *(entry.tensor for entry in entries)])
-        and math.isfinite(parameters["lambda"])
-        and all(math.isfinite(weight) for weight in parameters["weight"].values())
-        and all(density > 0 for density in parameters["density"].values())
-        and all(gamma >= 0 for gamma in parameters.get("gamma", {}).values())
-    )
-
-
-def _without_outliers(task_vector: Tensor, density: float, gamma: float) -> Tensor:
-    """What is left without the largest `gamma` of the entries and without the smallest, down to `density` of all."""
-    num_params = task_vector.numel()
-    kept, largest = int(density * num_params), int(gamma * num_params)
-    smallest = max(0, num_params - kept - largest)  # where nothing small is left to drop, more of the largest go
-    return _largest(task_vector, num_params - smallest) - _largest(task_vector, num_params - smallest - kept)
-
-
-def _largest(task_vector: Tensor, count: int) -> Tensor:
-    """The `count` entries of the largest magnitude, 0 elsewhere: the trim of TIES, whose election one expert wins."""
-    density = min((count + 0.5) / task_vector.numel(), 1.0)  # the op floors their product to `count`
-    return ties_merge(None, [task_vector], density=density, semantics="peft", nonfinite=NONFINITE)
+    def _method(self, experts: list[TensorEntry], parameters: dict[str, Any]) -> Method | None:
+        """With the numbers of one tensor; None where they are not for us: mergekit has rules of its own for the rest."""
+        values: dict[str, Any] = {}
+        for parameter in self.declared.parameters():
+            fixed = self.declared.as_mergekit.get(parameter.name, parameter.recipe_default)
+            given = parameters.get(parameter.key, fixed) if parameter.key else fixed
+            of_each = parameter.per_model and parameter.key in parameters
+            values[parameter.name] = [given[entry.id] for entry in experts] if of_each else given
+        merging = self.declared(**values | {"nonfinite": NONFINITE})
+        try:
+            merging.check(len(experts))
+        except (ValueError, TypeError):
+            return None
+        return merging
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def mergeable(tensors: Sequence[Tensor]) -> bool:
         and first.dtype in arguments.DTYPES
         and all(
             type(tensor) in (Tensor, Parameter)
-            and tensor.device.type == "cpu"
+            and tensor.device == first.device
+            and tensor.device.type in ("cpu", "cuda")
             and tensor.layout == torch.strided
             and tensor.dtype == first.dtype
             and tensor.shape == first.shape
