@@ -45,6 +45,13 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "float divisor=1.0, bool task_vectors=True, bool fused=False, str axis=\"tensor\", str nonfinite=\"error\", "
       "str[]? names=None, *, Tensor(a!)[] out) -> ()");
 
+  // The products of all pairs of vectors in float64, [num_vectors, num_tasks, num_tasks]: expert - base (rounded to the
+  // stored dtype where wanted), or the experts without base. Of each tensor; of each row or column of all of them, in
+  // order; or one matrix of the whole model. Tensors as in ties_merge_out.
+  m.def(
+      "gram(Tensor[] base, Tensor[] experts, int num_tasks, str axis=\"tensor\", bool rounded=False, "
+      "str nonfinite=\"error\", str[]? names=None) -> Tensor");
+
   // features - relu(features down^T) up^T, each task with its own adapter: corrected, like features; the means over
   // tokens, or an empty tensor; what the backward reads again, or an empty tensor. features: [num_tasks, samples,
   // (tokens,) dim], or [samples, (tokens,) dim] with a task_index.

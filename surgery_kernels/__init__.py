@@ -16,6 +16,7 @@ from . import triton as _triton  # noqa: F401  # registers the ops for CUDA tens
 from .merging import merge_state_dicts
 from .ops import (
     combine,
+    gram,
     mix,
     representation_loss,
     surgery_adapter,
@@ -32,6 +33,7 @@ __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "combine",
+    "gram",
     "merge_state_dicts",
     "mix",
     "representation_loss",

@@ -1,6 +1,7 @@
 """The public ops: checks in Python, work in torch.ops.surgery_kernels."""
 
 from .combine import combine
+from .gram import gram
 from .mix import mix
 from .representation_loss import representation_loss
 from .surgery_adapter import surgery_adapter
@@ -10,6 +11,7 @@ from .trim import trim_thresholds
 
 __all__ = [
     "combine",
+    "gram",
     "mix",
     "representation_loss",
     "surgery_adapter",

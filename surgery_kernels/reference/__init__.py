@@ -7,6 +7,7 @@ everything in float64, rounds nothing and returns float64: what a backend's erro
 """
 
 from .combine import combine
+from .gram import gram, scope_gram
 from .mix import mix
 from .representation_loss import representation_loss
 from .scope import load_scope, scope_keys
@@ -17,11 +18,13 @@ from .trim import keep_count, kept_entries, scope_thresholds, trim_thresholds
 
 __all__ = [
     "combine",
+    "gram",
     "keep_count",
     "kept_entries",
     "load_scope",
     "mix",
     "representation_loss",
+    "scope_gram",
     "scope_keys",
     "scope_merge",
     "scope_thresholds",

@@ -1,0 +1,43 @@
+// Products of all pairs of vectors, added up in float64 over raw pointers: every expert is read once, and the pairs
+// meet in the first-level cache. The order of the additions is part of the result and the same on every instruction
+// set.
+#pragma once
+#include <cstdint>
+
+#include "../dtype.h"
+#include "isa.h"
+
+namespace sk {
+
+constexpr int kGramLanes = 32;  // sums of a pair that run side by side
+constexpr int kGramSteps = 8;   // of all vectors, between memory and the pairs
+
+// Pairs (i, j) with i <= j in the order (0, 0), (0, 1), ..., (1, 1), ...
+inline int64_t num_pairs(int64_t num_tasks) { return num_tasks * (num_tasks + 1) / 2; }
+inline int64_t pair_of(int64_t i, int64_t j, int64_t num_tasks) { return i * (2 * num_tasks - i - 1) / 2 + j; }
+
+template <class Key>
+struct GramArgs {
+  const void* base;            // may be null: then the vectors are the experts, else expert - base
+  const void* const* experts;  // [num_tasks]
+  int num_tasks;
+  int64_t steps, stride;  // elements from one step to the next
+  int width, last;        // lanes that a step fills, and the last one
+  bool rounded;           // to the stored dtype
+  bool drop;              // a non-finite entry counts as 0
+};
+
+// Lane l of a pair is the sum, step after step, of the products at lane l. vectors: scratch [num_tasks, kGramSteps,
+// kGramLanes]; sums: [num_pairs, kGramLanes].
+template <class Key>
+using GramKernel = void (*)(const GramArgs<Key>& args, double* vectors, double* sums);
+
+struct GramKernels {
+  PerDtype<GramKernel> add;
+  // folded[p] = sums[p] with lanes added in halves: lane l and lane l + 16, then l + 8, 4, 2, 1. sums are spoilt.
+  void (*fold)(double* sums, int64_t num_pairs, double* folded);
+};
+
+SK_DECLARE_KERNELS(GramKernels, gram_kernels);
+
+}  // namespace sk
