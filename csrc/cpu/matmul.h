@@ -1,7 +1,7 @@
 // Products of panels that stay in the second-level cache, for kernel files only. A panel is row-major and padded to
 // whole vectors; only the columns of a result are ever padded, so that padding never takes part in a sum.
 #pragma once
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace sk {
 namespace SK_ISA {

@@ -1,6 +1,6 @@
 #include "ties_merge_kernel.h"
 
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace sk {
 namespace SK_ISA {

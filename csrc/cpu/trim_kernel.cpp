@@ -1,6 +1,6 @@
 #include "trim_kernel.h"
 
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace sk {
 namespace SK_ISA {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../dtype.h"
+#include "../../dtype.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
