@@ -15,19 +15,6 @@ constexpr int kTogether = 8;
 constexpr int kTogether = 4;
 #endif
 
-// a * b + c, rounded once.
-template <class C>
-inline Vec<C> fused_multiply_add(Vec<C> a, Vec<C> b, Vec<C> c) {
-#if defined(__AVX2__) || defined(__aarch64__)
-  return multiply_add(a, b, c);
-#else
-  for (int i = 0; i < Vec<C>::N; ++i)
-    c.v[i] = sizeof(C) == 8 ? __builtin_fma(a.v[i], b.v[i], c.v[i])
-                            : __builtin_fmaf(float(a.v[i]), float(b.v[i]), float(c.v[i]));
-  return c;
-#endif
-}
-
 // Coefficients of columns are in the order of the elements, so that bfloat16 is not parted into even and odd here.
 template <class S, bool kByColumn>
 inline Block<typename Compute<S>::type> load_elements(const S* p) {

@@ -8,6 +8,8 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
+constexpr bool kFuses = true;  // multiply_add rounds once
+
 template <>
 inline Vec<double> multiply_add<double>(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {(Vec<double>::Lanes)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v)};

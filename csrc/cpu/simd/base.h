@@ -10,6 +10,8 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
+constexpr bool kFuses = false;  // multiply_add rounds twice
+
 inline Vec<float> half_to_float(Word h) {
   const Word magnitude = (h & 0x7FFF) << 13;
   // The exponent is rebiased by a multiplication, which also normalises subnormals.

@@ -8,6 +8,8 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
+constexpr bool kFuses = true;  // multiply_add rounds once
+
 template <>
 inline Vec<float> multiply_add<float>(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {(Vec<float>::Lanes)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};

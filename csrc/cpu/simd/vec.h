@@ -20,6 +20,18 @@ template <class C>
 inline Vec<C> zero_unless_finite(Vec<C> a) {
   return zero_unless<C>(greater_key<C>(Vec<C>::keys(kInfinityKey<typename Vec<C>::KeyLane>), magnitude(a)), a);
 }
+// a * b + c, rounded once on every ISA; lane by lane, which is slow, where multiply_add rounds twice.
+template <class C>
+inline Vec<C> fused_multiply_add(Vec<C> a, Vec<C> b, Vec<C> c) {
+  if constexpr (kFuses) {
+    return multiply_add(a, b, c);
+  } else {
+    for (int i = 0; i < Vec<C>::N; ++i)
+      c.v[i] = sizeof(C) == 8 ? __builtin_fma(a.v[i], b.v[i], c.v[i])
+                              : __builtin_fmaf(float(a.v[i]), float(b.v[i]), float(c.v[i]));
+    return c;
+  }
+}
 
 inline Vec<float> round_to(Vec<float> x, float) { return x; }
 inline Vec<double> round_to(Vec<double> x, double) { return x; }
