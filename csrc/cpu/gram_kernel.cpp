@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace sk {
 namespace SK_ISA {
