@@ -45,6 +45,16 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "float divisor=1.0, bool task_vectors=True, bool fused=False, str axis=\"tensor\", str nonfinite=\"error\", "
       "str[]? names=None, *, Tensor(a!)[] out) -> ()");
 
+  // Which entries every expert keeps, drawn by counter: packed bits per tensor, uint8 [num_tasks, ceil(numel / 8)],
+  // least significant first; and float64 [num_tensors, num_tasks, 3]: how many are kept, the L1 norm of the task vector
+  // and that of its kept entries. rule "random": with probability density; "della": density - epsilon to density +
+  // epsilon by rank of magnitude within a row. Words are those of philox.h for seed, tensor_ids (0, 1, ...), task_ids
+  // (0, 1, ...).
+  m.def(
+      "masks(Tensor[] base, Tensor[] experts, float[] density, str rule=\"random\", float[]? epsilon=None, int seed=0, "
+      "int[]? tensor_ids=None, int[]? task_ids=None, str nonfinite=\"propagate\", str[]? names=None) "
+      "-> (Tensor[], Tensor)");
+
   // The products of all pairs of vectors in float64, [num_vectors, num_tasks, num_tasks]: expert - base (rounded to the
   // stored dtype where wanted), or the experts without base. Of each tensor; of each row or column of all of them, in
   // order; or one matrix of the whole model. Tensors as in ties_merge_out.

@@ -5,17 +5,18 @@
 #include <cstdint>
 
 namespace sk {
-namespace {  // kernel files include this too: no symbol of one instruction set may reach another
-
-constexpr uint64_t kPhiloxMultipliers[2] = {0xD2511F53, 0xCD9E8D57};
-constexpr uint32_t kPhiloxKeySteps[2] = {0x9E3779B9, 0xBB67AE85};
-constexpr int kPhiloxRounds = 10;
 
 // Elements of one tensor of one expert take the words of one stream: element i takes word i % 4 of block i / 4.
 struct RandomStream {
   uint64_t seed;
   uint32_t tensor_id, task_id;
 };
+
+namespace {  // kernel files include this too: no symbol of one instruction set may reach another
+
+constexpr uint64_t kPhiloxMultipliers[2] = {0xD2511F53, 0xCD9E8D57};
+constexpr uint32_t kPhiloxKeySteps[2] = {0x9E3779B9, 0xBB67AE85};
+constexpr int kPhiloxRounds = 10;
 
 inline std::array<uint32_t, 4> philox_block(const RandomStream& stream, uint64_t block) {
   uint32_t key[2] = {uint32_t(stream.seed), uint32_t(stream.seed >> 32)};

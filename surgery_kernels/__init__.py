@@ -18,6 +18,7 @@ from .ops import (
     combine,
     gram,
     mix,
+    masks,
     representation_loss,
     surgery_adapter,
     surgery_train,
@@ -34,6 +35,7 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "combine",
     "gram",
+    "masks",
     "merge_state_dicts",
     "mix",
     "representation_loss",

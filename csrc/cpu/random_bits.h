@@ -68,6 +68,11 @@ inline Wide blocks_from(int64_t first) {
 // Bit i: whether the word of element first + i is below `limit` (at most 2^32). first: a multiple of 8; bits: n, least
 // significant first, and 0 after them to the end of their byte.
 inline void bits_below(const RandomStream& stream, uint64_t limit, int64_t first, int64_t n, uint8_t* bits) {
+  if (limit >> 32) {  // all of them, whatever the words
+    memset(bits, 0xFF, size_t(n + 7) / 8);
+    if (n % 8) bits[n / 8] = uint8_t((1 << n % 8) - 1);
+    return;
+  }
   Wide block = blocks_from(first);
   for (int64_t i = 0; i < n; i += kWords) {
     const Words words = random_words(stream, block);

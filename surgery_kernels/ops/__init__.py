@@ -3,6 +3,7 @@
 from .combine import combine
 from .gram import gram
 from .mix import mix
+from .masks import masks
 from .representation_loss import representation_loss
 from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
@@ -13,6 +14,7 @@ __all__ = [
     "combine",
     "gram",
     "mix",
+    "masks",
     "representation_loss",
     "surgery_adapter",
     "surgery_train",

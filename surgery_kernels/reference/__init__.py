@@ -9,23 +9,29 @@ everything in float64, rounds nothing and returns float64: what a backend's erro
 from .combine import combine
 from .gram import gram, scope_gram
 from .mix import mix
+from .masks import masks, philox, scope_masks
 from .representation_loss import representation_loss
 from .scope import load_scope, scope_keys
+from .sums import block_sum
 from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
 from .ties_merge import scope_merge, ties_merge, ties_split
 from .trim import keep_count, kept_entries, scope_thresholds, trim_thresholds
 
 __all__ = [
+    "block_sum",
     "combine",
     "gram",
     "keep_count",
     "kept_entries",
     "load_scope",
     "mix",
+    "masks",
+    "philox",
     "representation_loss",
     "scope_gram",
     "scope_keys",
+    "scope_masks",
     "scope_merge",
     "scope_thresholds",
     "surgery_adapter",
