@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/scope.h"
 #include "cpu/trim.h"
+#include "philox.h"
 
 namespace py = pybind11;
 
@@ -49,4 +50,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_mapped", &sk::set_mapped, py::arg("ranges"),
         "Addresses and bytes of read-only shared maps of files, whose pages calls give back as they go; [] ends it.");
   m.def("force_histogram", &sk::force_histogram, py::arg("on"), "Tests only: finds thresholds by the fallback.");
+  m.def(
+      "philox_block",
+      [](uint64_t seed, uint32_t tensor_id, uint32_t task_id, uint64_t block) {
+        return sk::philox_block({seed, tensor_id, task_id}, block);
+      },
+      py::arg("seed"), py::arg("tensor_id"), py::arg("task_id"), py::arg("block"),
+      "Tests only: the four random words that decide on elements 4 * block to 4 * block + 3.");
 }

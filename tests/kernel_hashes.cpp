@@ -8,6 +8,7 @@
 
 #include "cpu/combine_kernel.h"
 #include "cpu/linear_merge_kernel.h"
+#include "cpu/masks_kernel.h"
 #include "cpu/representation_loss_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
@@ -73,7 +74,7 @@ void run(const Format& format) {
   const sk::LinearKernel<Key> linear = sk::SK_ISA::linear_kernels.get<Key>(format.dtype);
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[sk::kRules], averaged, combined, lost;
+  Hash trimmed, merged[sk::kRules], averaged, combined, lost, masked;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -84,6 +85,18 @@ void run(const Format& format) {
     std::vector<char> gradient(n * format.bytes);
     loss.backward(signs.data(), n, C(-0.37), /*stream=*/false, gradient.data());
     lost.add(format, gradient);
+    const sk::MasksKernels& masks = sk::SK_ISA::masks_kernels;
+    std::vector<uint32_t> words(n + sk::kWordSlack);
+    std::vector<uint8_t> drawn((n + 7) / 8);
+    masks.words({7, 1, 2}, /*first=*/8, n, words.data());
+    for (int64_t i = 0; i < n; ++i) masked.add(uint64_t(words[i]));
+    masks.bits({7, 1, 2}, sk::keep_below(0.3), /*first=*/8, n, drawn.data());
+    for (const uint8_t byte : drawn) masked.add(uint64_t(byte));
+    const sk::MaskSums sums =
+        masks.sums.get<Key>(format.dtype)(base.data(), experts[0].data(), n, /*drop=*/n % 2, drawn.data());
+    masked.add(uint64_t(sums.kept));
+    masked.add(sums.all);
+    masked.add(sums.kept_norm);
     for (int option = 0; option < 32; ++option) {
       const bool drop = option & 1, elect_count = option & 2, divide = option & 4, weighted = option & 8;
       const void* from = option & 16 ? base.data() : nullptr;
@@ -179,6 +192,7 @@ void run(const Format& format) {
   print("linear_merge", averaged);
   print("combine", combined);
   print("representation_loss", lost);
+  print("masks", masked);
 }
 
 }  // namespace

@@ -50,9 +50,7 @@ def scope_masks(
     for i, entry in enumerate(load_scope(bases, experts, nonfinite, None)):
         kept = []
         for t in range(num_tasks):
-            words = philox(
-                seed, tensor_ids[i] if tensor_ids else i, task_ids[t] if task_ids else t, entry.base.numel()
-            )
+            words = philox(seed, tensor_ids[i] if tensor_ids else i, task_ids[t] if task_ids else t, entry.base.numel())
             if densities[t] >= 1:
                 probability = torch.tensor(1.0, dtype=torch.float64)
             elif rule == "random":
