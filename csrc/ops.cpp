@@ -9,10 +9,12 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
 
   // The same over several tensors as one scope, and where ties end (int64 [num_tasks]): an entry is kept when its
   // magnitude is above the threshold, or equals it and its flat index within the scope is below the cut. Tensors as in
-  // ties_merge_out.
+  // ties_merge_out. ranks: as many for every expert, one expert after the other, decide in place of density and
+  // semantics; the results are [ranks]. Rank r > 0 keeps the r largest; 0 keeps none. Rank -s is about the s smallest:
+  // those below its threshold, the s-th smallest, and those that equal it before the cut.
   m.def(
       "trim_limits(Tensor[] base, Tensor[] experts, float[] density, str semantics=\"paper\", "
-      "str nonfinite=\"error\", str[]? names=None) -> (Tensor, Tensor)");
+      "str nonfinite=\"error\", str[]? names=None, int[]? ranks=None) -> (Tensor, Tensor)");
 
   // One tensor. density: one per expert; thresholds replace it. weights: one per expert, or none.
   m.def(

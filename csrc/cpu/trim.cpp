@@ -132,7 +132,7 @@ Bracket<Key> bracket_of(const Scope& scope, Key lo, Key hi, bool counts_ends) {
 // Places spread evenly over the scope, each at a pseudo-random point of its stride.
 template <class Key>
 std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks,
-                                   const std::vector<int64_t>& keep, bool drop) {
+                                   const std::vector<int64_t>& rank, bool drop) {
   if (scope.numel <= kDirect) return std::vector<Bracket<Key>>(tasks.size(), {-1, -1, kMaxKey<Key>, kMaxKey<Key>});
   const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   // The sample costs its size, the candidates cost numel / sqrt(size): the sum is least near numel^(2/3).
@@ -161,7 +161,7 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
         ends[j] = size += n;
       }
       sample.resize(size);
-      const SampledRange<Key> range = sampled_range(sample, ends, keep[tasks[s]], scope.numel);
+      const SampledRange<Key> range = sampled_range(sample, ends, rank[s], scope.numel);
       found[s] = bracket_of(scope, range.lo, range.hi, range.crowded_ends);
     }
   });
@@ -228,9 +228,11 @@ bool select(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t keep,
   return true;
 }
 
-// The flat index before which the ties of slot s are kept, so that exactly `keep` entries stay.
+// The flat index before which the ties of slot s are kept, so that exactly `keep` entries stay. From the smallest on:
+// before which they belong to the smallest entries, of which there are as many as leave keep - 1.
 template <class Key>
-int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t keep, Key threshold, bool drop) {
+int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t keep, bool from_smallest, Key threshold,
+               bool drop) {
   const Bracket<Key>& bracket = tally.brackets[s];
   const Counts<Key>& total = tally.totals[s];
   const Interval<Key> ties = ties_of(scope, threshold);
@@ -242,29 +244,32 @@ int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t ke
       const Key* stored = range.inside[s].data.get();
       budget -= std::count_if(stored, stored + range.inside[s].size, [&](Key key) { return key > ties.last; });
     }
+  std::vector<int64_t> here;  // ties of every chunk
   for (const auto& range : tally.ranges) {
     const Key* stored = range.inside[s].data.get();
     for (int64_t c = range.first; c < range.last; ++c) {
       const ChunkTies& n = tally.ties[size_t(c) * tally.tasks.size() + s];
-      int64_t here = at_hi ? n.at_hi : n.at_lo;
-      if (!at_hi && !at_lo) {
-        here = std::count_if(stored, stored + n.inside, [&](Key key) { return ties.holds(key); });
-        stored += n.inside;
-      }
-      if (here < budget) {
-        budget -= here;
-        continue;
-      }
-      const Chunk chunk = scope.chunk(c);
-      std::vector<Key> keys(kChunk + kSlack);
-      SK_KERNELS(trim_kernels)
-          .get<Key>(chunk.part.dtype)
-          .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop,
-                keys.data());
-      int64_t i = 0;
-      for (; budget > 0 && i < chunk.count; ++i) budget -= keys[size_t(i)] == threshold;
-      return chunk.part.offset + chunk.begin + i;
+      here.push_back(at_hi ? n.at_hi : n.at_lo);
+      if (at_hi || at_lo) continue;
+      here.back() = std::count_if(stored, stored + n.inside, [&](Key key) { return ties.holds(key); });
+      stored += n.inside;
     }
+  }
+  if (from_smallest) budget = std::accumulate(here.begin(), here.end(), int64_t(1)) - budget;
+  for (size_t c = 0; c < here.size(); ++c) {
+    if (here[c] < budget) {
+      budget -= here[c];
+      continue;
+    }
+    const Chunk chunk = scope.chunk(int64_t(c));
+    std::vector<Key> keys(kChunk + kSlack);
+    SK_KERNELS(trim_kernels)
+        .get<Key>(chunk.part.dtype)
+        .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop,
+              keys.data());
+    int64_t i = 0;
+    for (; budget > 0 && i < chunk.count; ++i) budget -= keys[size_t(i)] == threshold;
+    return chunk.part.offset + chunk.begin + i;
   }
   return scope.numel;
 }
@@ -319,49 +324,73 @@ void check_finite(const Scope& scope, const std::vector<std::string>& names) {
   }
 }
 
-template <class Key>
-std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,
-                             NonFinite nonfinite, const std::vector<std::string>& names) {
-  std::vector<int64_t> keep;
-  for (const double d : density) keep.push_back(keep_count(d, scope.numel, semantics));
-  const bool drop = nonfinite == NonFinite::drop, all_ties = semantics == Semantics::paper;
-  std::vector<Limit<Key>> limits(scope.num_tasks, {0, scope.numel});
-  std::vector<int64_t> tasks;
-  for (int64_t t = 0; t < scope.num_tasks; ++t) {
-    if (keep[t] >= scope.numel) continue;
-    if (keep[t] > 0)
-      tasks.push_back(t);
-    else
-      limits[t] = {kInfinityKey<Key>, 0};
-  }
-  if (nonfinite == NonFinite::error && int64_t(tasks.size()) < scope.num_tasks) check_finite<Key>(scope, names);
-  if (tasks.empty()) return limits;
+// One limit to find: the rank-th largest key of an expert. Rank 0 keeps nothing; one above the number of entries keeps
+// all of them, and neither is looked for.
+struct Place {
+  int64_t task, rank;
+  bool from_smallest = false;  // the cut ends the ties of the smallest entries
+};
 
-  const Tally<Key> tally = count(scope, tasks, brackets<Key>(scope, tasks, keep, drop), drop, !all_ties);
+template <class Key>
+std::vector<Limit<Key>> limits_at(const Scope& scope, const std::vector<Place>& places, bool all_ties,
+                                  NonFinite nonfinite, const std::vector<std::string>& names) {
+  const bool drop = nonfinite == NonFinite::drop;
+  std::vector<Limit<Key>> limits(places.size(), {0, scope.numel});
+  std::vector<size_t> open;
+  std::vector<int64_t> tasks, rank;
+  std::vector<char> read(size_t(scope.num_tasks));
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (places[i].rank > scope.numel) continue;
+    if (places[i].rank == 0) {
+      limits[i] = {kInfinityKey<Key>, 0};
+      continue;
+    }
+    open.push_back(i), tasks.push_back(places[i].task), rank.push_back(places[i].rank);
+    read[size_t(places[i].task)] = true;
+  }
+  if (nonfinite == NonFinite::error && std::count(read.begin(), read.end(), false)) check_finite<Key>(scope, names);
+  if (open.empty()) return limits;
+
+  const Tally<Key> tally = count(scope, tasks, brackets<Key>(scope, tasks, rank, drop), drop, !all_ties);
   if (nonfinite == NonFinite::error && !is_finite(scope, tally)) check_finite<Key>(scope, names);
 
-  std::vector<char> found(tasks.size());
-  for_each_expert(scope, int64_t(tasks.size()), [&](int64_t first, int64_t last) {
+  const auto cut = [&](const Tally<Key>& of, size_t slot, size_t s) {
+    const Place& place = places[open[s]];
+    return cut_of(scope, of, slot, place.rank, place.from_smallest, limits[open[s]].threshold, drop);
+  };
+  std::vector<char> found(open.size());
+  for_each_expert(scope, int64_t(open.size()), [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
-      Limit<Key>& limit = limits[tasks[s]];
-      found[s] = !forced_histogram && select(scope, tally, s, keep[tasks[s]], &limit.threshold);
-      if (found[s] && !all_ties) limit.cut = cut_of(scope, tally, s, keep[tasks[s]], limit.threshold, drop);
+      Limit<Key>& limit = limits[open[s]];
+      found[s] = !forced_histogram && select(scope, tally, s, rank[s], &limit.threshold);
+      if (found[s] && !all_ties) limit.cut = cut(tally, size_t(s), size_t(s));
     }
   });
 
-  std::vector<int64_t> missed, rank;
-  for (size_t s = 0; s < tasks.size(); ++s)
-    if (!found[s]) missed.push_back(tasks[s]), rank.push_back(keep[tasks[s]]);
+  std::vector<size_t> missed;
+  std::vector<int64_t> missed_tasks, missed_rank;
+  for (size_t s = 0; s < open.size(); ++s)
+    if (!found[s]) missed.push_back(s), missed_tasks.push_back(tasks[s]), missed_rank.push_back(rank[s]);
   if (missed.empty()) return limits;
-  const std::vector<Key> thresholds = histogram_thresholds<Key>(scope, missed, rank, drop);
-  for (size_t s = 0; s < missed.size(); ++s) limits[missed[s]].threshold = thresholds[s];
+  const std::vector<Key> thresholds = histogram_thresholds<Key>(scope, missed_tasks, missed_rank, drop);
+  for (size_t m = 0; m < missed.size(); ++m) limits[open[missed[m]]].threshold = thresholds[m];
   if (all_ties) return limits;
   std::vector<Bracket<Key>> exact;
   for (const Key threshold : thresholds) exact.push_back(bracket_of(scope, threshold, threshold, /*counts_ends=*/true));
-  const Tally<Key> at_threshold = count(scope, missed, exact, drop, /*want_ties=*/true);
-  for (size_t s = 0; s < missed.size(); ++s)
-    limits[missed[s]].cut = cut_of(scope, at_threshold, s, rank[s], thresholds[s], drop);
+  const Tally<Key> at_threshold = count(scope, missed_tasks, exact, drop, /*want_ties=*/true);
+  for (size_t m = 0; m < missed.size(); ++m) limits[open[missed[m]]].cut = cut(at_threshold, m, missed[m]);
   return limits;
+}
+
+template <class Key>
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,
+                             NonFinite nonfinite, const std::vector<std::string>& names) {
+  std::vector<Place> places;
+  for (size_t t = 0; t < density.size(); ++t) {
+    const int64_t keep = keep_count(density[t], scope.numel, semantics);
+    places.push_back({int64_t(t), keep < scope.numel ? keep : scope.numel + 1});
+  }
+  return limits_at<Key>(scope, places, semantics == Semantics::paper, nonfinite, names);
 }
 
 #define SK_INSTANTIATE(Key)                                                                                  \
@@ -374,22 +403,40 @@ SK_INSTANTIATE(int64_t)
 
 namespace {
 
+// As many for every expert, one expert after the other.
+std::vector<Place> places_of(const std::vector<int64_t>& ranks, const Scope& scope) {
+  require(!ranks.empty() && int64_t(ranks.size()) % scope.num_tasks == 0, "ranks must be as many for every expert (",
+          scope.num_tasks, "), got ", ranks.size());
+  const int64_t of_expert = int64_t(ranks.size()) / scope.num_tasks;
+  std::vector<Place> places;
+  for (const int64_t rank : ranks) {
+    require(rank >= -scope.numel && rank <= scope.numel, "ranks must be in [-", scope.numel, ", ", scope.numel,
+            "], the number of entries, got ", rank);
+    const int64_t task = int64_t(places.size()) / of_expert;
+    places.push_back({task, rank < 0 ? scope.numel + 1 + rank : rank, rank < 0});
+  }
+  return places;
+}
+
 std::tuple<Tensor, Tensor> trim_limits(std::vector<Tensor> base, std::vector<Tensor> experts,
                                        std::vector<double> density, std::string semantics_name,
-                                       std::string nonfinite_name, std::optional<std::vector<std::string>> names) {
+                                       std::string nonfinite_name, std::optional<std::vector<std::string>> names,
+                                       std::optional<std::vector<int64_t>> ranks) {
   const Semantics semantics = parse_semantics(semantics_name);
   const NonFinite nonfinite = parse_nonfinite(nonfinite_name);
   const Inputs inputs(base, experts, density.size());
-  const std::vector<int64_t> shape{int64_t(density.size())};
+  const std::vector<int64_t> shape{int64_t(ranks ? ranks->size() : density.size())};
   Tensor thresholds = torch::stable::new_empty(experts[0], shape, inputs.wide ? ScalarType::Double : ScalarType::Float);
   Tensor cuts = torch::stable::new_empty(experts[0], shape, ScalarType::Long);
   const auto fill = [&](auto key) {
     using Key = decltype(key);
+    const std::vector<std::string> named = names.value_or(std::vector<std::string>());
     const auto limits =
-        trim<Key>(inputs.scope, density, semantics, nonfinite, names.value_or(std::vector<std::string>()));
-    for (size_t t = 0; t < limits.size(); ++t) {
-      memcpy(static_cast<Key*>(thresholds.data_ptr()) + t, &limits[t].threshold, sizeof(Key));
-      static_cast<int64_t*>(cuts.data_ptr())[t] = limits[t].cut;
+        ranks ? limits_at<Key>(inputs.scope, places_of(*ranks, inputs.scope), /*all_ties=*/false, nonfinite, named)
+              : trim<Key>(inputs.scope, density, semantics, nonfinite, named);
+    for (size_t i = 0; i < limits.size(); ++i) {
+      memcpy(static_cast<Key*>(thresholds.data_ptr()) + i, &limits[i].threshold, sizeof(Key));
+      static_cast<int64_t*>(cuts.data_ptr())[i] = limits[i].cut;
     }
   };
   inputs.wide ? fill(int64_t()) : fill(int32_t());
@@ -399,7 +446,7 @@ std::tuple<Tensor, Tensor> trim_limits(std::vector<Tensor> base, std::vector<Ten
 Tensor trim_thresholds(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
                        std::string semantics, std::string nonfinite) {
   check_one_tensor(experts, density);
-  return std::get<0>(trim_limits(as_list(base), experts, density, semantics, nonfinite, std::nullopt));
+  return std::get<0>(trim_limits(as_list(base), experts, density, semantics, nonfinite, std::nullopt, std::nullopt));
 }
 
 }  // namespace

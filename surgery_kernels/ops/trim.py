@@ -54,15 +54,22 @@ def trim_thresholds(
 
 @torch.library.register_fake("surgery_kernels::trim_thresholds")
 def _(base: Tensor | None, experts: Sequence[Tensor], density: Sequence[float], *_: object, **__: object) -> Tensor:
-    return _empty_thresholds(experts, density)
+    return _empty_thresholds(experts, len(density))
 
 
 @torch.library.register_fake("surgery_kernels::trim_limits")
 def _(
-    base: Sequence[Tensor], experts: Sequence[Tensor], density: Sequence[float], *_: object, **__: object
+    base: Sequence[Tensor],
+    experts: Sequence[Tensor],
+    density: Sequence[float],
+    semantics: str = "paper",
+    nonfinite: str = "error",
+    names: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_thresholds(experts, density), experts[0].new_empty(len(density), dtype=torch.int64)
+    count = len(density if ranks is None else ranks)
+    return _empty_thresholds(experts, count), experts[0].new_empty(count, dtype=torch.int64)
 
 
-def _empty_thresholds(experts: Sequence[Tensor], density: Sequence[float]) -> Tensor:
-    return experts[0].new_empty(len(density), dtype=torch.promote_types(experts[0].dtype, torch.float32))
+def _empty_thresholds(experts: Sequence[Tensor], count: int) -> Tensor:
+    return experts[0].new_empty(count, dtype=torch.promote_types(experts[0].dtype, torch.float32))

@@ -16,7 +16,7 @@ from .sums import block_sum
 from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
 from .ties_merge import scope_merge, ties_merge, ties_split
-from .trim import keep_count, kept_entries, scope_thresholds, trim_thresholds
+from .trim import keep_count, kept_entries, ranked_entries, scope_thresholds, trim_thresholds
 
 __all__ = [
     "block_sum",
@@ -28,6 +28,7 @@ __all__ = [
     "mix",
     "masks",
     "philox",
+    "ranked_entries",
     "representation_loss",
     "scope_gram",
     "scope_keys",

@@ -74,3 +74,11 @@ def kept_entries(keys: Tensor, threshold: Tensor, keep: int | None) -> Tensor:
     above = (keys > threshold) | keys.isnan()
     equal = keys == threshold
     return above | (equal if keep is None else equal & (equal.cumsum(0) <= keep - above.sum()))
+
+
+def ranked_entries(keys: Tensor, rank: int) -> Tensor:
+    """The `rank` largest keys, or the `-rank` smallest; of equal ones the first in index order. NaN is the largest."""
+    order = keys.sort(descending=rank > 0, stable=True).indices
+    ranked = torch.zeros_like(keys, dtype=torch.bool)
+    ranked[order[: abs(rank)]] = True
+    return ranked

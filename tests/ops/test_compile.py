@@ -52,6 +52,7 @@ def test_opcheck_of_several_tensors(with_base: bool) -> None:
     limits = {"thresholds": torch.tensor([0.1, 0.2, 0.0]), "cuts": [7, -5, 200]}
     torch.library.opcheck(OPS.ties_merge_out, arguments, {**limits, "semantics": "peft", "out": out})
     torch.library.opcheck(OPS.trim_limits, arguments, {"names": ["a", "b"], "semantics": "peft"})
+    torch.library.opcheck(OPS.trim_limits, arguments, {"ranks": [3, -7] * 3})
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -110,6 +111,9 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_results() -> None:
         thresholds, cuts = OPS.trim_limits([base], list(stacked), [0.2] * 4)
         assert_like(thresholds, (4,), torch.float32)
         assert_like(cuts, (4,), torch.int64)
+        thresholds, cuts = OPS.trim_limits([base], list(stacked), [0.2] * 4, ranks=[1, 2, 3] * 4)
+        assert_like(thresholds, (12,), torch.float32)
+        assert_like(cuts, (12,), torch.int64)
 
 
 def assert_like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

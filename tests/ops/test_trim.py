@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,6 +193,98 @@ def test_limits_of_nonfinite_values(nonfinite: str) -> None:
     for semantics in ("mergekit", "peft"):
         for density in ([0.001, 0.2], [0.002, 1e-9], [0.5, 1.0]):
             check_limits([base], [experts], density=density, semantics=semantics, nonfinite=nonfinite)
+
+
+def check_ranks(bases: list[Tensor], experts: list[list[Tensor]], ranks: list[int], nonfinite: str = "error") -> None:
+    """The sets that the limits describe are those of stable sorts, and thresholds their last elements."""
+    flat = [expert for of_tensor in experts for expert in of_tensor]
+    by_expert = list(zip(*experts, strict=True))
+    keys = reference.scope_keys(reference.load_scope(bases, by_expert, nonfinite, None))
+    options = {"nonfinite": nonfinite, "ranks": ranks * len(by_expert)}
+    thresholds, cuts = torch.ops.surgery_kernels.trim_limits(bases, flat, [0.1] * len(by_expert), "paper", **options)
+    assert thresholds.shape == cuts.shape == (len(options["ranks"]),)
+    for i, rank in enumerate(options["ranks"]):
+        of_expert, threshold = keys[i // len(ranks)], thresholds[i]
+        same = (of_expert == threshold) | (of_expert.isnan() & threshold.isnan())  # NaN is the largest
+        above = (of_expert > threshold) | (of_expert.isnan() & ~same)
+        described = (above if rank >= 0 else ~above & ~same) | (same & (torch.arange(len(of_expert)) < cuts[i]))
+        if rank == 0:
+            assert (threshold.item(), cuts[i].item()) == (math.inf, 0)
+        else:
+            assert same.any()
+            assert torch.equal(described, reference.ranked_entries(of_expert, rank)), f"rank {rank}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("kind", [gaussian, grid, sparse, equal], ids=option_id)
+@pytest.mark.parametrize("count", [1, 2, 700, 40_701])
+def test_limits_of_several_ranks(count: int, kind: Any, dtype: torch.dtype) -> None:
+    sizes = [count - count // 3, 0, count // 3]
+    base, experts = inputs(kind, count, 2, dtype)
+    by_tensor = [list(parts) for parts in zip(*(expert.split(sizes) for expert in experts), strict=True)]
+    ranks = sorted({0, 1, count // 100, count // 2, count - count // 100, count})
+    check_ranks(list(base.split(sizes)), by_tensor, [*ranks, *(-rank for rank in ranks if rank)])
+
+
+@pytest.mark.usefixtures("forced_histogram")
+@pytest.mark.parametrize("kind", [gaussian, grid, sparse, equal], ids=option_id)
+def test_several_ranks_by_the_histogram(kind: Any) -> None:
+    base, experts = inputs(kind, 20_003, 2, torch.float32)
+    check_ranks([base], [experts], [1, 300, 20_003, -1, -300, -20_003])
+
+
+def test_ranks_over_several_dtypes() -> None:
+    problems = [inputs(grid, 5_001, 2, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)]
+    check_ranks([base for base, _ in problems], [of_tensor for _, of_tensor in problems], [7_000, 30, -30, -7_000])
+
+
+@pytest.mark.parametrize("nonfinite", ["drop", "propagate"])
+def test_ranks_of_nonfinite_values(nonfinite: str) -> None:
+    base, experts = inputs(grid, 1_000, 2, torch.float32)
+    experts[0][[5, 77, 500]] = torch.tensor([math.nan, math.inf, -math.inf])
+    check_ranks([base], [experts], [1, 2, 3, 4, 990, -3, -990, -998, -999, -1_000], nonfinite)
+
+
+@pytest.mark.parametrize(("density", "gamma"), [(0.5, 0.01), (0.1, 0.3), (0.9, 0.3), (0.01, 0.0)])
+@pytest.mark.parametrize("kind", [gaussian, grid, sparse, equal], ids=option_id)
+def test_ranks_give_the_positions_of_a_stable_sort(kind: Any, density: float, gamma: float) -> None:
+    """Breadcrumbs: neither the largest nor the smallest are kept."""
+    _, (expert,) = inputs(kind, 5_003, 1, torch.bfloat16)
+    count = expert.numel()
+    keep, top = int(density * count), int(gamma * count)
+    low = max(0, count - keep - top)
+    ranks = [-(low + keep), -low]
+    thresholds, cuts = torch.ops.surgery_kernels.trim_limits([], [expert], [1.0], ranks=ranks)
+    magnitudes, at = expert.float().abs(), torch.arange(count)
+    if low == 0:
+        thresholds[1] = cuts[1] = 0
+    smallest = [(magnitudes < t) | ((magnitudes == t) & (at < cut)) for t, cut in zip(thresholds, cuts, strict=True)]
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[magnitudes.sort(stable=True).indices[low : low + keep]] = True
+    assert torch.equal(smallest[0] & ~smallest[1], kept)
+
+
+def test_ranks_of_nothing_and_of_an_expert_that_is_not_read() -> None:
+    thresholds, cuts = torch.ops.surgery_kernels.trim_limits([], [torch.zeros(0)], [0.5], ranks=[0, 0])
+    assert (thresholds.tolist(), cuts.tolist()) == ([math.inf] * 2, [0, 0])
+    experts = [torch.ones(5), torch.tensor([1.0, math.nan, 1.0, 1.0, 1.0])]
+    with pytest.raises(RuntimeError, match=r"^experts\[1\] must be finite, got 1 NaN or infinite values$"):
+        torch.ops.surgery_kernels.trim_limits([], experts, [0.5] * 2, ranks=[3, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([6, 1], "ranks must be in [-5, 5], the number of entries, got 6"),
+        ([1, -6], "ranks must be in [-5, 5], the number of entries, got -6"),
+        ([1, 2, 3], "ranks must be as many for every expert (2), got 3"),
+        ([], "ranks must be as many for every expert (2), got 0"),
+    ],
+    ids=str,
+)
+def test_ranks_that_are_refused(ranks: list[int], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        torch.ops.surgery_kernels.trim_limits([], [torch.zeros(5)] * 2, [0.5] * 2, ranks=ranks)
 
 
 def test_limits_name_the_tensor_that_is_not_finite() -> None:
