@@ -17,8 +17,8 @@ from .merging import merge_state_dicts
 from .ops import (
     combine,
     gram,
-    mix,
     masks,
+    mix,
     representation_loss,
     surgery_adapter,
     surgery_train,

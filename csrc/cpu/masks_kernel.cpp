@@ -4,7 +4,7 @@
 
 #include "block_sums.h"
 #include "random_bits.h"
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace sk {
 namespace SK_ISA {

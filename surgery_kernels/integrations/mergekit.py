@@ -94,7 +94,7 @@ class Fused(GroupMergeMethod):
         return group.base, list(group.non_base)
 
     def _method(self, experts: list[TensorEntry], parameters: dict[str, Any]) -> Method | None:
-        """With the numbers of one tensor; None where they are not for us: mergekit has rules of its own for the rest."""
+        """With the numbers of one tensor; None where mergekit has rules of its own for them."""
         values: dict[str, Any] = {}
         for parameter in self.declared.parameters():
             fixed = self.declared.as_mergekit.get(parameter.name, parameter.recipe_default)

@@ -2,8 +2,8 @@
 
 from .combine import combine
 from .gram import gram
-from .mix import mix
 from .masks import masks
+from .mix import mix
 from .representation_loss import representation_loss
 from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train

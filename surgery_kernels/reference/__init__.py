@@ -8,8 +8,8 @@ everything in float64, rounds nothing and returns float64: what a backend's erro
 
 from .combine import combine
 from .gram import gram, scope_gram
-from .mix import mix
 from .masks import masks, philox, scope_masks
+from .mix import mix
 from .representation_loss import representation_loss
 from .scope import load_scope, scope_keys
 from .sums import block_sum
