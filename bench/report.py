@@ -66,6 +66,16 @@ Bound: what goes in read and what comes out written once each way, at the bandwi
 longer the multiplications at the rate of a large product of torch's in the same run: more than 100 % is faster than
 that product. The loops that `surgery_train` replaces ran 25 of the 1000 steps; their times are scaled.""",
 )
+METHODS = Section(
+    "methods",
+    "one tensor",
+    {"mergekit": "mergekit", "ours": "ours"},
+    ["method"],
+    f"""\
+{RATIOS_NOTE} 8 experts of 4M entries, or one or two of 16M where the method takes no more. Bound: the inputs read as
+often as the method must (where something is decided before the merge: twice) and the result written once, at the
+bandwidth of a large copy measured around every round.""",
+)
 TOOLKITS = Section(
     "toolkits",
     "8 experts",
@@ -96,7 +106,7 @@ once, or where that takes longer the result written and synced, at the rates of 
 round. †: other processes took more than a tenth of the processors meanwhile.""",
     "Peak memory is the most that the process had resident, pages of its mapped files included.",
 )
-SECTIONS = [MERGING, LEARNING, TOOLKITS, CHECKPOINTS, GPU]
+SECTIONS = [MERGING, METHODS, LEARNING, TOOLKITS, CHECKPOINTS, GPU]
 
 Row = dict[str, Any]
 

@@ -22,6 +22,7 @@ from .checkpoint.run import check, run
 from .checkpoint.sizes import format_size, parse_size
 from .merging import METHODS, Method, Parameter
 from .merging.method import NONE_GIVEN, count_in_words
+from .merging.methods.sparse import STREAMS
 from .ops.arguments import NONFINITE, check_one_of
 from .recipes.recipe import load_recipe
 
@@ -92,6 +93,8 @@ def main() -> None:
     "--allow", multiple=True, type=click.Choice(list(ALLOWABLE)), help="Accept such a difference; repeatable."
 )
 @click.option("--nonfinite", type=click.Choice(NONFINITE), default="error", show_default=True, help="NaN and infinity.")
+@click.option("--random-seed", type=int, help="Of random masks, which are mergekit's then; none: 0, drawn by counter.")
+@click.option("--stream", type=click.Choice(STREAMS), help="How random masks are drawn, whatever the seed.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
@@ -103,6 +106,8 @@ def merge(
     out: str,
     allow: tuple[str, ...],
     nonfinite: str,
+    random_seed: int | None,
+    stream: str | None,
     resume: bool,
     dry_run: bool,
     device: str,
@@ -118,7 +123,14 @@ def merge(
     """
     with (
         _errors_as_exit_codes(),
-        plan_merge(load_recipe(recipe), allow=allow, nonfinite=nonfinite, max_shard_bytes=max_shard_size) as plan,
+        plan_merge(
+            load_recipe(recipe),
+            allow=allow,
+            nonfinite=nonfinite,
+            random_seed=random_seed,
+            stream=stream,
+            max_shard_bytes=max_shard_size,
+        ) as plan,
     ):
         if not quiet:
             _print_plan(plan)
@@ -145,6 +157,8 @@ def _print_plan(plan: Plan) -> None:
         f"{format_size(plan.nbytes_read)} to read, {format_size(plan.layout.nbytes)} to write "
         f"in {_counted(len(plan.layout.shards), 'file')}"
     )
+    if plan.merged and plan.merged[0].method and (drawn := plan.merged[0].method.randomness):
+        click.echo(drawn)
     for difference in plan.differences:
         click.echo(f"{difference.kind}: {difference.sentence}: {difference.consequence}")
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
+from typing import Any
 
 import torch
 
@@ -61,6 +62,11 @@ class Step:
         return prod(self.shape)
 
     @property
+    def num_draws(self) -> int:
+        """Numbers of the plan's generator that it takes."""
+        return self.method.num_draws(self.numel, len(self.experts)) if self.method else 0
+
+    @property
     def nbytes_scratch(self) -> int:
         """Of the inputs, and of a result to be cast, that do not lie in a file as the kernels want them."""
         loaded = [i for i in (self.first, *self.experts) if not self.takes_as_it_is(i)]
@@ -101,6 +107,15 @@ class Plan:
     @property
     def decides_over_model(self) -> bool:
         return self.recipe.scope == "model" or self.recipe.method.decides == "model"
+
+    @property
+    def ordered(self) -> list[Step]:
+        """In the order in which they are merged: by name where mergekit draws masks, one tensor after the other."""
+        return self.steps if self.generator() is None else sorted(self.steps, key=lambda step: step.name)
+
+    def generator(self) -> torch.Generator | None:
+        """A new one, of the masks; None where none are drawn one after the other."""
+        return self.merged[0].method.generator() if self.merged and self.merged[0].method else None
 
     @property
     def merged(self) -> list[Step]:
@@ -146,7 +161,13 @@ class Plan:
 
 
 def plan_merge(
-    recipe: Recipe, *, allow: Collection[str] = (), nonfinite: str = "error", max_shard_bytes: int = 5 * 10**9
+    recipe: Recipe,
+    *,
+    allow: Collection[str] = (),
+    nonfinite: str = "error",
+    random_seed: int | None = None,
+    stream: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> Plan:
     """Opens the checkpoints of a recipe and decides what happens to every tensor.
 
@@ -157,6 +178,9 @@ def plan_merge(
             are merged, of a "buffer" (integers) that differs the base's is kept.
         nonfinite: What NaN or infinity in a tensor does when the merge gets there: "error", "propagate" or "drop", as
             in `surgery_kernels.ties_merge`.
+        random_seed: Of methods that draw masks, any integer of 64 bits. Given, masks are those of mergekit's
+            ``--random-seed``; None: seed 0, and every entry is drawn by its own counter, which is faster.
+        stream: "counter" or "mergekit": how masks are drawn, whether there is a seed or not.
         max_shard_bytes: Of tensors in one file, at least 1; a larger tensor has a file of its own.
 
     Raises:
@@ -172,7 +196,8 @@ def plan_merge(
     try:
         for reference, source in _opened(recipe):
             sources[reference] = source
-        return _plan(recipe, sources, frozenset(allow), nonfinite, max_shard_bytes)
+        options = {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream}
+        return _plan(recipe, sources, frozenset(allow), options, max_shard_bytes)
     except BaseException:
         for source in sources.values():
             source.close()
@@ -202,7 +227,7 @@ def _plan(
     recipe: Recipe,
     sources: Mapping[ModelReference, Source],
     allow: frozenset[str],
-    nonfinite: str,
+    options: Mapping[str, Any],
     max_shard_bytes: int,
 ) -> Plan:
     for source in sources.values():
@@ -216,7 +241,7 @@ def _plan(
     matches = [match(first, model, merged, casts=recipe.dtype is not None, by_token=by_token) for model in experts]
     differences = [difference for found in matches for difference in found.differences]
     check_allowed(differences, allow)
-    methods = resolve_methods(recipe, merged, num_layers(first.config or {}), nonfinite=nonfinite)
+    methods = resolve_methods(recipe, merged, num_layers(first.config or {}), **options)
     vocabularies = _Vocabularies(first, experts) if by_token else None
     steps = [
         _merging(recipe, name, first, experts, matches, methods[name], vocabularies)
@@ -227,7 +252,7 @@ def _plan(
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     layout = lay_out({step.name: (step.out_dtype, step.shape) for step in steps}, max_shard_bytes)
-    return Plan(recipe, sources, steps, layout, differences, nonfinite)
+    return Plan(recipe, sources, steps, layout, differences, options["nonfinite"])
 
 
 def _check_unscaled(source: Source) -> None:

@@ -25,6 +25,8 @@ from .writing.journal import Journal
 from .writing.output import OutputFolder
 from .writing.writer import Writer
 
+DRAWS_AT_ONCE = 1 << 20
+
 
 def merge(
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
@@ -32,6 +34,8 @@ def merge(
     *,
     allow: Collection[str] = (),
     nonfinite: str = "error",
+    random_seed: int | None = None,
+    stream: str | None = None,
     resume: bool = False,
     device: str = "cpu",
     threads: int | None = None,
@@ -47,7 +51,7 @@ def merge(
     Args:
         recipe: mergekit's YAML as a file, a mapping, or from `load_recipe`; see `Recipe` for what is supported.
         out: Folder to make.
-        allow, nonfinite, max_shard_bytes: As in `plan_merge`.
+        allow, nonfinite, random_seed, stream, max_shard_bytes: As in `plan_merge`.
         resume: Go on with the `<out>.partial` of the same merge, if there is one. The files come out the same.
         device: Where tensors are merged: "cpu", or "cuda" with or without an index.
         threads: Of the kernels on the CPU, at least 1; None: as torch has it.
@@ -60,7 +64,14 @@ def merge(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    with plan_merge(recipe, allow=allow, nonfinite=nonfinite, max_shard_bytes=max_shard_bytes) as plan:
+    with plan_merge(
+        recipe,
+        allow=allow,
+        nonfinite=nonfinite,
+        random_seed=random_seed,
+        stream=stream,
+        max_shard_bytes=max_shard_bytes,
+    ) as plan:
         run(plan, out, resume=resume, device=device, threads=threads, progress=progress)
 
 
@@ -103,7 +114,7 @@ def check(
 def _write_model(
     plan: Plan, folder: OutputFolder, journal: Journal, device: torch.device, progress: bool | None
 ) -> None:
-    steps = [step for step in plan.steps if step.name not in journal.done]
+    steps = [step for step in plan.ordered if step.name not in journal.done]
     scratch = Scratch(folder.partial)
     loader = Loader(scratch, device)
     writer = Writer(folder.model, plan.layout, journal)
@@ -112,12 +123,13 @@ def _write_model(
         releases = [source.release for source in plan.sources.values()]
         with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(plan, steps), progress):
             decided = _decided(plan, Loader(scratch), journal) if plan.decides_over_model else None
-            offsets = _offsets(plan)
+            offsets, draws = _offsets(plan), _Draws(plan)
             with ReadAhead(step.spans for step in steps) as ahead:
                 for number, step in enumerate(steps):
                     writer.wait_for_room()
                     ahead.wait_for(number)
-                    scope = _scope(plan, step, loader, decided=decided, offset=offsets[step.name])
+                    facts = {"decided": decided, "offset": offsets[step.name], "generator": draws.before(step)}
+                    scope = _scope(plan, step, loader, **facts)
                     writer.write(step.name, _merged(step, scope, loader))
         complete = True
     finally:
@@ -179,6 +191,24 @@ def _decided(plan: Plan, loader: Loader, journal: Journal) -> Any:
             ahead.wait_for(len(steps) - 1)
         journal.decide(decided)
     return journal.decided
+
+
+class _Draws:
+    """The generator of a plan, which stands before every tensor where it would if all before it had been merged."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._generator = plan.generator()
+        self._steps = iter(plan.ordered)
+
+    def before(self, step: Step) -> torch.Generator | None:
+        """Steps must come in the plan's order; of those left out in between the numbers are passed over."""
+        if self._generator is not None:
+            for passed in self._steps:
+                if passed is step:
+                    break
+                for begin in range(0, passed.num_draws, DRAWS_AT_ONCE):
+                    torch.rand(min(DRAWS_AT_ONCE, passed.num_draws - begin), generator=self._generator)
+        return self._generator
 
 
 def _inputs(step: Step, scope: Scope) -> Sequence[Input]:

@@ -23,6 +23,8 @@ import math
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
+
 from ..ops import arguments
 from ..ops.arguments import PerExpert
 from .scope import Scope
@@ -200,7 +202,6 @@ class Method:
     in_recipes: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = ()  # keys of mergekit that change no result
     as_mergekit: ClassVar[dict[str, Any]] = {}  # the values in recipes of parameters that recipes do not have
-    draws: ClassVar[bool] = False  # at random
 
     @property
     def batched(self) -> bool:
@@ -226,6 +227,19 @@ class Method:
         check_count(type(self), num_tasks)
         for parameter in self.parameters():
             parameter.check(getattr(self, parameter.name), num_tasks)
+
+    @property
+    def randomness(self) -> str:
+        """Of a method that draws: from which seed and how, in words."""
+        return ""
+
+    def generator(self) -> torch.Generator | None:
+        """What `Scope.generator` must be, where masks are drawn one after the other."""
+        return None
+
+    def num_draws(self, numel: int, num_tasks: int) -> int:
+        """How many numbers of the generator `merge` takes for a tensor."""
+        return 0
 
     def decide(self, scope: Scope) -> Any:
         """What is decided over the whole model before its tensors are merged one by one; None where nothing is."""

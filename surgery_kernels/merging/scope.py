@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,17 @@ class Scope:
     def flat_experts(self) -> list[Tensor]:
         """All experts of the first tensor, then of the second, ...: the order of the ops."""
         return [expert for experts in self.experts for expert in experts]
+
+    @property
+    def tensor_ids(self) -> list[int]:
+        """What random numbers are keyed by: the same wherever a tensor lies in a model and whoever merges it."""
+        return [zlib.crc32(name.encode()) for name in self.names]
+
+    def parts(self) -> Iterator[Scope]:
+        """Every tensor alone."""
+        for part, name in enumerate(self.names):
+            base, experts, out = self.base[part : part + 1], self.experts[part : part + 1], self.out[part : part + 1]
+            yield replace(self, names=[name], base=base, experts=experts, out=out)
 
     def of_experts(self, chosen: Sequence[int]) -> Scope:
         """The scope of some of the experts."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops import arguments, mix
 from .method import Method
 from .methods import METHODS
+from .methods.linear import WiseFt
 from .progress import progress_bar
 from .scope import Scope
 
@@ -74,6 +75,9 @@ def merge_state_dicts(
         if owner[name] == name
     }
     owner_of_merged = {name: owner[name] for name in first if first[name].is_floating_point()}
+    generator = merging.generator()
+    if generator is not None:
+        merged = sorted(merged)  # the order in which mergekit draws
     groups = [merged] if whole else _side_by_side({name: first[name] for name in merged}, merging)
     size = sum(first[name].nbytes for name in merged)
     has_base = base is not None and merging.base != "none"
@@ -86,6 +90,7 @@ def merge_state_dicts(
                     experts=[[expert[name].detach() for expert in experts] for name in names],
                     out=[result[name] for name in names],
                     owner=owner_of_merged,
+                    generator=generator,
                 )
             )
     return {name: result[owner[name]] for name in first}
@@ -111,7 +116,7 @@ def wise_ft_curve(
     Source: Robust fine-tuning of zero-shot models (arXiv 2109.01903), equation 1.
     """
     for t in ts:
-        METHODS["wise_ft"](t=t, nonfinite=nonfinite).check(1)
+        WiseFt(t, nonfinite).check(1)
     _check_same_tensors(base, [expert], "base")
     owner = _tied(base, [expert])
     curve: list[dict[str, Tensor]] = [{} for _ in ts]

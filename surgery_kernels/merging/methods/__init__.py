@@ -7,6 +7,7 @@ from .adamerging import AdaMerging
 from .fisher import Fisher
 from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, TaskArithmetic, WiseFt
 from .regmean import RegMean
+from .sparse import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear
 from .spherical import Karcher, ModelStock, MultiSlerp, NuSlerp, Slerp
 from .ties import Ties
 
@@ -27,6 +28,12 @@ METHODS: dict[str, type[Method]] = {
         ModelStock,
         TaskArithmetic,
         Ties,
+        DareLinear,
+        DareTies,
+        DellaLinear,
+        Della,
+        Breadcrumbs,
+        BreadcrumbsTies,
         Fisher,
         RegMean,
         AdaMerging,
