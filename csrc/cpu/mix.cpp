@@ -135,6 +135,7 @@ void mix_out(std::vector<Tensor> base, std::vector<Tensor> experts, Tensor coeff
           "coefficients must be float64 [num_outputs, num_tasks, num_blocks] on the CPU, got another dtype, shape or "
           "device");
   const int64_t num_outputs = coefficients.size(0), num_blocks = coefficients.size(2);
+  require(divisor != 0, "divisor must not be 0, got 0");
   require(num_outputs > 0, "coefficients must be of at least one output, got none");
   const Inputs inputs(base, experts, size_t(coefficients.size(1)));
   Places places(axis, experts, size_t(coefficients.size(1)));
