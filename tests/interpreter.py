@@ -1,11 +1,13 @@
 """Repairs of Triton's interpreter, so that a kernel which passes there computes what it computes on a GPU.
 
 bfloat16 arithmetic works on values, not on their bits, and rounding to it is to nearest; `/` and `tl.sqrt` of float32
-are as inexact as the instructions they become, so that only a kernel which asks for the exact ones can pass for exact.
+are as inexact as the instructions they become, so that only a kernel which asks for the exact ones can pass for exact;
+`tl.fma` rounds once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -108,6 +110,15 @@ def _square_root(self: Any, x: Any) -> Any:
     return Handle(np.nextafter(root, np.float32(0)) if x.data.dtype == np.float32 else root, x.dtype.scalar)
 
 
+def _c_function(name: str, number: Any) -> Callable[..., np.ndarray]:
+    function = getattr(ctypes.CDLL(None), name)
+    function.argtypes, function.restype = [number] * 3, number
+    return np.frompyfunc(function, 3, 1)
+
+
+FUSED = {np.float32: _c_function("fmaf", ctypes.c_float), np.float64: _c_function("fma", ctypes.c_double)}
+
+
 def _multiply_add(self: Any, x: Any, y: Any, z: Any) -> Any:
-    wide = np.float64 if x.data.dtype == np.float32 else x.data.dtype
-    return Handle((x.data.astype(wide) * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
+    number = z.data.dtype.type
+    return Handle(np.asarray(FUSED[number](x.data, y.data, z.data), dtype=number), z.dtype.scalar)

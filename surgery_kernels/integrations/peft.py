@@ -134,7 +134,8 @@ def _masked(task_tensors: Sequence[Tensor], density: float) -> list[Tensor]:
 
 
 def _weighted_sum(task_tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return mix(None, task_tensors, weights, nonfinite=NONFINITE)
+    (merged,) = mix(None, task_tensors, [weights], nonfinite=NONFINITE)
+    return merged
 
 
 def _ties(task_tensors: Sequence[Tensor], weights: list[float], density: float, elect: str) -> Tensor:

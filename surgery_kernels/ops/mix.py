@@ -42,8 +42,8 @@ def mix(
     """``base + sum_t coefficients[t] * (expert_t - base) / divisor``; one tensor for every list of coefficients.
 
     Bit-identical on every instruction set, thread count and split of the work. Experts are added in their order in
-    float32 (float64 for float64 inputs), and the result is rounded once. Reads the inputs once however many outputs
-    there are (twice where `nonfinite` is "error") and writes each once; inputs that are not contiguous are copied first.
+    float32 (float64 for float64 inputs), and the result is rounded once. However many outputs there are, the inputs are
+    read once (twice where `nonfinite` is "error"); inputs that are not contiguous are copied first.
 
     Args:
         base: Pretrained tensor of any shape, float64, float32, float16 or bfloat16; None: the experts are summed and
@@ -129,7 +129,9 @@ def _numbers(argument: str, value: Numbers, device: torch.device) -> Tensor:
     def checked(value: Numbers) -> Any:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [checked(entry) for entry in value]
-        (number,) = arguments.per_expert(argument, value, 1)
+        number = arguments.number(argument, value, "numbers in lists")
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"{argument} must be finite, got {number}")
         return number
 
     numbers = checked(value)

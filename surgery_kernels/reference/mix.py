@@ -60,7 +60,7 @@ def mix(
 
 
 def _of_elements(coefficients: Tensor, shape: torch.Size, axis: str) -> Tensor:
-    """Those of a tensor, [...], or of its rows or columns, [..., num_blocks], for every element.  # [..., num_params]"""
+    """Of a tensor [...] or of its rows or columns [..., num_blocks], for every element.  # [..., num_params]"""
     if axis == "tensor":
         coefficients = coefficients[..., None]
     if coefficients.shape[-1] == 1:

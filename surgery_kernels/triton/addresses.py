@@ -2,7 +2,8 @@
 
 One launch goes through all tensors of a dtype, program i through chunk i, so that a model of many small tensors takes
 as few launches as one large tensor. Row of a tensor in the table, int64: NUMEL, elements of the scope before it, chunks
-of the launch before it, chunks of the scope before it, addresses of out, base and every expert.
+of the launch before it, chunks of the scope before it, addresses of out, base and every expert; for kernels of several
+outputs also the address of each of them, and the words of `places`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -59,7 +60,8 @@ class Scope:
 
     base: one tensor for every merged one, or none; experts: all experts of the first, then of the second, ...; out: one
     for every merged one, filled through a copy where not contiguous; stacked: in its place, [num_tasks, *shape] of the
-    only tensor; numbers: what kernels of a dtype read from `Group.numbers`.
+    only tensor; numbers: what kernels of a dtype read from `Group.numbers`; places: for several out tensors for every
+    merged one, any of which may be one of its inputs, what kernels read of each merged tensor.
     """
 
     def __init__(
@@ -70,34 +72,44 @@ class Scope:
         out: Sequence[Tensor] | None = None,
         stacked: Tensor | None = None,
         numbers: Callable[[torch.dtype], list[float]] = lambda dtype: [],
+        places: Sequence[Sequence[int]] | None = None,
+        num_outputs: int = 1,
     ) -> None:
         self._check(base, experts, num_tasks)
         filled = [] if stacked is None else [stacked]
         if out is not None:
-            _check_out(out, base, experts, num_tasks)
+            _check_out(out, base, experts, num_tasks, num_outputs, in_place=places is not None)
             filled = [
                 x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in out
             ]
         self._copies = [(to, x) for to, x in zip(out or (), filled, strict=False) if to is not x]
         self.base, self.experts, self.num_tasks = base, experts, num_tasks
         self.has_base = bool(base)
+        written = {x.data_ptr() for x in filled if x.numel()}
+        self.in_place = any(x.data_ptr() in written for x in (*base, *experts))
         self.device = experts[0].device
         self.wide = experts[0].dtype == torch.float64
         self.numel = self.num_chunks = 0
         self._alive: list[Tensor] = []
         rows: dict[torch.dtype, list[list[int]]] = {}
+        aligned: dict[torch.dtype, bool] = {}
         chunks: dict[torch.dtype, int] = {}
         for part, first in enumerate(experts[::num_tasks]):
             of_part = experts[part * num_tasks : (part + 1) * num_tasks]
-            addresses = [filled[part].data_ptr() if filled else 0, self._address(base[part]) if base else 0]
+            outputs = [x.data_ptr() for x in filled[part * num_outputs : (part + 1) * num_outputs]]
+            addresses = [outputs[0] if outputs else 0, self._address(base[part]) if base else 0]
             addresses += [self._address(expert) for expert in of_part]
+            if places is not None:
+                addresses += outputs
+            aligned[first.dtype] = aligned.get(first.dtype, True) and all(x % 16 == 0 for x in addresses)
             before, count = chunks.get(first.dtype, 0), -(-first.numel() // CHUNK)
             row = [first.numel(), self.numel, before, self.num_chunks, *addresses]
+            row += places[part] if places is not None else ()
             rows.setdefault(first.dtype, []).append(row + [0] * (len(row) % 2))
             chunks[first.dtype] = before + count
             self.numel += first.numel()
             self.num_chunks += count
-        self.groups = [self._group(dtype, rows[dtype], chunks[dtype], numbers(dtype)) for dtype in rows]
+        self.groups = [self._group(dtype, rows[dtype], chunks[dtype], numbers(dtype), aligned[dtype]) for dtype in rows]
 
     @property
     def compute(self) -> torch.dtype:
@@ -133,8 +145,9 @@ class Scope:
         self._alive.append(tensor.contiguous())
         return self._alive[-1].data_ptr()
 
-    def _group(self, dtype: torch.dtype, rows: list[list[int]], num_chunks: int, numbers: list[float]) -> Group:
-        aligned = all(address % 16 == 0 for row in rows for address in row[OUT.value :])
+    def _group(
+        self, dtype: torch.dtype, rows: list[list[int]], num_chunks: int, numbers: list[float], aligned: bool
+    ) -> Group:
         size = len(rows) * len(rows[0])
         words = torch.empty(size + len(numbers), dtype=torch.int64)
         words[:size] = torch.tensor(rows, dtype=torch.int64).view(-1)
@@ -144,12 +157,22 @@ class Scope:
         return Group(dtype, table, words[size:].view(torch.float64), num_chunks, aligned)
 
 
-def _check_out(out: Sequence[Tensor], base: Sequence[Tensor], experts: Sequence[Tensor], num_tasks: int) -> None:
-    if len(out) * num_tasks != len(experts):
-        raise RuntimeError(f"out must be one tensor for every merged tensor, got {len(out)}")
-    for part, tensor in enumerate(out):
-        check_same("out", tensor, experts[part * num_tasks])
-    check_apart(out, [*base, *experts])
+def _check_out(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    experts: Sequence[Tensor],
+    num_tasks: int,
+    num_outputs: int,
+    in_place: bool,
+) -> None:
+    parts = len(experts) // num_tasks
+    if len(out) != parts * num_outputs:
+        if num_outputs == 1:
+            raise RuntimeError(f"out must be one tensor for every merged tensor, got {len(out)}")
+        raise RuntimeError(f"out must be {num_outputs} tensors for every merged tensor, got {len(out)} for {parts}")
+    for i, tensor in enumerate(out):
+        check_same("out", tensor, experts[i // num_outputs * num_tasks])
+    check_apart(out, [base, experts], in_place, parts)
 
 
 def check_same(argument: str, tensor: Tensor, first: Tensor) -> None:
@@ -164,21 +187,36 @@ def check_same(argument: str, tensor: Tensor, first: Tensor) -> None:
         raise RuntimeError(f"{argument} must have the shape of experts[0], got another")
 
 
-def check_apart(out: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Every out tensor is apart from the inputs and from the other out tensors."""
+def check_apart(
+    out: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], in_place: bool = False, parts: int = 1
+) -> None:
+    """Every out tensor is apart from the inputs and from the other out tensors; in place it may also be an input of its
+    own merged tensor. Of each merged tensor there are equally many in every list, those of the first before the
+    second's."""
     for tensor in out:
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise RuntimeError("out must have memory for every element, got an expanded tensor")
-    taken = sorted(_extent(tensor) for tensor in out if tensor.numel())
-    for (_, end), (begin, _) in zip(taken, taken[1:], strict=False):
+    taken = sorted((*_extent(tensor), i) for i, tensor in enumerate(out) if tensor.numel())
+    for (_, end, _), (begin, _, _) in zip(taken, taken[1:], strict=False):
         if end > begin:
             raise RuntimeError("out must be apart from every other out, got memory that overlaps one")
-    ends = [end for _, end in taken]
-    for tensor in inputs:
-        begin, end = _extent(tensor)
-        after = bisect.bisect_right(ends, begin)
-        if begin < end and after < len(taken) and taken[after][0] < end:
-            raise RuntimeError("out must be apart from every input, got memory that overlaps one")
+    ends = [end for _, end, _ in taken]
+    for tensors in inputs:
+        for i, tensor in enumerate(tensors):
+            begin, end = _extent(tensor)
+            after = bisect.bisect_right(ends, begin)
+            if begin == end or after == len(taken) or taken[after][0] >= end:
+                continue
+            index = taken[after][2]
+            own_part = i * parts // len(tensors) == index * parts // len(out)
+            if not (in_place and own_part and _same_memory(out[index], tensor)):
+                raise RuntimeError("out must be apart from every input, got memory that overlaps one")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements of two tensors of one shape and dtype lie in the same places."""
+    steps = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.data_ptr() == b.data_ptr() and all(size < 2 or of_a == of_b for size, of_a, of_b in steps)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -229,9 +267,13 @@ def locate(table, num_parts, columns, CHUNK: tl.constexpr):
 
 @triton.jit
 def pointer_to(address, STORED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of one address, or of a column of them.  # [n, 1]"""
     pointer = address.to(tl.pointer_type(STORED))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        if address.type.is_block():
+            pointer = tl.multiple_of(pointer, [16, 16])
+        else:
+            pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 

@@ -47,13 +47,14 @@ def task_vector(expert, base, STORED: tl.constexpr, HAS_BASE: tl.constexpr, DROP
 @triton.jit
 def _count_nonfinite(
     table, num_parts, columns, num_tasks, found,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SUBTRACT: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
     if count == CHUNK:
-        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, True, ALIGNED, CHUNK)
+        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, SUBTRACT, True, ALIGNED, CHUNK)
     else:
-        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, False, ALIGNED, CHUNK)
+        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, SUBTRACT, False, ALIGNED, CHUNK)
     if bad > 0:
         tl.atomic_add(found, bad.to(tl.int64), sem="relaxed")
 
@@ -61,7 +62,7 @@ def _count_nonfinite(
 @triton.jit
 def _nonfinite_of(
     row, begin, count, num_tasks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SUBTRACT: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
@@ -69,22 +70,25 @@ def _nonfinite_of(
     if HAS_BASE:
         base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
     bad = tl.zeros([CHUNK], tl.int32)
+    if HAS_BASE and not SUBTRACT:
+        bad += tl.where(is_finite(base), 0, 1)
     for t in tl.range(num_tasks, loop_unroll_factor=2):
         expert = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
-        bad += tl.where(is_finite(task_vector(expert, base, STORED, HAS_BASE, False)), 0, 1)
+        bad += tl.where(is_finite(task_vector(expert, base, STORED, SUBTRACT, False)), 0, 1)
     return tl.sum(bad)
 
 
 class FiniteCheck:
     """nonfinite="error": kernels count into `found` and write nothing once it is not 0; `look` tells the user."""
 
-    def __init__(self, scope: Scope, nonfinite: str, names: Sequence[str] | None) -> None:
+    def __init__(self, scope: Scope, nonfinite: str, names: Sequence[str] | None, task_vectors: bool = True) -> None:
         arguments.check_one_of("nonfinite", nonfinite, arguments.NONFINITE)
         self.wanted = nonfinite == "error"
         if self.wanted and is_capturing(scope.device):
             raise ValueError("nonfinite must be 'propagate' or 'drop' while a CUDA graph is captured, got 'error'")
         self.found = torch.zeros(1, dtype=torch.int64, device=scope.device) if self.wanted else None
         self._scope, self._names = scope, names or []
+        self._subtract = scope.has_base and task_vectors
 
     def count(self) -> None:
         """One read of everything, for a merge that has no other reason to read twice."""
@@ -95,7 +99,7 @@ class FiniteCheck:
     def _launch(self, group: Group) -> None:
         _count_nonfinite[(group.num_chunks,)](
             *group.place, self._scope.num_tasks, self.found, **group.dtypes, HAS_BASE=self._scope.has_base,
-            ALIGNED=group.aligned, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
+            SUBTRACT=self._subtract, ALIGNED=group.aligned, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
 
     def look(self) -> None:
@@ -112,7 +116,7 @@ class FiniteCheck:
                 expert = scope.experts[part * scope.num_tasks + t]
                 if count := _nonfinite_in(expert):
                     raise RuntimeError(f"experts[{t}] must be finite, got {count} NaN or infinite values{where}")
-                if base is None:
+                if base is None or not self._subtract:
                     continue
                 task_vector = expert.to(scope.compute) - base.to(scope.compute)
                 if count := _nonfinite_in(task_vector.to(first.dtype)):

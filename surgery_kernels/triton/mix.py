@@ -1,86 +1,184 @@
-"""base + lam * sum_t weights[t] * (expert_t - base) / divisor on CUDA tensors: one read, one rounding."""
+"""Linear combinations on CUDA tensors: one read of base and experts for all outputs, one rounding each."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .addresses import BASE, CHUNK, EXPERTS, OUT, Scope, divide, load, locate, store
+from ..ops import arguments
+from ..ops.mix import AXES, num_blocks_of
+from .addresses import BASE, CHUNK, EXPERTS, Scope, divide, load, locate, pointer_to, upload
 from .finite import FiniteCheck, is_finite
-
-BLOCK = 1024
 
 
 @triton.jit
-def _merge(
-    table, num_parts, columns, num_tasks, numbers, nonfinite,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CHECKED: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+def _mix(
+    table, num_parts, columns, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, numbers, nonfinite,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SCALED_BASE: tl.constexpr,
+    SUBTRACT: tl.constexpr, DIVIDE: tl.constexpr, FUSED: tl.constexpr, PLACED: tl.constexpr, IN_PLACE: tl.constexpr,
+    DROP: tl.constexpr, CHECKED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """OUTPUTS: a power of two from num_outputs on. PLACED: a chunk may have several blocks of coefficients."""
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
         if tl.load(nonfinite) != 0:
             return
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
-    whole = count // BLOCK * BLOCK
-    for at in range(0, whole, BLOCK):
-        _merge_block(
-            row, begin + at, BLOCK, num_tasks, numbers,
-            STORED, COMPUTE, HAS_BASE, DROP, True, ALIGNED, BLOCK,
-        )  # fmt: skip
-    if whole < count:
-        _merge_block(
-            row, begin + whole, count - whole, num_tasks, numbers,
-            STORED, COMPUTE, HAS_BASE, DROP, False, ALIGNED, BLOCK,
-        )  # fmt: skip
+    place = row + EXPERTS + num_tasks + num_outputs
+    block, step, num_of_part = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    one_block = True
+    if PLACED:
+        one_block = (num_of_part == 1) | (begin // step == (begin + count - 1) // step)
+        block += begin // step % num_of_part
+    if one_block:
+        whole = count // BLOCK * BLOCK
+        for at in range(0, whole, BLOCK):
+            _mix_block(
+                row, begin + at, BLOCK, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, block,
+                numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, True, ALIGNED,
+                OUTPUTS, BLOCK,
+            )  # fmt: skip
+        if whole < count:
+            _mix_block(
+                row, begin + whole, count - whole, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks,
+                block, numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, False,
+                ALIGNED, OUTPUTS, BLOCK,
+            )  # fmt: skip
+    else:
+        first = tl.load(place)
+        for at in range(0, count, BLOCK):
+            index = begin + at + tl.arange(0, BLOCK)[None, :]
+            _mix_block(
+                row, begin + at, count - at, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks,
+                first + index // step % num_of_part, numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE,
+                FUSED, IN_PLACE, DROP, False, ALIGNED, OUTPUTS, BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit
-def _merge_block(
-    row, at, left, num_tasks, numbers,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+def _mix_block(
+    row, at, left, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, block, numbers,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SCALED_BASE: tl.constexpr,
+    SUBTRACT: tl.constexpr, DIVIDE: tl.constexpr, FUSED: tl.constexpr, IN_PLACE: tl.constexpr, DROP: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, BLOCK)
-    base = tl.zeros([BLOCK], COMPUTE)
+    """`block`: of all elements, or of each.  # [1, BLOCK]"""
+    lanes = tl.arange(0, BLOCK)[None, :]
+    outputs = tl.arange(0, OUTPUTS)[:, None]
+    known = tl.minimum(outputs, num_outputs - 1).to(tl.int64)  # what is beyond computes the last again
     if HAS_BASE:
         base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
-    sum = tl.zeros([BLOCK], COMPUTE)
+    sums = tl.zeros([OUTPUTS, BLOCK], COMPUTE)
     for t in tl.range(num_tasks, loop_unroll_factor=4):
         x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
-        if HAS_BASE:
+        if SUBTRACT:
             x = x - base
         if DROP:
             x = tl.where(is_finite(x), x, 0.0)
-        sum = sum + x * tl.load(numbers + 2 + t).to(COMPUTE)
-    merged = divide(sum, tl.load(numbers + 1).to(COMPUTE) + tl.zeros([BLOCK], COMPUTE)) * tl.load(numbers).to(COMPUTE)
-    if HAS_BASE:
-        merged = base + merged
-    store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
+        sums = _add_product(x, tl.load(coefficients + (known * num_tasks + t) * num_blocks + block), sums, FUSED)
+    if DIVIDE:
+        sums = divide(sums, tl.load(numbers).to(COMPUTE) + tl.zeros([OUTPUTS, BLOCK], COMPUTE))
+    if SCALED_BASE:
+        sums = _add_product(base, tl.load(base_coefficients + known * num_blocks + block), sums, FUSED)
+    elif HAS_BASE:
+        sums = base + sums
+    if IN_PLACE:
+        tl.debug_barrier()  # several threads may have read what one of them writes
+    addresses = tl.load(row + EXPERTS + num_tasks + known)
+    kept = outputs < num_outputs
+    if not WHOLE:
+        kept = kept & (lanes < left)
+    tl.store(pointer_to(addresses, STORED, ALIGNED) + at + lanes, sums.to(STORED), mask=kept)
 
 
-def linear_merge_out(
+@triton.jit
+def _add_product(x, factor, sums, FUSED: tl.constexpr):
+    if FUSED:
+        sums = tl.fma(x, factor, sums)
+    else:
+        sums = sums + x * factor
+    return sums
+
+
+def mix_out(
     base: Sequence[Tensor],
     experts: Sequence[Tensor],
-    weights: Sequence[float],
-    lam: float = 1.0,
+    coefficients: Tensor,
+    base_coefficients: Tensor | None = None,
     divisor: float = 1.0,
+    task_vectors: bool = True,
+    fused: bool = False,
+    axis: str = "tensor",
     nonfinite: str = "error",
     names: Sequence[str] | None = None,
     *,
     out: Sequence[Tensor],
 ) -> None:
-    scope = Scope(base, experts, len(weights), out, numbers=lambda dtype: [lam, divisor, *weights])
-    finite = FiniteCheck(scope, nonfinite, names)
+    arguments.check_one_of("axis", axis, AXES)
+    if divisor == 0:
+        raise RuntimeError("divisor must not be 0, got 0")
+    if coefficients.dim() != 3 or coefficients.dtype != torch.float64:
+        raise RuntimeError(
+            "coefficients must be float64 [num_outputs, num_tasks, num_blocks], got another dtype or shape"
+        )
+    num_outputs, num_tasks, num_blocks = coefficients.shape
+    if num_outputs == 0:
+        raise RuntimeError("coefficients must be of at least one output, got none")
+    places = _places([expert.shape for expert in experts[:: max(1, num_tasks)]], axis)
+    total = sum(count for _, _, count in places)
+    if num_blocks not in (1, total):
+        raise RuntimeError(f"coefficients must be of 1 block or of {total}, got {num_blocks}")
+    if num_blocks == 1:
+        places = [(0, 1, 1) for _ in places]
+    if base_coefficients is not None:
+        if not base:
+            raise RuntimeError("base_coefficients must be None without base, got a tensor")
+        if base_coefficients.shape != (num_outputs, num_blocks) or base_coefficients.dtype != torch.float64:
+            raise RuntimeError(
+                f"base_coefficients must be float64 [{num_outputs}, {num_blocks}], got another dtype or shape"
+            )
+    scope = Scope(
+        base, experts, num_tasks, out, numbers=lambda dtype: [divisor], places=places, num_outputs=num_outputs
+    )
+    finite = FiniteCheck(scope, nonfinite, names, task_vectors)
     finite.count()
+    of_experts, of_base = (_numbers(table, scope) for table in (coefficients, base_coefficients))
+    wide_outputs = triton.next_power_of_2(num_outputs)
     for group in scope.groups:
-        _merge[(group.num_chunks,)](
-            *group.place, scope.num_tasks, group.numbers, finite.found, **group.dtypes, HAS_BASE=scope.has_base,
-            DROP=nonfinite == "drop", CHECKED=finite.wanted, ALIGNED=group.aligned, CHUNK=CHUNK, BLOCK=BLOCK,
-            num_warps=4, enable_fp_fusion=False,
+        _mix[(group.num_chunks,)](
+            *group.place, num_tasks, num_outputs, of_experts, of_base, num_blocks, group.numbers, finite.found,
+            **group.dtypes, HAS_BASE=scope.has_base, SCALED_BASE=of_base is not None,
+            SUBTRACT=scope.has_base and task_vectors, DIVIDE=divisor != 1, FUSED=fused,
+            PLACED=axis != "tensor" and num_blocks > 1, IN_PLACE=scope.in_place, DROP=nonfinite == "drop",
+            CHECKED=finite.wanted, ALIGNED=group.aligned, CHUNK=CHUNK, OUTPUTS=wide_outputs,
+            BLOCK=max(128, 1024 // max(1, wide_outputs // 4)), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     finite.look()
     scope.deliver()
+
+
+def _places(shapes: Sequence[Sequence[int]], axis: str) -> list[tuple[int, int, int]]:
+    """Element i of a tensor takes block ``first + i // step % count``: of each tensor first, step and count."""
+    places = []
+    first = 0
+    for shape in shapes:
+        count = num_blocks_of(shape, axis)
+        step = shape[-1] if axis == "row" and len(shape) > 1 else 1
+        places.append((first, max(1, step), count))
+        first += count
+    return places
+
+
+def _numbers(table: Tensor | None, scope: Scope) -> Tensor | None:
+    """In the compute type, on the device."""
+    if table is None:
+        return None
+    if table.device not in (torch.device("cpu"), scope.device):
+        raise RuntimeError(f"coefficients must be on the CPU or on {scope.device}, got {table.device}")
+    table = table.to(scope.compute).contiguous()
+    return upload(table, scope.device) if table.device.type == "cpu" else table

@@ -24,7 +24,7 @@ from tests.guards import Counted
 
 pytestmark = pytest.mark.any_isa
 
-OPS = [op for op, stem in MODULES.items() if stem in ("trim", "ties_merge", "linear_merge", "combine")]
+OPS = [op for op, stem in MODULES.items() if stem in ("trim", "ties_merge", "mix", "combine")]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 _ops = torch.ops.surgery_kernels
@@ -40,7 +40,7 @@ def test_every_op_has_an_implementation() -> None:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
-    "op", [op for op, module in MODULES.items() if module in ("trim", "ties_merge", "linear_merge", "combine")]
+    "op", [op for op, module in MODULES.items() if module in ("trim", "ties_merge", "mix", "combine")]
 )
 def test_host_functions_have_the_signature_of_the_schema(op: str) -> None:
     parameters = inspect.signature(host_function(op)).parameters.values()
@@ -144,7 +144,9 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(_ops.ties_merge, (base, experts, [0.2] * 2))
     torch.library.opcheck(_ops.ties_split, (base, experts, [0.2] * 2))
     torch.library.opcheck(_ops.ties_merge_out, ([base], experts, [0.2] * 2), {"out": out})
-    torch.library.opcheck(_ops.linear_merge_out, ([base], experts, [0.3] * 2), {"out": out})
+    torch.library.opcheck(
+        _ops.mix_out, ([base], experts, torch.full((1, 2, 1), 0.3, dtype=torch.float64)), {"out": out}
+    )
     coefficients = torch.rand(2, 1, device=device, requires_grad=True)
     torch.library.opcheck(_ops.combine, (base, experts, coefficients, torch.tensor([0, 100], device=device)))
 
@@ -257,10 +259,10 @@ def test_state_dicts(place: int, merged_on_the_cpu: list[dict[str, Tensor]], dev
 
 @needs_gpu
 def test_tensors_that_decide_nothing_together_take_the_same_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery_kernels.triton import linear_merge
+    from surgery_kernels.triton import mix
 
-    kernel = Counted(linear_merge._merge)
-    monkeypatch.setattr(linear_merge, "_merge", kernel)
+    kernel = Counted(mix._mix)
+    monkeypatch.setattr(mix, "_mix", kernel)
     merge_state_dicts(*models("cuda"), method="average")
     assert kernel.launches == 2  # float32 and bfloat16
 
