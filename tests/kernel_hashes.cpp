@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "cpu/combine_kernel.h"
-#include "cpu/linear_merge_kernel.h"
 #include "cpu/masks_kernel.h"
+#include "cpu/mix_kernel.h"
 #include "cpu/representation_loss_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
@@ -71,10 +71,11 @@ void run(const Format& format) {
   using C = typename sk::TiesArgs<Key>::C;
   const sk::TrimKernel<Key>& trim = sk::SK_ISA::trim_kernels.get<Key>(format.dtype);
   const sk::TiesKernel<Key>& ties = sk::SK_ISA::ties_kernels.get<Key>(format.dtype);
-  const sk::LinearKernel<Key> linear = sk::SK_ISA::linear_kernels.get<Key>(format.dtype);
+  const sk::MixKernel<Key> mix = sk::SK_ISA::mix_kernels.uniform.get<Key>(format.dtype);
+  const sk::MixKernel<Key> mix_by_column = sk::SK_ISA::mix_kernels.by_column.get<Key>(format.dtype);
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[sk::kRules], averaged, combined, lost, masked;
+  Hash trimmed, merged[sk::kRules], mixed, combined, lost, masked;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -122,20 +123,31 @@ void run(const Format& format) {
       }
       const std::vector<C> weights{C(0.3), C(1), C(-0.5), C(2), C(0.7)}, rescales{C(1.1), C(1), C(3), C(1.5), C(1.01)};
       std::vector<char> out(n * format.bytes);
-      sk::LinearArgs<Key> sum{};
-      sum.base = from;
-      sum.experts = pointers.data();
-      sum.weights = weights.data();
-      sum.num_tasks = kTasks;
-      sum.n = n;
-      sum.lam = C(0.37);
-      sum.divisor = divide ? C(3) : C(1);
-      sum.drop = drop;
-      linear(sum, out.data());
-      averaged.add(format, out);
-      sum.task_vectors = true;
-      linear(sum, out.data());
-      combined.add(format, out);
+      std::vector<C> coefficients(3 * kTasks * n);
+      for (size_t k = 0; k < coefficients.size(); ++k) coefficients[k] = weights[k % kTasks] / C(1 + k % 7);
+      std::vector<std::vector<char>> mixtures(3, out);
+      std::vector<void*> places;
+      for (std::vector<char>& mixture : mixtures) places.push_back(mixture.data());
+      sk::MixArgs<Key> sums_of{};
+      sums_of.base = from;
+      sums_of.experts = pointers.data();
+      sums_of.coefficients = coefficients.data();
+      if (weighted) sums_of.base_coefficients = coefficients.data();
+      sums_of.stride = n;
+      sums_of.num_outputs = 3;
+      sums_of.num_tasks = kTasks;
+      sums_of.n = n;
+      sums_of.divisor = divide ? C(3) : C(1);
+      sums_of.subtract = true;
+      sums_of.fused = elect_count;
+      sums_of.drop = drop;
+      for (const sk::MixKernel<Key>& kernel : {mix, mix_by_column}) {
+        kernel(sums_of, places.data());
+        for (const std::vector<char>& mixture : mixtures) mixed.add(format, mixture);
+      }
+      sums_of.subtract = false;
+      mix(sums_of, places.data());
+      combined.add(format, mixtures[0]);
       if (from) {
         double sums[kTasks];
         dot(from, pointers.data(), kTasks, n, sums);
@@ -189,7 +201,7 @@ void run(const Format& format) {
   print("ties_merge mergekit", merged[2]);
   print("ties_merge mergekit all", merged[3]);
   print("ties_merge peft", merged[4]);
-  print("linear_merge", averaged);
+  print("mix", mixed);
   print("combine", combined);
   print("representation_loss", lost);
   print("masks", masked);
