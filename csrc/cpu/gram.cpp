@@ -3,10 +3,11 @@
 #include <cmath>
 #include <optional>
 
+#include "../trim_options.h"
 #include "buffer.h"
+#include "finite.h"
 #include "gram_kernel.h"
 #include "inputs.h"
-#include "trim.h"
 
 namespace sk {
 namespace {

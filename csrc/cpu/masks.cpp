@@ -6,11 +6,12 @@
 #include <optional>
 #include <tuple>
 
+#include "../trim_options.h"
 #include "block_sums.h"
+#include "finite.h"
 #include "inputs.h"
 #include "masks_kernel.h"
 #include "rank.h"
-#include "trim.h"
 #include "trim_kernel.h"
 
 namespace sk {

@@ -4,9 +4,10 @@
 #include <limits>
 #include <optional>
 
+#include "../trim_options.h"
+#include "finite.h"
 #include "inputs.h"
 #include "mix_kernel.h"
-#include "trim.h"
 
 namespace sk {
 namespace {

@@ -76,4 +76,11 @@ struct Scope {
   }
 };
 
+// Runs body(first, last) over experts. On a busy machine waiting for a second thread costs more than a small tensor.
+template <class Body>
+void for_each_expert(const Scope& scope, int64_t count, const Body& body) {
+  constexpr int64_t kWorthAThread = 1 << 12;  // elements from which the experts are shared out among threads
+  torch::stable::parallel_for(0, count, scope.numel > kWorthAThread ? 1 : count, body);
+}
+
 }  // namespace sk

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../ties_options.h"
+#include "finite.h"
 #include "inputs.h"
 #include "ties_merge_kernel.h"
 #include "trim.h"

@@ -20,10 +20,6 @@ template <class Key>
 std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,
                              NonFinite nonfinite, const std::vector<std::string>& names);
 
-// Raises when a task vector of the scope holds NaN or infinity, naming the first.
-template <class Key>
-void check_finite(const Scope& scope, const std::vector<std::string>& names);
-
 // Test only: every bracket misses, so the radix histogram decides.
 void force_histogram(bool on);
 

@@ -1,0 +1,73 @@
+#include "trim_brackets.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "select.h"
+#include "trim_tally.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kDirect = 1 << 10;        // up to here every key is a candidate: no sample is worth its time
+constexpr int64_t kCluster = 16;            // neighbouring elements per sampled place: one cache line of float32
+constexpr int64_t kPlacesMapped = 1 << 10;  // sampled between two times that pages are given back: a fault maps 64 KiB
+
+}  // namespace
+
+template <class Key>
+Bracket<Key> bracket_of(const Scope& scope, Key lo, Key hi, bool counts_ends) {
+  const Interval<Key> low = ties_of(scope, lo), high = ties_of(scope, hi);
+  if (!counts_ends) return {low.first - 1, low.first - 1, high.last, high.last};
+  if (lo == hi) return {low.first - 1, low.first - 1, low.first - 1, low.last};
+  return {low.first - 1, low.last, high.first - 1, high.last};
+}
+
+// Places spread evenly over the scope, each at a pseudo-random point of its stride.
+template <class Key>
+std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks,
+                                   const std::vector<int64_t>& rank, bool drop) {
+  if (scope.numel <= kDirect) return std::vector<Bracket<Key>>(tasks.size(), {-1, -1, kMaxKey<Key>, kMaxKey<Key>});
+  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
+  // The sample costs its size, the candidates cost numel / sqrt(size): the sum is least near numel^(2/3).
+  const int64_t places = int64_t(std::cbrt(double(scope.numel) * double(scope.numel))) / kCluster;
+  std::vector<int64_t> position(places);
+  uint64_t random = 0x9E3779B97F4A7C15;
+  for (int64_t j = 0; j < places; ++j) {
+    random = random * 6364136223846793005 + 1442695040888963407;
+    const double stride = double(scope.numel) / double(places);
+    position[j] = std::min(scope.numel - 1, int64_t((double(j) + double(random >> 11) * 0x1p-53) * stride));
+  }
+  std::vector<Bracket<Key>> found(tasks.size());
+  for_each_expert(scope, int64_t(tasks.size()), [&](int64_t first, int64_t last) {
+    std::vector<Key> sample;
+    std::vector<int64_t> ends(places);
+    for (int64_t s = first; s < last; ++s) {
+      sample.resize(places * kCluster + kSlack);
+      int64_t size = 0;
+      for (int64_t j = 0; j < places; ++j) {
+        if (j % kPlacesMapped == kPlacesMapped - 1) give_back_mapped();
+        const Part& part = scope.part_of(position[j]);
+        const int64_t begin = std::max<int64_t>(0, std::min(position[j] - part.offset, part.numel - kCluster));
+        const int64_t n = std::min(kCluster, part.numel - begin);
+        kernels.get<Key>(part.dtype)
+            .keys(part.base_at(begin), part.expert_at(tasks[s], begin), n, drop, sample.data() + size);
+        ends[j] = size += n;
+      }
+      sample.resize(size);
+      const SampledRange<Key> range = sampled_range(sample, ends, rank[s], scope.numel);
+      found[s] = bracket_of(scope, range.lo, range.hi, range.crowded_ends);
+    }
+  });
+  return found;
+}
+
+#define SK_INSTANTIATE(Key)                                                                                           \
+  template Bracket<Key> bracket_of(const Scope&, Key, Key, bool);                                                     \
+  template std::vector<Bracket<Key>> brackets(const Scope&, const std::vector<int64_t>&, const std::vector<int64_t>&, \
+                                              bool);
+SK_INSTANTIATE(int32_t)
+SK_INSTANTIATE(int64_t)
+#undef SK_INSTANTIATE
+
+}  // namespace sk

@@ -1,0 +1,59 @@
+#include "trim_tally.h"
+
+#include <mutex>
+
+namespace sk {
+namespace {
+
+constexpr int64_t kMaxInside = 1 << 20;    // candidates one thread stores, beyond a share of its elements
+constexpr int64_t kMostInside = 48 << 20;  // candidates of a call: a scope may be larger than the memory
+
+}  // namespace
+
+template <class Key>
+Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bracket<Key>> brackets, bool drop,
+                 bool want_ties) {
+  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
+  const size_t slots = tasks.size();
+  Tally<Key> tally{std::move(tasks), std::move(brackets), std::vector<Counts<Key>>(slots), {}, {}};
+  if (want_ties) tally.ties.resize(size_t(scope.num_chunks) * slots);
+  std::mutex mutex;
+  scope.parallel([&](int64_t first, int64_t last) {
+    typename Tally<Key>::Range range{first, last, std::vector<KeyBuffer<Key>>(slots), std::vector<char>(slots)};
+    std::vector<Counts<Key>> totals(slots);
+    const int64_t most = std::min(
+        kMaxInside / int64_t(slots) + (last - first) * (kChunk / 16),
+        kChunk + int64_t(double(kMostInside) / double(slots) * double(last - first) / double(scope.num_chunks)));
+    for (int64_t c = first; c < last; ++c) {
+      const Chunk chunk = scope.chunk(c);
+      const TrimKernel<Key>& kernel = kernels.get<Key>(chunk.part.dtype);
+      const char* base = chunk.part.base_at(chunk.begin);
+      for (size_t s = 0; s < slots; ++s) {
+        KeyBuffer<Key>& inside = range.inside[s];
+        const Counts<Key> n = kernel.count(base, chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count,
+                                           tally.brackets[s], scope.mixed, drop, inside.room(chunk.count + kSlack));
+        inside.size += n.inside;
+        if (inside.size > most) {
+          range.overflowed[s] = true;
+          inside.size = 0;
+        }
+        totals[s] += n;
+        if (want_ties) tally.ties[c * slots + s] = {uint16_t(n.at_hi), uint16_t(n.inside), uint16_t(n.at_lo)};
+      }
+      scope.report(chunk);
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t s = 0; s < slots; ++s) tally.totals[s] += totals[s];
+    tally.ranges.push_back(std::move(range));
+  });
+  std::sort(tally.ranges.begin(), tally.ranges.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  return tally;
+}
+
+#define SK_INSTANTIATE(Key) \
+  template Tally<Key> count(const Scope&, std::vector<int64_t>, std::vector<Bracket<Key>>, bool, bool);
+SK_INSTANTIATE(int32_t)
+SK_INSTANTIATE(int64_t)
+#undef SK_INSTANTIATE
+
+}  // namespace sk
