@@ -19,196 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import arguments
-from .addresses import (
-    BASE,
-    CHUNK,
-    EXPERTS,
-    FIRST_CHUNK,
-    NUMEL,
-    OFFSET,
-    OUT,
-    Group,
-    Scope,
-    divide,
-    is_capturing,
-    load,
-    locate,
-    store,
-    upload,
-)
-from .finite import FiniteCheck, key_of, task_vector
-from .trim import CUT, FIELDS, LARGEST, THRESHOLD, check_one_tensor, trim
+from .addresses import CHUNK, OFFSET, Scope, is_capturing, locate, upload
+from .finite import FiniteCheck
+from .ties_block import merge_block
+from .ties_rescale import rescales_of
+from .trim import check_one_tensor, trim
+from .trim_rounds import CUT, FIELDS, LARGEST, THRESHOLD
 
 BLOCK_BYTES = 2048  # of a tensor, read together: 16 for each of 128 threads
-SUMS_AT_ONCE = 1024  # chunks of a tensor whose norms are added up together
 SMALLEST_DIVISOR = 1e-8  # below it mergekit does not divide
-
-
-@triton.jit
-def _limits_of(limits, t, flat, lanes, COMPUTE: tl.constexpr, CUTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The keys above which entries are kept: never negative, as 0 adds nothing, and never NaN."""
-    threshold = tl.load(limits + t * FIELDS + THRESHOLD)
-    if COMPUTE == tl.float64:  # noqa: SIM300
-        infinity = tl.full([], 0x7FF0000000000000, tl.int64)
-        with_ties = tl.maximum(tl.minimum(threshold - 1, infinity), 0)
-        without = tl.minimum(threshold, infinity)
-    else:
-        with_ties = tl.maximum(tl.minimum(threshold - 1, 0x7F800000), 0).to(tl.int32)
-        without = tl.minimum(threshold, 0x7F800000).to(tl.int32)
-    if CUTS:
-        before_cut = tl.minimum(tl.maximum(tl.load(limits + t * FIELDS + CUT) - flat, 0), BLOCK).to(tl.int32)
-        return tl.where(lanes < before_cut, with_ties, without)
-    else:
-        return with_ties
-
-
-@triton.jit
-def _entry(
-    row, t, base, at, lanes, left, flat, limits, numbers, rescales,
-    RULE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_RESCALES: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What an expert brings to the election and to the sum, and whether that is kept, positive, negative."""
-    x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
-    tau = task_vector(x, base, STORED, HAS_BASE, DROP)
-    limit = _limits_of(limits, t, flat, lanes, COMPUTE, CUTS, BLOCK)
-    kept = key_of(tau) > limit
-    summed = tau
-    if RULE == "mergekit" or RULE == "mergekit_all":
-        if HAS_RESCALES:
-            tau = (tau * tl.load(rescales + t).to(COMPUTE)).to(STORED).to(COMPUTE)
-        if HAS_WEIGHTS:
-            tau = (tau * tl.load(numbers + 2 + t).to(COMPUTE)).to(STORED).to(COMPUTE)
-        summed = tau
-    if RULE == "peft" and HAS_WEIGHTS:
-        summed = tau * tl.load(numbers + 2 + t).to(COMPUTE)
-    return tau, summed, kept, kept & (tau > 0), kept & (tau < 0)
-
-
-@triton.jit
-def _elect(total, positives, negatives, RULE: tl.constexpr, ELECT: tl.constexpr):
-    """Where plus and minus are elected, and where neither; under mergekit and PEFT a draw elects plus."""
-    mass = total
-    if ELECT == "count":
-        mass = (positives - negatives).to(total.dtype)
-    plus, minus = mass > 0, mass < 0
-    drawn = ~(plus | minus)
-    if RULE == "mergekit" or RULE == "peft":
-        plus = ~minus
-    return plus, minus, drawn
-
-
-@triton.jit
-def _finish(
-    total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base, lam,
-    RULE: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
-):  # fmt: skip
-    # Draws without a sign sum the negative entries, as the official code does; its max multiplies by the sign, 0.
-    merged = tl.where(plus, positive, negative)
-    if RULE == "paper_max":
-        merged = tl.where(plus | minus, merged, 0.0)
-    if RULE != "peft":
-        merged = merged.to(STORED).to(COMPUTE)
-    if DIVIDE:
-        if RULE == "mergekit" and HAS_WEIGHTS:
-            divisor = tl.where(plus, positive_weight, negative_weight).to(STORED).to(COMPUTE)
-        else:
-            divisor = tl.where(plus, positives, negatives).to(COMPUTE)
-        merged = divide(merged, tl.where(divisor == 0, 1.0, divisor))
-        if RULE == "mergekit":
-            merged = merged.to(STORED).to(COMPUTE)
-    merged = merged * lam
-    if RULE == "mergekit" or RULE == "paper_max" or (RULE == "paper" and not DIVIDE):
-        merged = merged.to(STORED).to(COMPUTE)
-    if HAS_BASE:
-        merged = base + merged
-    return tl.where(total == total, merged, total)  # a NaN among the kept entries reaches the output
-
-
-@triton.jit
-def _finish_all(
-    total, base, numbers,
-    DIVIDE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
-):  # fmt: skip
-    """The sum of all entries, as mergekit rounds it without an election."""
-    merged = total.to(STORED).to(COMPUTE)
-    if DIVIDE:
-        divisor = tl.load(numbers + 1).to(COMPUTE) + tl.zeros_like(merged)
-        merged = divide(merged, divisor).to(STORED).to(COMPUTE)
-    merged = (merged * tl.load(numbers).to(COMPUTE)).to(STORED).to(COMPUTE)
-    if HAS_BASE:
-        merged = base + merged
-    return merged
-
-
-@triton.jit
-def _merge_block(
-    row, at, left, flat, num_tasks, limits, numbers, rescales, draw_sign,
-    RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_RESCALES: tl.constexpr, SPLIT: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count."""
-    lanes = tl.arange(0, BLOCK)
-    zeros = tl.zeros([BLOCK], COMPUTE)
-    base = zeros
-    if HAS_BASE:
-        base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
-    total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
-    positives = tl.zeros([BLOCK], tl.int32)
-    negatives = positives
-    for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
-        elected, summed, kept, up, down = _entry(
-            row, t, base, at, lanes, left, flat, limits, numbers, rescales,
-            RULE, HAS_WEIGHTS, HAS_RESCALES, STORED, COMPUTE, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED, BLOCK,
-        )  # fmt: skip
-        total = total + tl.where(kept, elected, 0.0)
-        if RULE == "paper_max":
-            positive = tl.where(up & ~(positive > summed), summed, positive)
-            negative = tl.where(down & ~(summed > negative), summed, negative)
-        else:
-            positive = positive + tl.where(up, summed, 0.0)
-            negative = negative + tl.where(down, summed, 0.0)
-        positives += up.to(tl.int32)
-        negatives += down.to(tl.int32)
-        if RULE == "mergekit" and HAS_WEIGHTS:
-            weight = tl.load(numbers + 2 + t).to(COMPUTE)
-            positive_weight = positive_weight + tl.where(up, weight, 0.0)
-            negative_weight = negative_weight + tl.where(down, weight, 0.0)
-    plus, minus, drawn = _elect(total, positives, negatives, RULE, ELECT)
-    sign_sum = tl.sum(plus.to(tl.int32) - minus.to(tl.int32))
-    draws = tl.sum((drawn & (positives > 0)).to(tl.int32))
-    if RULE == "paper" or RULE == "paper_max":
-        plus, minus = plus | (drawn & (draw_sign > 0)), minus | (drawn & (draw_sign < 0))
-    if SPLIT:
-        numel = tl.load(row + NUMEL)
-        if ALIGNED_ROWS:
-            numel = tl.multiple_of(numel, 16)
-        for t in range(num_tasks):
-            elected, summed, kept, up, down = _entry(
-                row, t, base, at, lanes, left, flat, limits, numbers, rescales,
-                RULE, HAS_WEIGHTS, HAS_RESCALES, STORED, COMPUTE, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED, BLOCK,
-            )  # fmt: skip
-            # a NaN total elects nobody; its entries stay visible
-            visible = tl.where(plus, up, down) | (kept & (total != total))
-            if RULE == "mergekit_all":
-                visible = kept
-            agreeing = tl.where(visible, summed, 0.0)
-            store(agreeing, tl.load(row + OUT), t * numel + at, lanes, left, STORED, WHOLE, ALIGNED and ALIGNED_ROWS)
-    elif RULE == "mergekit_all":
-        merged = _finish_all(total, base, numbers, DIVIDE, STORED, COMPUTE, HAS_BASE)
-        store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
-    else:
-        lam = tl.load(numbers).to(COMPUTE)
-        merged = _finish(
-            total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base, lam,
-            RULE, DIVIDE, HAS_WEIGHTS, STORED, COMPUTE, HAS_BASE,
-        )  # fmt: skip
-        store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
-    return sign_sum, draws
 
 
 @triton.jit
@@ -238,7 +57,7 @@ def _merge(
     draws_here = signs
     whole = count // BLOCK * BLOCK
     for at in range(0, whole, BLOCK):
-        signs_of_block, draws_of_block = _merge_block(
+        signs_of_block, draws_of_block = merge_block(
             row, begin + at, BLOCK, flat + at, num_tasks, limits, numbers, rescales, draw_sign,
             RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, SPLIT, ALIGNED_ROWS,
             STORED, COMPUTE, HAS_BASE, DROP, CUTS, True, ALIGNED, BLOCK, TOGETHER,
@@ -246,7 +65,7 @@ def _merge(
         signs += signs_of_block
         draws_here += draws_of_block
     if whole < count:
-        signs_of_block, draws_of_block = _merge_block(
+        signs_of_block, draws_of_block = merge_block(
             row, begin + whole, count - whole, flat + whole, num_tasks, limits, numbers, rescales, draw_sign,
             RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, SPLIT, ALIGNED_ROWS,
             STORED, COMPUTE, HAS_BASE, DROP, CUTS, False, ALIGNED, BLOCK, TOGETHER,
@@ -256,76 +75,6 @@ def _merge(
     if (RULE == "paper" or RULE == "paper_max") and not AGAIN:
         tl.atomic_add(sign_sum, signs.to(tl.int64), sem="relaxed")
         tl.store(draws + tl.program_id(0), draws_here)
-
-
-@triton.jit
-def _norms(
-    table, num_parts, columns, num_tasks, limits, norms, group_chunks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """L1 norms of a chunk of every task vector, before and after the trim.  # norms: [2, num_tasks, group_chunks]"""
-    _, row, begin, count = locate(table, num_parts, columns, CHUNK)
-    flat = tl.load(row + OFFSET) + begin
-    norms += tl.program_id(0)
-    if count == CHUNK:
-        _norms_of_chunk(
-            row, begin, count, flat, num_tasks, limits, norms, group_chunks,
-            STORED, COMPUTE, HAS_BASE, DROP, True, ALIGNED, CHUNK,
-        )  # fmt: skip
-    else:
-        _norms_of_chunk(
-            row, begin, count, flat, num_tasks, limits, norms, group_chunks,
-            STORED, COMPUTE, HAS_BASE, DROP, False, ALIGNED, CHUNK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _norms_of_chunk(
-    row, begin, count, flat, num_tasks, limits, norms, group_chunks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, CHUNK)
-    base = tl.zeros([CHUNK], COMPUTE)
-    if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
-    for t in range(num_tasks):
-        x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
-        tau = task_vector(x, base, STORED, HAS_BASE, DROP)
-        kept = key_of(tau) > _limits_of(limits, t, flat, lanes, COMPUTE, True, CHUNK)
-        magnitude = tl.abs(tau).to(tl.float64)
-        tl.store(norms + t * group_chunks, tl.sum(magnitude))
-        tl.store(norms + (num_tasks + t) * group_chunks, tl.sum(tl.where(kept, magnitude, 0.0)))
-
-
-@triton.jit
-def _sum_of_chunks(norms, first, count, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float64)
-    for at in range(0, count, BLOCK):
-        lanes = at + tl.arange(0, BLOCK)
-        total += tl.load(norms + first + lanes, mask=lanes < count, other=0.0)
-    return tl.sum(total)
-
-
-@triton.jit
-def _rescale(
-    table, columns, num_tasks, norms, group_chunks, rescales,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The factor that gives a trimmed task vector of one tensor its norm back.  # rescales: [num_parts, num_tasks]"""
-    part, t = tl.program_id(0), tl.program_id(1)
-    row = table + part.to(tl.int64) * columns
-    first, count = tl.load(row + FIRST_CHUNK), (tl.load(row + NUMEL) + CHUNK - 1) // CHUNK
-    norm_before = _sum_of_chunks(norms + t * group_chunks, first, count, BLOCK)
-    norm_after = _sum_of_chunks(norms + (num_tasks + t) * group_chunks, first, count, BLOCK)
-    before, after = norm_before.to(COMPUTE).to(STORED).to(COMPUTE), norm_after.to(COMPUTE).to(STORED).to(COMPUTE)
-    small = tl.full([], 1e-7, tl.float64).to(COMPUTE)
-    # A norm past the dtype's range would make the ratio NaN; the norms themselves are fine.
-    infinite = (before == float("inf")) | (after == float("inf"))
-    ratio = tl.where(infinite, (norm_before / norm_after).to(COMPUTE), divide(before, after))
-    factor = tl.where((before < small) | (after < small), 1.0, ratio.to(STORED).to(COMPUTE))
-    tl.store(rescales + part * num_tasks + t, factor)
 
 
 class Merger:
@@ -406,7 +155,7 @@ class Merger:
         sign_sum = torch.zeros(1, dtype=torch.int64, device=scope.device)
         launches = []
         for group in scope.groups:
-            rescales = self._rescales(scope, group, limits) if self.rescale else None
+            rescales = rescales_of(scope, group, limits, self.nonfinite) if self.rescale else None
             draws = torch.zeros(max(1, group.num_chunks), dtype=torch.int32, device=scope.device)
             arguments_ = (scope.num_tasks, limits, group.numbers, rescales, finite.found, sign_sum, draws)
             launches.append((group, arguments_))
@@ -430,19 +179,6 @@ class Merger:
         limits = given_limits(self.thresholds, self.cuts, scope)
         finite.count()
         return limits
-
-    def _rescales(self, scope: Scope, group: Group, limits: Tensor) -> Tensor:
-        norms = torch.empty(2 * scope.num_tasks * group.num_chunks, dtype=torch.float64, device=scope.device)
-        rescales = torch.empty(len(group.table), scope.num_tasks, dtype=scope.compute, device=scope.device)
-        _norms[(group.num_chunks,)](
-            *group.place, scope.num_tasks, limits, norms, group.num_chunks, **group.dtypes, HAS_BASE=scope.has_base,
-            DROP=self.nonfinite == "drop", ALIGNED=group.aligned, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
-        _rescale[(len(group.table), scope.num_tasks)](
-            group.table, group.table.shape[1], scope.num_tasks, norms, group.num_chunks, rescales, **group.dtypes,
-            CHUNK=CHUNK, BLOCK=SUMS_AT_ONCE, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-        return rescales
 
 
 def given_limits(thresholds: Tensor, cuts: Sequence[int] | None, scope: Scope) -> Tensor:

@@ -110,20 +110,21 @@ def test_a_range_that_misses_the_threshold_is_corrected(
     first: float, dtype: torch.dtype, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from surgery_kernels.triton import trim
+    from surgery_kernels.triton.trim_rounds import LAST, THRESHOLD
 
     base, experts = inputs(gaussian, 3_000, 2, dtype)
     experts = [expert - base for expert in experts]
-    start = trim._start_from_sample
+    start = trim.start_from_sample
 
     def misled(scope: Any, state: Tensor, *rest: Any) -> None:
         start(scope, state, *rest)
         compute = scope.compute
         around = reference.trim_thresholds(None, experts, density=0.2).to(compute) * first
         keys = around.to(dtype).to(compute).view(torch.int64 if scope.wide else torch.int32).to(torch.int64)
-        state[:, trim.LAST.value] -= state[:, trim.THRESHOLD.value] - keys.to(gpu)
-        state[:, trim.THRESHOLD.value] = keys.to(gpu)
+        state[:, LAST.value] -= state[:, THRESHOLD.value] - keys.to(gpu)
+        state[:, THRESHOLD.value] = keys.to(gpu)
 
-    monkeypatch.setattr(trim, "_start_from_sample", misled)
+    monkeypatch.setattr(trim, "start_from_sample", misled)
     check(gpu, None, experts, density=[0.2, 0.2])
 
 
@@ -132,11 +133,12 @@ def test_ties_at_zero_below_a_range_that_starts_at_the_smallest_number(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from surgery_kernels.triton import trim
+    from surgery_kernels.triton.trim_rounds import LAST, SHIFT, THRESHOLD
 
     def misled(scope: Any, state: Tensor, *_: object) -> None:
-        state[:, trim.THRESHOLD.value], state[:, trim.LAST.value], state[:, trim.SHIFT.value] = 1, 1000, 0
+        state[:, THRESHOLD.value], state[:, LAST.value], state[:, SHIFT.value] = 1, 1000, 0
 
-    monkeypatch.setattr(trim, "_start_from_sample", misled)
+    monkeypatch.setattr(trim, "start_from_sample", misled)
     base, experts = inputs(sparse, 3_000, 2, torch.float32)
     check_limits(gpu, [base], experts, density=[0.5, 0.3], semantics="mergekit")
 

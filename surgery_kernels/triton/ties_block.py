@@ -1,0 +1,178 @@
+"""A block of parameters merged by TIES: what every expert brings, the election, the merge, and its rounding."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .addresses import BASE, EXPERTS, NUMEL, OUT, divide, load, store
+from .finite import key_of, task_vector
+from .trim_rounds import CUT, FIELDS, THRESHOLD
+
+
+@triton.jit
+def limits_of(limits, t, flat, lanes, COMPUTE: tl.constexpr, CUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The keys above which entries are kept: never negative, as 0 adds nothing, and never NaN."""
+    threshold = tl.load(limits + t * FIELDS + THRESHOLD)
+    if COMPUTE == tl.float64:  # noqa: SIM300
+        infinity = tl.full([], 0x7FF0000000000000, tl.int64)
+        with_ties = tl.maximum(tl.minimum(threshold - 1, infinity), 0)
+        without = tl.minimum(threshold, infinity)
+    else:
+        with_ties = tl.maximum(tl.minimum(threshold - 1, 0x7F800000), 0).to(tl.int32)
+        without = tl.minimum(threshold, 0x7F800000).to(tl.int32)
+    if CUTS:
+        before_cut = tl.minimum(tl.maximum(tl.load(limits + t * FIELDS + CUT) - flat, 0), BLOCK).to(tl.int32)
+        return tl.where(lanes < before_cut, with_ties, without)
+    else:
+        return with_ties
+
+
+@triton.jit
+def _entry(
+    row, t, base, at, lanes, left, flat, limits, numbers, rescales,
+    RULE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_RESCALES: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What an expert brings to the election and to the sum, and whether that is kept, positive, negative."""
+    x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+    tau = task_vector(x, base, STORED, HAS_BASE, DROP)
+    limit = limits_of(limits, t, flat, lanes, COMPUTE, CUTS, BLOCK)
+    kept = key_of(tau) > limit
+    summed = tau
+    if RULE == "mergekit" or RULE == "mergekit_all":
+        if HAS_RESCALES:
+            tau = (tau * tl.load(rescales + t).to(COMPUTE)).to(STORED).to(COMPUTE)
+        if HAS_WEIGHTS:
+            tau = (tau * tl.load(numbers + 2 + t).to(COMPUTE)).to(STORED).to(COMPUTE)
+        summed = tau
+    if RULE == "peft" and HAS_WEIGHTS:
+        summed = tau * tl.load(numbers + 2 + t).to(COMPUTE)
+    return tau, summed, kept, kept & (tau > 0), kept & (tau < 0)
+
+
+@triton.jit
+def _elect(total, positives, negatives, RULE: tl.constexpr, ELECT: tl.constexpr):
+    """Where plus and minus are elected, and where neither; under mergekit and PEFT a draw elects plus."""
+    mass = total
+    if ELECT == "count":
+        mass = (positives - negatives).to(total.dtype)
+    plus, minus = mass > 0, mass < 0
+    drawn = ~(plus | minus)
+    if RULE == "mergekit" or RULE == "peft":
+        plus = ~minus
+    return plus, minus, drawn
+
+
+@triton.jit
+def _finish(
+    total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base, lam,
+    RULE: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
+):  # fmt: skip
+    # Draws without a sign sum the negative entries, as the official code does; its max multiplies by the sign, 0.
+    merged = tl.where(plus, positive, negative)
+    if RULE == "paper_max":
+        merged = tl.where(plus | minus, merged, 0.0)
+    if RULE != "peft":
+        merged = merged.to(STORED).to(COMPUTE)
+    if DIVIDE:
+        if RULE == "mergekit" and HAS_WEIGHTS:
+            divisor = tl.where(plus, positive_weight, negative_weight).to(STORED).to(COMPUTE)
+        else:
+            divisor = tl.where(plus, positives, negatives).to(COMPUTE)
+        merged = divide(merged, tl.where(divisor == 0, 1.0, divisor))
+        if RULE == "mergekit":
+            merged = merged.to(STORED).to(COMPUTE)
+    merged = merged * lam
+    if RULE == "mergekit" or RULE == "paper_max" or (RULE == "paper" and not DIVIDE):
+        merged = merged.to(STORED).to(COMPUTE)
+    if HAS_BASE:
+        merged = base + merged
+    return tl.where(total == total, merged, total)  # a NaN among the kept entries reaches the output
+
+
+@triton.jit
+def _finish_all(
+    total, base, numbers,
+    DIVIDE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
+):  # fmt: skip
+    """The sum of all entries, as mergekit rounds it without an election."""
+    merged = total.to(STORED).to(COMPUTE)
+    if DIVIDE:
+        divisor = tl.load(numbers + 1).to(COMPUTE) + tl.zeros_like(merged)
+        merged = divide(merged, divisor).to(STORED).to(COMPUTE)
+    merged = (merged * tl.load(numbers).to(COMPUTE)).to(STORED).to(COMPUTE)
+    if HAS_BASE:
+        merged = base + merged
+    return merged
+
+
+@triton.jit
+def merge_block(
+    row, at, left, flat, num_tasks, limits, numbers, rescales, draw_sign,
+    RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_RESCALES: tl.constexpr, SPLIT: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count."""
+    lanes = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], COMPUTE)
+    base = zeros
+    if HAS_BASE:
+        base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+    total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
+    positives = tl.zeros([BLOCK], tl.int32)
+    negatives = positives
+    for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
+        elected, summed, kept, up, down = _entry(
+            row, t, base, at, lanes, left, flat, limits, numbers, rescales,
+            RULE, HAS_WEIGHTS, HAS_RESCALES, STORED, COMPUTE, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED, BLOCK,
+        )  # fmt: skip
+        total = total + tl.where(kept, elected, 0.0)
+        if RULE == "paper_max":
+            positive = tl.where(up & ~(positive > summed), summed, positive)
+            negative = tl.where(down & ~(summed > negative), summed, negative)
+        else:
+            positive = positive + tl.where(up, summed, 0.0)
+            negative = negative + tl.where(down, summed, 0.0)
+        positives += up.to(tl.int32)
+        negatives += down.to(tl.int32)
+        if RULE == "mergekit" and HAS_WEIGHTS:
+            weight = tl.load(numbers + 2 + t).to(COMPUTE)
+            positive_weight = positive_weight + tl.where(up, weight, 0.0)
+            negative_weight = negative_weight + tl.where(down, weight, 0.0)
+    plus, minus, drawn = _elect(total, positives, negatives, RULE, ELECT)
+    sign_sum = tl.sum(plus.to(tl.int32) - minus.to(tl.int32))
+    draws = tl.sum((drawn & (positives > 0)).to(tl.int32))
+    if RULE == "paper" or RULE == "paper_max":
+        plus, minus = plus | (drawn & (draw_sign > 0)), minus | (drawn & (draw_sign < 0))
+    if SPLIT:
+        numel = tl.load(row + NUMEL)
+        if ALIGNED_ROWS:
+            numel = tl.multiple_of(numel, 16)
+        for t in range(num_tasks):
+            elected, summed, kept, up, down = _entry(
+                row, t, base, at, lanes, left, flat, limits, numbers, rescales,
+                RULE, HAS_WEIGHTS, HAS_RESCALES, STORED, COMPUTE, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED, BLOCK,
+            )  # fmt: skip
+            # a NaN total elects nobody; its entries stay visible
+            visible = tl.where(plus, up, down) | (kept & (total != total))
+            if RULE == "mergekit_all":
+                visible = kept
+            agreeing = tl.where(visible, summed, 0.0)
+            store(agreeing, tl.load(row + OUT), t * numel + at, lanes, left, STORED, WHOLE, ALIGNED and ALIGNED_ROWS)
+    elif RULE == "mergekit_all":
+        merged = _finish_all(total, base, numbers, DIVIDE, STORED, COMPUTE, HAS_BASE)
+        store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
+    else:
+        lam = tl.load(numbers).to(COMPUTE)
+        merged = _finish(
+            total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base, lam,
+            RULE, DIVIDE, HAS_WEIGHTS, STORED, COMPUTE, HAS_BASE,
+        )  # fmt: skip
+        store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
+    return sign_sum, draws
