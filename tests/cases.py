@@ -159,6 +159,19 @@ def option_id(value: Any) -> str | None:
     return getattr(value, "__name__", None)
 
 
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values [12, 21] at other strides or addresses."""
+    if layout == "transposed":
+        return x.t().contiguous().t()
+    if layout == "strided":
+        wide = torch.full((24, 63), math.nan, dtype=x.dtype)
+        wide[::2, ::3] = x
+        return wide[::2, ::3]
+    shifted = torch.full((x.numel() + 1,), math.nan, dtype=x.dtype)
+    shifted[1:] = x.reshape(-1)
+    return shifted[1:].view(x.shape)
+
+
 def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal in dtype, shape and every value, NaN equal to NaN."""
     assert actual.dtype == expected.dtype, f"{what} dtype {actual.dtype}, expected {expected.dtype}"

@@ -10,59 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery_kernels import reference, surgery_adapter
+from surgery_kernels import reference
+from tests.adapter_cases import problem, token_major, weights_like, wide
+from tests.adapter_cases import results_of as expected_of
 from tests.borders import guarded_results, in_poisoned_memory
 from tests.cases import DTYPES, bits, generator, option_id
 
+pytestmark = pytest.mark.any_isa
+
 kernels = pytest.importorskip("surgery_kernels.triton.surgery_adapter", reason="there is no Triton for this platform")
 adapter_kernels = importlib.import_module("surgery_kernels.triton.adapter_kernels")
-pytestmark = pytest.mark.any_isa
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 OPS = torch.ops.surgery_kernels
 BLOCK = 64  # rows that a program takes
 NAMES = ["corrected", "means", "features", "down", "up"]
-
-Problem = tuple[Tensor, Tensor, Tensor]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def problem(
-    shape: tuple[int, ...], rank: int, dtype: torch.dtype = torch.float32, num_tasks: int | None = None
-) -> Problem:
-    """Gaussian features, and adapters that move them by about as much as they are."""
-    g = generator(shape, rank, num_tasks)
-    num_tasks, dim = shape[0] if num_tasks is None else num_tasks, shape[-1]
-    features = torch.randn(shape, generator=g, dtype=torch.float64)
-    down = torch.randn(num_tasks, rank, dim, generator=g, dtype=torch.float64) / max(dim, 1) ** 0.5
-    up = torch.randn(num_tasks, dim, rank, generator=g, dtype=torch.float64) / max(rank, 1) ** 0.5
-    return features.to(dtype), down.to(wide(dtype)), up.to(wide(dtype))
-
-
-def weights_like(x: Tensor) -> Tensor:
-    """The incoming gradient of x: uneven, exact in every dtype."""
-    return ((torch.arange(x.numel(), device=x.device) * 7 % 33 - 16) / 16).reshape(x.shape).to(x.dtype)
-
-
-def token_major(features: Tensor) -> Tensor:
-    """[num_tasks, batch, tokens, dim] as a view of [tokens, num_tasks * batch, dim]."""
-    return features.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-
-
-def expected_of(
-    adapter: Callable[..., Any], features: Tensor, down: Tensor, up: Tensor, **options: Any
-) -> list[Tensor]:
-    """Corrected features, means where asked for, and the gradients of features, down and up, by autograd."""
-    leaves = [x.detach().requires_grad_() for x in (features, down, up)]
-    results = adapter(*leaves, **options)
-    results = list(results) if options.get("token_mean") else [results]
-    gradients = torch.autograd.grad(results, leaves, [weights_like(x) for x in results])
-    return [*(x.detach() for x in results), *gradients]
 
 
 def results_of(
@@ -73,7 +35,7 @@ def results_of(
     task_index: Tensor | None = None,
     token_mean: bool = False,
 ) -> list[Tensor]:
-    """The same of the kernels, back on the CPU."""
+    """What expected_of gives, of the kernels, back on the CPU."""
     inputs = [in_poisoned_memory(x.to(gpu)) for x in (features, down, up)]
     index = None if task_index is None else task_index.to(gpu)
     corrected, means, hidden = kernels.surgery_adapter(*inputs, index, token_mean, True)
@@ -371,125 +333,3 @@ def test_what_would_corrupt_memory_is_refused(gpu: torch.device) -> None:
     for message, call in refused:
         with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
             call()
-
-
-def on_gpu(given: Problem) -> list[Tensor]:
-    return [x.cuda() for x in given]
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
-def test_the_public_op_agrees_with_the_cpu(dtype: torch.dtype) -> None:
-    given = problem((3, 4, 50, 33), 5, dtype)
-    for token_mean in (False, True):
-        expected = expected_of(surgery_adapter, *given, token_mean=token_mean)
-        actual = expected_of(surgery_adapter, *on_gpu(given), token_mean=token_mean)
-        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
-        for x, y in zip(actual, expected, strict=True):
-            assert x.device.type == "cuda"
-            assert (x.shape, x.dtype) == (y.shape, y.dtype)
-            assert (x.cpu().double() - y.double()).norm() <= tolerance * y.double().norm()
-
-
-@needs_gpu
-@pytest.mark.parametrize("indexed", [False, True], ids=["grouped", "indexed"])
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=option_id)
-def test_opcheck(adapter_dtype: torch.dtype, indexed: bool) -> None:
-    features, down, up = on_gpu(problem((3, 4, 5, 8), 6))
-    features, down, up = features.to(adapter_dtype), down.to(adapter_dtype), up.to(adapter_dtype)
-    index = torch.arange(12, device="cuda") % 3 if indexed else None
-    features = features.flatten(0, 1) if indexed else token_major(features)
-    inputs = (features, down, up)
-    torch.library.opcheck(OPS.surgery_adapter, (*inputs, index, True, False))
-    corrected, means, hidden = OPS.surgery_adapter(*inputs, index, True, True)
-    for need in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(OPS.surgery_adapter_backward, (corrected, means, *inputs, index, hidden, *need))
-    leaves = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(OPS.surgery_adapter, (*leaves, index, True, True))
-
-
-@needs_gpu
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_compiled(autocast: bool, dynamic: bool) -> None:
-    def step(features: Tensor, down: Tensor, up: Tensor, token_mean: bool = True) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            return surgery_adapter(features * 2, down, up, token_mean=token_mean)
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
-    for shape in ((2, 3, 5, 32), (2, 4, 7, 32)):
-        given = on_gpu(problem(shape, 6))
-        for x, y in zip(
-            expected_of(compiled, *given, token_mean=True), expected_of(step, *given, token_mean=True), strict=True
-        ):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-
-
-@needs_gpu
-@pytest.mark.parametrize("indexed", [False, True], ids=["grouped", "indexed"])
-def test_cuda_graph(indexed: bool) -> None:
-    """Forward and backward are captured, and replayed with other features: nothing looks at the device."""
-    features, down, up = on_gpu(problem((12, 50, 64), 16, num_tasks=3))
-    index = torch.arange(12, device="cuda") % 3 if indexed else None
-    shaped = features if indexed else features.unflatten(0, (3, 4))
-
-    def step() -> list[Tensor]:
-        return expected_of(surgery_adapter, shaped, down, up, task_index=index, token_mean=True)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    features.copy_(torch.randn(features.shape, generator=generator(5)))
-    graph.replay()
-    for x, y in zip(captured, step(), strict=True):
-        assert torch.equal(x, y)
-
-
-@needs_gpu
-def test_side_stream() -> None:
-    given = on_gpu(problem((2, 3, 50, 64), 16))
-    expected = expected_of(surgery_adapter, *given)
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)  # what runs on another stream reads the features before they are doubled
-        doubled = [given[0] * 2, *given[1:]]
-        actual = expected_of(surgery_adapter, doubled[0] / 2, *doubled[1:])
-    side.synchronize()
-    for x, y in zip(actual, expected, strict=True):
-        assert torch.equal(x, y)
-
-
-@needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current_one() -> None:
-    given = problem((2, 3, 50, 64), 16)
-    expected = expected_of(surgery_adapter, *on_gpu(given))
-    for x, y in zip(expected_of(surgery_adapter, *(x.to("cuda:1") for x in given)), expected, strict=True):
-        assert x.device.index == 1
-        assert torch.equal(x.cpu(), y.cpu())
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=option_id)
-@pytest.mark.parametrize("wide_features", [False, True], ids=["narrow", "wide"])
-def test_autocast_is_like_a_pair_of_linear_layers(dtype: torch.dtype, wide_features: bool) -> None:
-    """Dtype of the result, dtype of the gradients, and at most twice the error; adapters stay in float32."""
-    features, down, up = on_gpu(problem((1, 64, 128), 16))
-    if not wide_features:
-        features = features.to(dtype)
-
-    def pair(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return features - nn.functional.linear(nn.functional.linear(features, down[0]).relu(), up[0])
-
-    exact = expected_of(reference.surgery_adapter, features.double(), down.double(), up.double())
-    with torch.autocast("cuda", dtype):
-        expected, actual = (expected_of(x, features, down, up) for x in (pair, surgery_adapter))
-    for x, y, z in zip(actual, expected, exact, strict=True):
-        assert x.dtype == y.dtype
-        assert (x.double() - z).norm() <= 2 * (y.double() - z).norm() + 1e-6 * z.norm()

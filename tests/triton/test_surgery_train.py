@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from surgery_kernels import reference, surgery_train
 from surgery_kernels.surgery import attach, fit
+from tests import train_cases
 from tests.borders import in_poisoned_memory, is_intact
 from tests.cases import DTYPES, bits, generator, option_id
+from tests.train_cases import Problem
 
 kernels = pytest.importorskip("surgery_kernels.triton.surgery_train", reason="there is no Triton for this platform")
 pytestmark = pytest.mark.any_isa
@@ -23,56 +25,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 OPS = torch.ops.surgery_kernels
 
 
-class Problem(NamedTuple):
-    features: list[Tensor]
-    targets: list[Tensor]
-    down: Tensor
-    up: Tensor
-    down_moments: Tensor
-    up_moments: Tensor
-    indices: Tensor
-
-    @property
-    def moved(self) -> tuple[Tensor, ...]:
-        return self[2:6]
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        return Problem(*([change(x) for x in group] for group in self[:2]), *map(change, self[2:]))
-
-    def clone(self) -> Problem:
-        return self._replace(**{name: getattr(self, name).clone() for name in self._fields[2:6]})
-
-    def double(self) -> Problem:
-        return Problem(*([x.double() for x in group] for group in self[:2]), *(x.double() for x in self.moved), self[6])
-
-
-def problem(
-    num_tasks: int = 2,
-    dim: int = 33,
-    rank: int = 5,
-    steps: int = 3,
-    batch: int = 16,
-    images: int = 40,
-    dtype: torch.dtype = torch.float32,
-    started: bool = False,
-) -> Problem:
-    """Targets a step away from the features; tasks differ in their number of images. `started`: not the first step."""
-    g = generator(num_tasks, dim, rank, steps, batch, images)
-    compute = torch.promote_types(dtype, torch.float32)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    features = [normal(images + 3 * t, dim) for t in range(num_tasks)]
-    targets = [x + 0.3 * normal(*x.shape) + 0.2 for x in features]
-    down = normal(num_tasks, rank, dim) / max(dim, 1) ** 0.5
-    up = 0.1 * normal(num_tasks, dim, rank) if started else torch.zeros(num_tasks, dim, rank, dtype=torch.float64)
-    moments = [torch.zeros(2, *x.shape, dtype=torch.float64) for x in (down, up)]
-    for x in moments if started else []:
-        x[0], x[1] = 1e-3 * normal(*x[0].shape), 1e-6 * normal(*x[0].shape).square()
-    indices = torch.stack([torch.randint(0, len(x), (steps, batch), generator=g) for x in features], dim=1)
-    stored = [[x.to(dtype) for x in group] for group in (features, targets)]
-    return Problem(*stored, down.to(compute), up.to(compute), *(x.to(compute) for x in moments), indices)
+def problem(**options: Any) -> Problem:
+    """A smaller one: the interpreter is slow."""
+    return train_cases.problem(**{"num_tasks": 2, "steps": 3, **options})
 
 
 def trained(train: Callable[..., Tensor], given: Problem, **options: Any) -> list[Tensor]:
