@@ -20,12 +20,6 @@ from tests.encoders import BATCH, CASES, NUM_FEATURES, WIDTH, Case, Encoder, mad
 pytestmark = pytest.mark.any_isa
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restored_threads: None) -> None:
-    """On models this small, threads wait for each other longer than they work."""
-    torch.set_num_threads(1)
-
-
 TASKS = ["a", "b", "c"]
 MIXED = torch.tensor([2, 0, 1, 1, 0, 2])
 

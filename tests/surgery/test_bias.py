@@ -30,12 +30,6 @@ from tests.encoders import CASES, NUM_FEATURES, WIDTH, Case, Encoder, made, pert
 pytestmark = pytest.mark.any_isa
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restored_threads: None) -> None:
-    """On models this small, threads wait for each other longer than they work."""
-    torch.set_num_threads(1)
-
-
 SITES = ["blocks.0", "blocks.1", ""]
 
 
