@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import reference, ties_merge
-from tests.cases import (
-    DTYPES,
-    SEMANTICS,
-    assert_same,
-    gaussian,
-    grid,
-    inputs,
-    laid_out,
-    option_id,
-)
+from tests.cases import DTYPES, SEMANTICS, assert_same, gaussian, grid, inputs, laid_out, option_id
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)

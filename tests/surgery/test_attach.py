@@ -19,7 +19,6 @@ from tests.encoders import BATCH, CASES, NUM_FEATURES, WIDTH, Case, Encoder, mad
 
 pytestmark = pytest.mark.any_isa
 
-
 TASKS = ["a", "b", "c"]
 MIXED = torch.tensor([2, 0, 1, 1, 0, 2])
 

@@ -29,7 +29,6 @@ from tests.encoders import CASES, NUM_FEATURES, WIDTH, Case, Encoder, made, pert
 
 pytestmark = pytest.mark.any_isa
 
-
 SITES = ["blocks.0", "blocks.1", ""]
 
 
