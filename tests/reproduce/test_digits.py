@@ -1,3 +1,5 @@
+"""The digits experiment: merges, repairs, tables, and the command."""
+
 from __future__ import annotations
 
 import json
@@ -6,191 +8,27 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 
-from surgery_kernels.reproduce import ablations, digits, eager, experts
+from surgery_kernels.reproduce import ablations, digits, eager
 from surgery_kernels.reproduce.__main__ import main
 from surgery_kernels.reproduce.experts import Config, load_experts, one_thread
 from surgery_kernels.reproduce.merges import merge
 from surgery_kernels.reproduce.methods import MERGES
 from surgery_kernels.reproduce.repair import Job, Outcome, Setting, run_job, run_jobs
 from surgery_kernels.reproduce.report import average, table
-from surgery_kernels.reproduce.tasks import PATCH_ORDER, TASKS, TRANSFORMS, Split, load_splits
+from surgery_kernels.reproduce.tasks import TASKS
 from surgery_kernels.reproduce.timing import published_setting, time_surgery, time_ties
-from surgery_kernels.reproduce.training import accuracy, frozen_heads
-from surgery_kernels.reproduce.vit import VisionTransformer
 from surgery_kernels.surgery import fit
+from tests.tiny_digits import CHECKPOINTS, TINY, saved
 
 pytestmark = pytest.mark.any_isa
 
-TINY = Config(width=8, depth=2, num_heads=2, num_features=6, pretrain_steps=2, expert_steps=2, multi_task_steps=2)
 SITES = ["blocks.0", "blocks.1", ""]  # of TINY
 BANDS_HOLD_FOR = {0: ("weight averaging", "task arithmetic", "TIES"), 1: ("task arithmetic",), 2: ("TIES",)}  # seeds
 PLOTS = ("accuracy_by_task.png", "average_accuracy.png", "bias_by_depth.png", "features.png")
-CHECKPOINTS = {"pretrained", "multi-task", *(f"expert-{name}" for name in TASKS)}
-
-
-def saved(folder: Path) -> dict[str, bytes]:
-    return {path.stem: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
-@pytest.fixture(scope="module")
-def splits() -> tuple[Split, Split]:
-    return load_splits(seed=0, test_fraction=0.3)
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    load_experts(TINY, folder)
-    return folder
-
-
-def test_transforms_are_the_ones_named() -> None:
-    image = np.arange(64, dtype=np.float32).reshape(8, 8) / 64
-    shuffled = np.empty_like(image)
-    for to, source in enumerate(PATCH_ORDER):
-        (row, column), (from_row, from_column) = divmod(to, 4), divmod(source, 4)
-        shuffled[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = image[
-            2 * from_row : 2 * from_row + 2, 2 * from_column : 2 * from_column + 2
-        ]
-    expected = {
-        "identity": image,
-        "rot90": np.rot90(image),
-        "invert": -image,
-        "transpose": image.T,
-        "rot180": image[::-1, ::-1],
-        "flip": image[:, ::-1],
-        "shuffle": shuffled,
-        "invert+rot270": -np.rot90(image, 3),
-    }
-    assert list(TRANSFORMS) == list(expected)
-    images = torch.from_numpy(np.stack([image, image + 1]))
-    for name, transform in TRANSFORMS.items():
-        np.testing.assert_array_equal(transform(images)[0].numpy(), expected[name], err_msg=name)
-    assert sorted(PATCH_ORDER) == list(range(16))
-
-
-def test_splits_share_out_the_dataset(splits: tuple[Split, Split]) -> None:
-    train, test = splits
-    assert train.images.shape == (8, 1257, 8, 8) and test.images.shape == (8, 540, 8, 8)
-    pixels = (torch.cat([train.images[0], test.images[0]]).reshape(-1, 64) + 1) * 8
-    labelled = torch.cat([pixels, torch.cat([train.labels, test.labels])[:, None]], dim=1)
-    whole = load_digits()
-    assert sorted(labelled.tolist()) == sorted(np.column_stack([whole.data, whole.target]).tolist())
-    assert all(50 <= count <= 58 for count in test.labels.bincount())
-    assert torch.equal(load_splits(0, 0.3)[1].labels, test.labels)
-    assert not torch.equal(load_splits(1, 0.3)[1].labels, test.labels)
-
-
-def test_tasks_conflict(splits: tuple[Split, Split]) -> None:
-    """Nearest class mean: right on its own task, and lost on every other."""
-    train, test = splits
-    means = torch.stack(
-        [train.images[:, train.labels == label].mean(1) for label in range(10)], dim=1
-    )  # [num_tasks, classes, 8, 8]
-    for fitted, own in enumerate(means.flatten(2)):
-        for task, images in enumerate(test.images.flatten(2)):
-            correct = (torch.cdist(images, own).argmin(1) == test.labels).float().mean()
-            assert correct > 0.85 if task == fitted else correct < 0.5, (TASKS[fitted], TASKS[task])
-
-
-def test_heads_are_noisy_prototypes() -> None:
-    prototypes, heads = frozen_heads(num_features=32, noise=0.8, seed=3)
-    assert heads.shape == prototypes.shape == (8, 10, 32)
-    torch.testing.assert_close(heads.norm(dim=-1), torch.ones(8, 10))
-    assert not heads.requires_grad
-    assert torch.equal(prototypes[0], prototypes[7]) and not torch.equal(heads[0], heads[7])
-    assert 0.6 < (prototypes * heads).sum(-1).mean() < 0.9  # cosine: 1 / sqrt(1 + 0.8^2) = 0.78
-    assert all(map(torch.equal, frozen_heads(32, 0.8, 3), (prototypes, heads)))
-    torch.testing.assert_close(*frozen_heads(32, 0.0, 3))
-
-
-def test_accuracy_uses_the_head_of_the_task() -> None:
-    labels = torch.arange(10)
-    data = Split(labels.float().reshape(1, 10, 1, 1).expand(2, 10, 8, 8), labels)
-
-    def encoder(images: torch.Tensor) -> torch.Tensor:
-        return torch.eye(10)[images[:, 0, 0].long()]
-
-    heads = torch.stack([torch.eye(10), torch.eye(10).roll(1, 0)])
-    heads[0, 9] = 0
-    assert accuracy(encoder, heads, data, 0) == 90
-    assert accuracy(encoder, heads, data, 1) == 0
-
-
-def test_encoder_is_embed_blocks_and_projection() -> None:
-    encoder = VisionTransformer(width=8, depth=3, num_heads=2, num_features=6)
-    images = torch.randn(5, 8, 8)
-    tokens = encoder.embed(images)
-    assert tokens.shape == (5, 17, 8)
-    for block in encoder.blocks:
-        tokens = block(tokens)
-    assert torch.equal(encoder(images), encoder.projection(encoder.norm(tokens[:, 0])))
-
-
-def test_training_makes_experts(tmp_path: Path) -> None:
-    config = replace(TINY, depth=1, width=32, num_features=32, expert_steps=60, expert_rate=5e-3)
-    made = load_experts(config, tmp_path)
-    for task, expert in enumerate(made.experts):
-        before = accuracy(config.encoder(made.pretrained), made.heads, made.test, task)
-        after = accuracy(config.encoder(expert), made.heads, made.test, task)
-        assert after > before + 10, TASKS[task]
-
-
-def test_seed_decides_every_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(99)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    load_experts(TINY, tmp_path / "again")
-    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
-    load_experts(replace(TINY, seed=1), tmp_path / "other")
-    expected, other = saved(tiny_folder), saved(tmp_path / "other")
-    assert set(expected) == CHECKPOINTS
-    assert len(set(expected.values())) == len(expected)
-    assert saved(tmp_path / "again") == expected
-    assert all(other[name] != expected[name] for name in expected)
-
-
-def test_only_missing_checkpoints_are_trained(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = saved(tiny_folder)
-    for name, content in expected.items():
-        (tmp_path / f"{name}.safetensors").write_bytes(content)
-    (tmp_path / "expert-flip.safetensors").unlink()
-    trained = []
-    train = experts.train
-    monkeypatch.setattr(
-        experts, "train", lambda *args, **kwargs: (trained.append(kwargs["tasks"]), train(*args, **kwargs))
-    )
-    load_experts(TINY, tmp_path)
-    assert trained == [[TASKS.index("flip")]]
-    assert saved(tmp_path) == expected
-
-
-def test_a_stopped_run_leaves_no_broken_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(state: dict[str, torch.Tensor], path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(experts, "save_file", fail)
-        load_experts(TINY, tmp_path)
-    assert not saved(tmp_path)
-
-
-def test_fingerprint_follows_settings_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Config().fingerprint() == Config().fingerprint()
-    assert len({Config().fingerprint(), Config(seed=1).fingerprint(), Config(expert_steps=101).fingerprint()}) == 3
-    before = Config().fingerprint()
-    changed = tmp_path / "vit.py"
-    changed.write_text("width = 65\n")
-    monkeypatch.setattr(experts.vit, "__file__", str(changed))
-    assert Config().fingerprint() != before
 
 
 def test_merges_follow_their_formulas(tiny_folder: Path) -> None:
