@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import importlib
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import merge
-from surgery_kernels.checkpoint.reading.opening import open_checkpoint
-from surgery_kernels.recipes.recipe import RECIPE_METHODS
-from tests.cases import Inputs, assert_same, bits, gaussian, grid, inputs, option_id
-from tests.checkpoints import save_safetensors
+from tests.cases import Inputs, assert_same, grid, inputs, option_id
+from tests.llama_checkpoints import (
+    CONFIG,
+    DENSITIES,
+    HEAD,
+    NUMBERS,
+    VOCABULARY,
+    Data,
+    Merges,
+    assert_same_bits,
+    gaussians,
+    models,
+    recipe,
+    save,
+    save_one,
+    written,
+)
 from tests.untied import untied
 
 pytestmark = pytest.mark.any_isa
 
-StateDict = dict[str, Tensor]
-Data = Callable[[Sequence[int], int, torch.dtype], Inputs]
-Merges = Callable[..., tuple[StateDict, StateDict]]
-
-LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 8, 16, 40
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": HIDDEN,
-    "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu",
-}  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DENSITIES = [0.2, 0.55, 1.0, 0.37]
-NUMBERS = [{"weight": w, "density": d} for w, d in zip([1.0, 0.5, -0.3, 0.7], DENSITIES, strict=True)]
 
 # of the experts, and of all
 Settings = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]
@@ -74,97 +70,8 @@ SETTINGS: dict[str, Settings] = {
 }
 
 
-def llama_shapes(vocabulary: int = VOCABULARY) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, WIDTH)}
-    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
-        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
-        shapes |= {f"{layer}.mlp.{name}_proj.weight": (HIDDEN, WIDTH) for name in ("gate", "up")}
-        shapes[f"{layer}.mlp.down_proj.weight"] = (WIDTH, HIDDEN)
-        shapes |= {f"{layer}.{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
-    return {**shapes, "model.norm.weight": (WIDTH,), HEAD: (vocabulary, WIDTH)}
-
-
-def models(data: Data, dtype: torch.dtype, num_tasks: int = 3) -> list[StateDict]:
-    """The base and the experts."""
-    state_dicts: list[StateDict] = [{} for _ in range(1 + num_tasks)]
-    for name, shape in llama_shapes().items():
-        base, experts = data(shape, num_tasks, dtype)
-        for state_dict, tensor in zip(state_dicts, [base, *experts], strict=True):
-            state_dict[name] = tensor.clone()
-    return state_dicts
-
-
-def gaussians(shape: Sequence[int], num_tasks: int, dtype: torch.dtype) -> Inputs:
-    return inputs(gaussian, shape, num_tasks, dtype)
-
-
 def multiples(shape: Sequence[int], num_tasks: int, dtype: torch.dtype) -> Inputs:
     return inputs(grid, shape, num_tasks, dtype)
-
-
-def save(folder: Path, state_dicts: Sequence[StateDict], **config: Any) -> list[str]:
-    names = ["base", *(f"expert{t}" for t in range(len(state_dicts) - 1))]
-    return [save_one(folder / name, tensors, **config) for name, tensors in zip(names, state_dicts, strict=True)]
-
-
-def save_one(folder: Path, tensors: StateDict, **config: Any) -> str:
-    sizes = {"dtype": option_id(tensors[EMBEDDING].dtype), "vocab_size": len(tensors[EMBEDDING])}
-    return str(save_safetensors(folder, tensors, config={**CONFIG, **sizes, **config}))
-
-
-def recipe(
-    method: str, folders: Sequence[str], of_model: Sequence[Mapping[str, Any]] = NUMBERS, **keys: Any
-) -> dict[str, Any]:
-    """Of a base and experts; parameters that the method does not have are left out."""
-
-    def known(parameters: Mapping[str, Any]) -> dict[str, Any]:
-        known = [parameter.key for parameter in RECIPE_METHODS[method].parameters()]
-        return {name: value for name, value in parameters.items() if name in (*known, *RECIPE_METHODS[method].ignored)}
-
-    base, *experts = folders
-    models = [
-        {"model": expert, "parameters": known(parameters)}
-        for expert, parameters in zip(experts, of_model, strict=False)
-    ]
-    if "parameters" in keys:
-        keys["parameters"] = known(keys["parameters"])
-    return {"merge_method": method, **({} if method == "linear" else {"base_model": base}), "models": models, **keys}
-
-
-def loaded(folder: Path) -> StateDict:
-    with closing(open_checkpoint(folder)) as source:
-        return {name: source.tensor(name).clone() for name in source.tensors}
-
-
-@pytest.fixture
-def merges(tmp_path: Path) -> Merges:
-    """The tensors of mergekit's merge and of ours."""
-    pytest.importorskip("mergekit", reason="mergekit is not installed", exc_type=ImportError)
-    command = importlib.import_module("mergekit.scripts.run_yaml").main
-
-    def both(given: Mapping[str, Any], max_shard_bytes: int = 10**9) -> tuple[StateDict, StateDict]:
-        path = tmp_path / f"{len(list(tmp_path.glob('*.yml')))}.yml"
-        path.write_text(json.dumps(given))  # JSON is YAML
-        stock, ours = path.with_suffix(".mergekit"), path.with_suffix(".ours")
-        options = ["--out-shard-size", str(max_shard_bytes), "--no-copy-tokenizer", "--quiet"]
-        command.main([str(path), str(stock), *options], standalone_mode=False)
-        merge(path, ours, max_shard_bytes=max_shard_bytes)
-        return loaded(stock), loaded(ours)
-
-    return both
-
-
-def written(folder: Path, file: str) -> list[dict[str, Any]]:
-    """What the last merges in a folder wrote, mergekit's and ours."""
-    last = max(folder.glob("*.yml"), key=lambda path: int(path.stem))
-    return [json.loads((last.with_suffix(end) / file).read_text()) for end in (".mergekit", ".ours")]
-
-
-def assert_same_bits(stock: StateDict, ours: StateDict) -> None:
-    assert list(ours) == list(stock)
-    for name, tensor in ours.items():
-        assert tensor.dtype == stock[name].dtype, name
-        assert torch.equal(bits(tensor), bits(stock[name])), f"{name}: {int((tensor != stock[name]).sum())} differ"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
@@ -297,67 +204,6 @@ def test_tied_embeddings(merges: Merges, tmp_path: Path, method: str) -> None:
     stock, ours = merges(recipe(method, folders))
     assert_same_bits(stock, ours)
     assert HEAD in ours
-
-
-TOKENS = ["<unk>", "</s>", *(f"word{i}" for i in range(30)), "<pad>"]
-
-
-def save_tokenizer(folder: Path, tokens: Sequence[str]) -> None:
-    tokenizers, transformers = importlib.import_module("tokenizers"), importlib.import_module("transformers")
-    words = {token: i for i, token in enumerate(tokens) if token != "<pad>"}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<pad>"])  # not in the vocabulary of the model itself: it comes last
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
-    assert fast.get_vocab() == {token: i for i, token in enumerate(tokens)}
-    fast.save_pretrained(folder)
-
-
-def with_rows(state_dict: StateDict, rows: Any) -> StateDict:
-    """Other rows in the layers that have one for every token."""
-    return {name: tensor[rows] if name in (EMBEDDING, HEAD) else tensor for name, tensor in state_dict.items()}
-
-
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
-def test_tokenizers(merges: Merges, tmp_path: Path, method: str) -> None:
-    """A model whose tokens have other rows merges as if it had those of the base; rows without a token go."""
-    padded = models(untied, torch.bfloat16)
-    aligned = [with_rows(state_dict, slice(len(TOKENS))) for state_dict in padded]
-    folders = save(tmp_path, padded)
-    tokens = ["a word of its own", *reversed(TOKENS[:-1]), "<pad>"]
-    rows = [TOKENS.index(token) if token in TOKENS else 0 for token in tokens]
-    save_one(tmp_path / "expert0", with_rows(aligned[1], rows))
-    for name, words in (("base", TOKENS), ("expert0", tokens), ("expert1", TOKENS)):  # expert2: as the base
-        save_tokenizer(tmp_path / name, words)
-    keys = {"parameters": {"weight": 0.3}}  # of the base in "linear"
-    stock, ours = merges(recipe(method, folders, base_model=folders[0], tokenizer_source="base", **keys))
-    assert ours[EMBEDDING].shape == (len(TOKENS), WIDTH)
-    assert [config["vocab_size"] for config in written(tmp_path, "config.json")] == 2 * [len(TOKENS)]
-    folders = save(tmp_path / "aligned", aligned)
-    given = recipe(method, folders, base_model=folders[0], **keys)
-    assert_same_bits(stock, ours)
-    assert_same_bits(merges(given)[0], ours)
-
-
-def test_tokens_that_an_expert_lacks(merges: Merges, tmp_path: Path) -> None:
-    state_dicts = models(gaussians, torch.bfloat16)
-    folders = save(tmp_path, state_dicts)
-    few = [*TOKENS[5:9], *TOKENS[:2], TOKENS[20], "<pad>"]
-    save_one(tmp_path / "expert0", with_rows(state_dicts[1], slice(len(few))))
-    for name, words in (("base", TOKENS), ("expert0", few)):
-        save_tokenizer(tmp_path / name, words)
-    assert_same_bits(*merges(recipe("task_arithmetic", folders, tokenizer_source="base")))
-
-
-def test_more_tokens_than_rows(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
-    folders = save(tmp_path, models(gaussians, torch.float32))
-    save_tokenizer(tmp_path / "base", TOKENS)
-    for folder in (folders[2], folders[0]):
-        save_tokenizer(Path(folder), [*(f"own{i}" for i in range(40)), *TOKENS])
-        message = rf"^'{HEAD}' of {re.escape(folder)} must have 73 rows for the tokens it has, got 40$"
-        with pytest.raises(ValueError, match=message):
-            merge(recipe("ties", folders, tokenizer_source="base"), tmp_path / "out")
 
 
 SIZES = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 20}
