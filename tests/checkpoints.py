@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from surgery_kernels.checkpoint.reading.opening import open_checkpoint
 
 TIES = {"method": "ties", "semantics": "mergekit", "density": 0.5, "scope": "tensor"}  # of `ties_recipe`
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -108,3 +112,8 @@ def save_lora(
     configuration = {"peft_type": "LORA", "r": ranks[0] if ranks else 8, "lora_alpha": 16, **options}
     (folder / "adapter_config.json").write_text(json.dumps(configuration))
     return folder
+
+
+def refused(reference: Path | str, message: str, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        open_checkpoint(reference)
