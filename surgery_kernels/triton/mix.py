@@ -15,6 +15,8 @@ from ..ops.mix import AXES, num_blocks_of
 from .addresses import BASE, CHUNK, EXPERTS, Scope, divide, load, locate, pointer_to, upload
 from .finite import FiniteCheck, is_finite
 
+SUMS = 8192  # a program holds of all outputs together
+
 
 @triton.jit
 def _mix(
@@ -156,7 +158,7 @@ def mix_out(
             SUBTRACT=scope.has_base and task_vectors, DIVIDE=divisor != 1, FUSED=fused,
             PLACED=axis != "tensor" and num_blocks > 1, IN_PLACE=scope.in_place, DROP=nonfinite == "drop",
             CHECKED=finite.wanted, ALIGNED=group.aligned, CHUNK=CHUNK, OUTPUTS=wide_outputs,
-            BLOCK=max(128, 1024 // max(1, wide_outputs // 4)), num_warps=4, enable_fp_fusion=False,
+            BLOCK=max(128, min(1024, SUMS // wide_outputs)), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     finite.look()
     scope.deliver()
