@@ -87,7 +87,7 @@ struct Mix {
           of_run.base = chunk.part.base_at(i);
           of_run.experts = experts.data();
           of_run.n = stop - i;
-          of_run.stream = scope.numel * size_of(chunk.part.dtype) > kStreamBytes;
+          of_run.stream = scope.numel * args.num_outputs * size_of(chunk.part.dtype) > kStreamBytes;
           if (place.by_column) {
             const int64_t column = place.first + i - r * place.width;
             of_run.coefficients = coefficients.data() + column;
