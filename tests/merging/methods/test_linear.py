@@ -31,9 +31,10 @@ def model(count: int, num_tasks: int, dtype: torch.dtype = torch.float32) -> tup
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_linear_is_mergekits(dtype: torch.dtype, normalize: bool) -> None:
-    weights = [0.3, -0.2, 0.7, 1.1]
-    _, experts = inputs(gaussian, 20_001, 4, dtype)
+@pytest.mark.parametrize("num_tasks", [1, 4, 9, 33])  # torch adds eight weights or more in an order of its own
+def test_linear_is_mergekits(dtype: torch.dtype, normalize: bool, num_tasks: int) -> None:
+    weights = [[0.3, -0.2, 0.7, 1.1][t % 4] for t in range(num_tasks)]
+    _, experts = inputs(gaussian, 20_001, num_tasks, dtype)
     expected = merge_tensors(experts, "linear", parameters={"weight": weights, "normalize": normalize})
     merged = merge_state_dicts(
         None, [{"w": expert} for expert in experts], method="linear", weights=weights, normalize=normalize
