@@ -30,12 +30,20 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
   // Several tensors as one scope: thresholds, tie order and the sign of drawn elections are shared. base: one per
   // tensor, or none; experts: all experts of the first tensor, then of the second, ...; names: for messages. cuts:
   // those of trim_limits beside its thresholds, less the elements of its scope before this call's; without them all
-  // ties stay.
+  // ties stay. What the limits keep is kept where it also passes
+  //   keep: the bits of the op masks, one tensor per merged tensor, or [1, bytes] for all experts;
+  //   upper, upper_cuts: limits as thresholds and cuts, whose entries go; without cuts the ties stay;
+  //   keep_density: the bits that the op masks draws by rule "random" under seed, tensor_ids and task_ids.
+  // scales: float64 [num_tensors, num_tasks], factors of kept entries, as those of rescale. unique_scales: alike, of
+  // entries that are the only one of their element, with reduce "unique". Elements with fewer than min_count kept
+  // entries are those of the base.
   m.def(
       "ties_merge_out(Tensor[] base, Tensor[] experts, float[] density, float lam=1.0, float[]? weights=None, "
       "str semantics=\"paper\", str elect=\"sum\", str reduce=\"mean\", bool normalize=True, bool rescale=False, "
       "str nonfinite=\"error\", Tensor? thresholds=None, int[]? cuts=None, str[]? names=None, *, "
-      "Tensor(a!)[] out) -> ()");
+      "Tensor[]? keep=None, Tensor? upper=None, int[]? upper_cuts=None, Tensor? scales=None, "
+      "float[]? keep_density=None, int seed=0, int[]? tensor_ids=None, int[]? task_ids=None, int min_count=0, "
+      "Tensor? unique_scales=None, Tensor(a!)[] out) -> ()");
 
   // out_j = base_coefficients[j] * base + sum_t coefficients[j, t] * (expert_t - base) / divisor over several tensors,
   // each with all its outputs in turn; of the experts themselves without task_vectors or base. coefficients: float64

@@ -27,6 +27,8 @@ struct TiesOptions {
   std::optional<Tensor> thresholds;
   std::optional<std::vector<int64_t>> cuts;  // beside thresholds: where its ties end; none: all of them are kept
   std::vector<std::string> names;
+  std::optional<Tensor> scales, unique_scales;  // [num_tensors, num_tasks]
+  int64_t min_count = 0;
 };
 
 inline TiesOptions parse_ties_options(std::vector<double> density, double lam,
@@ -38,34 +40,59 @@ inline TiesOptions parse_ties_options(std::vector<double> density, double lam,
   require(!cuts || thresholds, "thresholds must be given where cuts are, got none");
   require(!cuts || cuts->size() == density.size(), "cuts must be one per expert, got ", cuts ? cuts->size() : 0);
   const Semantics semantics = parse_semantics(semantics_name);
-  const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max"});
+  const int reduce = one_of("reduce", reduce_name, {"mean", "sum", "max", "magmax", "unique"});
   const int elect = one_of("elect", elect_name, {"sum", "count", "none"});
-  const bool max = reduce == 2, all = elect == 2, mergekit = semantics == Semantics::mergekit,
-             paper = semantics == Semantics::paper;
+  const bool max = reduce == 2, magmax = reduce == 3, unique = reduce == 4, all = elect == 2,
+             paper = semantics == Semantics::paper, exact = semantics == Semantics::exact,
+             mergekit = semantics == Semantics::mergekit || exact;
   require(!max || paper, "reduce must be 'mean' or 'sum' with semantics='", semantics_name, "', got 'max'");
+  require(!(magmax || unique) || (exact && all), "semantics and elect must be 'exact' and 'none' with reduce='",
+          reduce_name, "', got '", semantics_name, "' and '", elect_name, "'");
   require(!all || mergekit, "elect must be 'sum' or 'count' with semantics='", semantics_name, "', got 'none'");
   require(mergekit || (normalize && !rescale), "normalize and rescale must keep their defaults with semantics='",
           semantics_name, "', got others");
+  require(normalize || !unique, "normalize must be True with reduce='unique', got False");
   require(!weights || weights->size() == density.size(), "weights must be one per expert, got ",
           weights ? weights->size() : 0);
   require(!paper || !weights, "weights must be None with semantics='paper', got weights");
-  const Rule rule = all        ? Rule::mergekit_all
-                    : mergekit ? Rule::mergekit
-                    : !paper   ? Rule::peft
-                    : max      ? Rule::paper_max
-                               : Rule::paper;
+  require(!(magmax || unique) || !weights, "weights must be None with reduce='", reduce_name, "', got weights");
+  const Rule rule = magmax         ? Rule::magmax
+                    : exact && all ? Rule::exact_all
+                    : exact        ? Rule::exact
+                    : all          ? Rule::mergekit_all
+                    : mergekit     ? Rule::mergekit
+                    : !paper       ? Rule::peft
+                    : max          ? Rule::paper_max
+                                   : Rule::paper;
   return {std::move(density),
           lam,
           std::move(weights),
           semantics,
           rule,
           elect == 1,
-          reduce == 0 && normalize,
+          (reduce == 0 || unique) && normalize,
           rescale,
           parse_nonfinite(nonfinite),
           std::move(thresholds),
           std::move(cuts),
-          std::move(names).value_or(std::vector<std::string>())};
+          std::move(names).value_or(std::vector<std::string>()),
+          std::nullopt,
+          std::nullopt};
+}
+
+// What scales entries before they are summed, and how many an element needs.
+inline void set_factors(TiesOptions& options, std::optional<Tensor> scales, std::optional<Tensor> unique_scales,
+                        int64_t min_count, const std::string& reduce) {
+  require(!scales || options.semantics == Semantics::mergekit || options.semantics == Semantics::exact,
+          "semantics must be 'mergekit' or 'exact' where scales are given, got another");
+  require(!scales || !options.rescale, "rescale must be False where scales are given, got True");
+  require(!unique_scales || reduce == "unique", "reduce must be 'unique' where unique_scales are given, got '", reduce,
+          "'");
+  require(min_count >= 0 && min_count <= int64_t(options.density.size()),
+          "min_count must be between 0 and the number of experts, got ", min_count);
+  options.scales = std::move(scales);
+  options.unique_scales = std::move(unique_scales);
+  options.min_count = min_count;
 }
 
 // Room for what every expert gets of its own: [num_tasks, *shape].
@@ -85,7 +112,9 @@ template <class C>
 std::vector<C> weights_of(const TiesOptions& options, Dtype dtype) {
   std::vector<C> weights;
   for (const double w : options.weights.value_or(std::vector<double>()))
-    weights.push_back(options.semantics == Semantics::mergekit ? stored<C>(w, dtype) : C(float(w)));
+    weights.push_back(options.semantics == Semantics::mergekit ? stored<C>(w, dtype)
+                      : options.semantics == Semantics::exact  ? C(w)
+                                                               : C(float(w)));
   return weights;
 }
 

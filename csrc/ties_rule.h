@@ -3,7 +3,8 @@
 
 namespace sk {
 
-enum class Rule { paper, paper_max, mergekit, mergekit_all, peft };  // mergekit_all: without an election
-constexpr int kRules = 5;
+// mergekit_all, exact_all, magmax: without an election. exact_all and magmax round once, as exact does.
+enum class Rule { paper, paper_max, mergekit, mergekit_all, peft, exact, exact_all, magmax };
+constexpr int kRules = 8;
 
 }  // namespace sk

@@ -9,6 +9,7 @@
 #include "../trim_options.h"
 #include "block_sums.h"
 #include "finite.h"
+#include "ids.h"
 #include "inputs.h"
 #include "masks_kernel.h"
 #include "rank.h"
@@ -207,21 +208,6 @@ class Masker {
   int64_t num_blocks_ = 0;
   std::vector<MaskSums> sums_;  // of every tensor: [num_tasks, blocks]
 };
-
-std::vector<uint32_t> ids(const std::optional<std::vector<int64_t>>& given, size_t count, const char* argument,
-                          const char* of) {
-  std::vector<uint32_t> found(count);
-  std::iota(found.begin(), found.end(), 0);
-  if (!given) return found;
-  require(given->size() == count, argument, " must be one number for every ", of, " (", count, "), got ",
-          given->size());
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t id = (*given)[i];
-    require(id >= 0 && id <= int64_t(UINT32_MAX), argument, " must be in [0, 2**32), got ", id);
-    found[i] = uint32_t(id);
-  }
-  return found;
-}
 
 std::vector<double> ranges_of(const std::optional<std::vector<double>>& epsilon, const std::vector<double>& density) {
   require(epsilon.has_value(), "epsilon must be given with rule='della', got none");

@@ -10,8 +10,11 @@
 #include <optional>
 
 #include "../ties_options.h"
+#include "block_sums.h"
 #include "finite.h"
 #include "inputs.h"
+#include "keep.h"
+#include "masks_kernel.h"
 #include "ties_merge_kernel.h"
 #include "trim.h"
 #include "trim_kernel.h"
@@ -26,14 +29,17 @@ class Merger {
   using C = typename TiesArgs<Key>::C;
 
  public:
-  Merger(const Scope& scope, const TiesOptions& options) : scope_(scope), options_(options) {
+  Merger(const Scope& scope, const TiesOptions& options, const KeepOptions& keep)
+      : scope_(scope), options_(options), keep_(scope, keep, options.nonfinite == NonFinite::drop) {
     require(std::isfinite(C(options.lam)), "lam must be finite in the compute type, got ", options.lam);
     limits_ = options.thresholds ? given_limits() : trimmed_limits();
     for (const Part& part : scope.parts) {
       for (const C weight : weights_of<C>(options, part.dtype)) weights_.push_back(weight);
       if (options.rule == Rule::mergekit_all) divisors_.push_back(divisor_of<C>(options, part.dtype));
     }
-    if (options.rescale) set_rescales();
+    if (options.rescale) keep_.any() ? set_masked_rescales() : set_rescales();
+    if (options.scales) rescales_ = given_factors(*options.scales, "scales");
+    if (options.unique_scales) unique_scales_ = given_factors(*options.unique_scales, "unique_scales");
   }
 
   // merge(args, part, begin) merges one run of elements of one tensor and records up to max_draws draws of a chunk;
@@ -53,7 +59,7 @@ class Merger {
     std::mutex mutex;
     std::atomic<int64_t> sign_sum{0};
     scope_.parallel([&](int64_t first, int64_t last) {
-      Scratch scratch(scope_.num_tasks);
+      Scratch scratch(scope_.num_tasks, keep_.any());
       std::vector<Draw>* list;
       {
         const std::lock_guard<std::mutex> lock(mutex);
@@ -74,7 +80,7 @@ class Merger {
     const int64_t sum = sign_sum.load();
     const int8_t sign = int8_t((sum > 0) - (sum < 0));
     scope_.parallel([&](int64_t first, int64_t last) {
-      Scratch scratch(scope_.num_tasks);
+      Scratch scratch(scope_.num_tasks, keep_.any());
       for (int64_t c = first; c < last && !guesses.empty(); ++c) {
         const Guess& guess = guesses[c];
         if (guess.sign == 0 || guess.sign == sign) continue;
@@ -89,34 +95,42 @@ class Merger {
   }
 
  private:
+  static constexpr int64_t kMaskBytes = kChunk / 8 + Keep<Key>::kRoom;
+
   struct Scratch {
     std::vector<const void*> experts;
     std::vector<Key> limits;
     std::vector<int64_t> ends;
     std::array<Draw, kMaxDraws> draws;
+    std::vector<uint8_t> bits;
+    std::vector<const uint8_t*> masks;  // [num_tasks] or none
 
-    explicit Scratch(int64_t num_tasks) : experts(num_tasks), limits(num_tasks) {}
+    Scratch(int64_t num_tasks, bool masked) : experts(num_tasks), limits(num_tasks) {
+      if (!masked) return;
+      bits.resize(size_t(num_tasks * kMaskBytes));
+      for (int64_t t = 0; t < num_tasks; ++t) masks.push_back(mask(t));
+    }
+    uint8_t* mask(int64_t t) { return bits.data() + t * kMaskBytes; }
   };
 
   std::vector<Limit<Key>> given_limits() const {
     if (options_.nonfinite == NonFinite::error) check_finite<Key>(scope_, options_.names);
-    const Tensor given = torch::stable::contiguous(*options_.thresholds);
-    require(given.is_cpu() && given.numel() == scope_.num_tasks,
-            "thresholds must be one value per expert on the CPU, got ", given.numel());
-    const Dtype dtype = dtype_of(given, "thresholds");
-    require(dtype == Dtype::f32 || dtype == Dtype::f64, "thresholds must be float32 or float64, got another dtype");
     std::vector<Limit<Key>> limits;
-    for (int64_t t = 0; t < scope_.num_tasks; ++t) {
-      const C threshold = dtype == Dtype::f32 ? C(static_cast<const float*>(given.data_ptr())[t])
-                                              : C(static_cast<const double*>(given.data_ptr())[t]);
-      const bool ranked_nan = options_.cuts && std::isnan(threshold);  // where NaN propagates
-      require(threshold >= 0 || ranked_nan, "thresholds must be 0 or greater, got ", threshold);
-      Limit<Key> limit{0, options_.cuts ? (*options_.cuts)[t] : scope_.numel};
-      memcpy(&limit.threshold, &threshold, sizeof threshold);
-      limit.threshold &= kMaxKey<Key>;  // -0 has the sign bit
-      limits.push_back(limit);
-    }
+    for (const Key key :
+         given_keys<Key>(*options_.thresholds, scope_.num_tasks, "thresholds", options_.cuts.has_value()))
+      limits.push_back({key, options_.cuts ? (*options_.cuts)[limits.size()] : scope_.numel});
     return limits;
+  }
+
+  // [parts, num_tasks]
+  std::vector<C> given_factors(const Tensor& given, const std::string& argument) const {
+    const int64_t parts = int64_t(scope_.parts.size());
+    require(given.is_cpu() && given.scalar_type() == ScalarType::Double && given.dim() == 2 && given.size(0) == parts &&
+                given.size(1) == scope_.num_tasks,
+            argument, " must be float64 [", parts, ", ", scope_.num_tasks, "] on the CPU, got another tensor");
+    const Tensor values = torch::stable::contiguous(given);
+    const double* const data = static_cast<const double*>(values.data_ptr());
+    return std::vector<C>(data, data + values.numel());
   }
 
   std::vector<Limit<Key>> trimmed_limits() const {
@@ -136,8 +150,7 @@ class Merger {
     for (const int64_t end : scratch.ends) {
       if (end == at) continue;
       for (size_t t = 0; t < limits_.size(); ++t) {
-        const Key limit = at < limits_[t].cut ? limits_[t].threshold - 1 : limits_[t].threshold;
-        scratch.limits[t] = std::clamp<Key>(limit, 0, kInfinityKey<Key>);  // 0 adds nothing; NaN is never trimmed away
+        scratch.limits[t] = kept_above<Key>(at < limits_[t].cut ? limits_[t].threshold - 1 : limits_[t].threshold);
       }
       body(at - chunk.part.offset, end - at);
       at = end;
@@ -150,6 +163,8 @@ class Merger {
     const Part& part = chunk.part;
     const size_t first = chunk.part_index * size_t(scope_.num_tasks);
     TiesResult total = {0, 0};
+    for (size_t t = 0; t < scratch.masks.size(); ++t)
+      keep_.fill(chunk.part_index, chunk.begin, chunk.count, int64_t(t), scratch.mask(int64_t(t)));
     for_runs(chunk, scratch, [&](int64_t begin, int64_t count) {
       for (int64_t t = 0; t < scope_.num_tasks; ++t) scratch.experts[t] = part.expert_at(t, begin);
       TiesArgs<Key> args;
@@ -158,6 +173,10 @@ class Merger {
       args.limits = scratch.limits.data();
       args.weights = weights_.empty() ? nullptr : weights_.data() + first;
       args.rescales = rescales_.empty() ? nullptr : rescales_.data() + first;
+      args.unique_scales = unique_scales_.empty() ? nullptr : unique_scales_.data() + first;
+      args.masks = scratch.masks.empty() ? nullptr : scratch.masks.data();
+      args.first_bit = begin - chunk.begin;
+      args.min_count = int(options_.min_count);
       args.num_tasks = int(scope_.num_tasks);
       args.n = count;
       args.lam = C(options_.lam);
@@ -186,7 +205,7 @@ class Merger {
     std::vector<L1Norms> chunk_norms(size_t(scope_.num_chunks) * tasks, L1Norms{0, 0});
     const bool drop = options_.nonfinite == NonFinite::drop;
     scope_.parallel([&](int64_t first, int64_t last) {
-      Scratch scratch(scope_.num_tasks);
+      Scratch scratch(scope_.num_tasks, keep_.any());
       for (int64_t c = first; c < last; ++c) {
         const Chunk chunk = scope_.chunk(c);
         for_runs(chunk, scratch, [&](int64_t begin, int64_t count) {
@@ -208,7 +227,49 @@ class Merger {
     for (size_t i = 0; i < norms.size(); ++i) rescales_.push_back(rescale(norms[i], scope_.parts[i / tasks].dtype));
   }
 
-  static C rescale(L1Norms norms, Dtype dtype) {
+  // The same where masks trim too; norms add up in the order of the op `masks`.
+  void set_masked_rescales() {
+    struct Item {
+      size_t part;
+      int64_t begin, count;
+    };
+    std::vector<Item> items;
+    for (size_t p = 0; p < scope_.parts.size(); ++p)
+      for (int64_t begin = 0; begin < scope_.parts[p].numel; begin += kSumBlock)
+        items.push_back({p, begin, std::min(kSumBlock, scope_.parts[p].numel - begin)});
+    const int64_t tasks = scope_.num_tasks, num_items = int64_t(items.size());
+    std::vector<double> all(size_t(num_items * tasks)), kept = all;  // [num_tasks, items]
+    torch::stable::parallel_for(0, num_items, 1, [&](int64_t first, int64_t last) {
+      std::vector<uint8_t> bits(kSumBlock / 8);
+      for (int64_t i = first; i < last; ++i) {
+        const auto [p, begin, count] = items[size_t(i)];
+        const Part& part = scope_.parts[p];
+        for (int64_t t = 0; t < tasks; ++t) {
+          keep_.fill_within(limits_[size_t(t)], p, begin, count, t, bits.data());
+          const MaskSums sums = SK_KERNELS(masks_kernels)
+                                    .sums.get<Key>(part.dtype)(part.base_at(begin), part.expert_at(t, begin), count,
+                                                               options_.nonfinite == NonFinite::drop, bits.data());
+          all[size_t(t * num_items + i)] = sums.all;
+          kept[size_t(t * num_items + i)] = sums.kept_norm;
+        }
+      }
+    });
+    int64_t first = 0;
+    for (const Part& part : scope_.parts) {
+      const int64_t count = (part.numel + kSumBlock - 1) / kSumBlock;
+      for (int64_t t = 0; t < tasks; ++t) {
+        const int64_t at = t * num_items + first;
+        rescales_.push_back(
+            rescale({fold_halves(&all[size_t(at)], count), fold_halves(&kept[size_t(at)], count)}, part.dtype));
+      }
+      first += count;
+    }
+  }
+
+  // mergekit rounds norms and ratio to the dtype, but its random methods take float32 for float16.
+  C rescale(L1Norms norms, Dtype dtype) const {
+    if (options_.semantics == Semantics::exact || (keep_.by_mask() && dtype == Dtype::f16))
+      dtype = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
     const C all = stored<C>(norms.all, dtype), kept = stored<C>(norms.kept, dtype);
     if (all < C(1e-7) || kept < C(1e-7)) return 1;
     // A norm past the dtype's range would make mergekit's ratio NaN; the norms themselves are fine.
@@ -220,14 +281,15 @@ class Merger {
 
   const Scope& scope_;
   const TiesOptions& options_;
+  const Keep<Key> keep_;
   std::vector<Limit<Key>> limits_;
-  std::vector<C> weights_, rescales_;  // [parts, num_tasks], or empty
-  std::vector<C> divisors_;            // [parts], or empty
+  std::vector<C> weights_, rescales_, unique_scales_;  // [parts, num_tasks], or empty
+  std::vector<C> divisors_;                            // [parts], or empty
 };
 
 template <class Key>
-void merge_scope(const Scope& scope, const TiesOptions& options, const Outputs& outputs) {
-  Merger<Key>(scope, options)
+void merge_scope(const Scope& scope, const TiesOptions& options, const KeepOptions& keep, const Outputs& outputs) {
+  Merger<Key>(scope, options, keep)
       .run(
           kMaxDraws,
           [&](const TiesArgs<Key>& args, size_t part, int64_t begin) {
@@ -242,11 +304,11 @@ void merge_scope(const Scope& scope, const TiesOptions& options, const Outputs& 
 }
 
 void merge_into(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, const TiesOptions& options,
-                const std::vector<Tensor>& out) {
+                const KeepOptions& keep, const std::vector<Tensor>& out) {
   const Inputs inputs(base, experts, options.density.size());
   Outputs outputs(out, base, experts, options.density.size());
-  inputs.wide ? merge_scope<int64_t>(inputs.scope, options, outputs)
-              : merge_scope<int32_t>(inputs.scope, options, outputs);
+  inputs.wide ? merge_scope<int64_t>(inputs.scope, options, keep, outputs)
+              : merge_scope<int32_t>(inputs.scope, options, keep, outputs);
   outputs.deliver();
 }
 
@@ -259,7 +321,7 @@ Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::
   merge_into(
       as_list(base), experts,
       parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds),
-      {out});
+      {}, {out});
   return out;
 }
 
@@ -267,11 +329,15 @@ void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::
                     std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
                     std::string reduce, bool normalize, bool rescale, std::string nonfinite,
                     std::optional<Tensor> thresholds, std::optional<std::vector<int64_t>> cuts,
-                    std::optional<std::vector<std::string>> names, std::vector<Tensor> out) {
-  merge_into(base, experts,
-             parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite,
-                                thresholds, cuts, names),
-             out);
+                    std::optional<std::vector<std::string>> names, std::optional<std::vector<Tensor>> keep,
+                    std::optional<Tensor> upper, std::optional<std::vector<int64_t>> upper_cuts,
+                    std::optional<Tensor> scales, std::optional<std::vector<double>> keep_density, int64_t seed,
+                    std::optional<std::vector<int64_t>> tensor_ids, std::optional<std::vector<int64_t>> task_ids,
+                    int64_t min_count, std::optional<Tensor> unique_scales, std::vector<Tensor> out) {
+  TiesOptions options = parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale,
+                                           nonfinite, thresholds, cuts, names);
+  set_factors(options, scales, unique_scales, min_count, reduce);
+  merge_into(base, experts, options, {keep, upper, upper_cuts, keep_density, seed, tensor_ids, task_ids}, out);
 }
 
 template <class Key>
@@ -282,7 +348,7 @@ void split_scope(const Scope& scope, const TiesOptions& options, const Tensor& o
       rows.push_back(static_cast<char*>(out.data_ptr()) + (t * scope.numel + i) * size_of(scope.parts[0].dtype));
     return rows;
   };
-  Merger<Key>(scope, options)
+  Merger<Key>(scope, options, {})
       .run(
           /*max_draws=*/0,
           [&](const TiesArgs<Key>& args, size_t, int64_t begin) {

@@ -1,6 +1,7 @@
 // Trim, elect, disjoint merge, scale, add to base and round, over raw pointers: each input is read once, no task vector
 // is ever stored. Sums over experts run in order; the sums of the positive and of the negative entries are kept side by
-// side, so the election needs no second look at the experts.
+// side, so the election needs no second look at the experts. Of a mask 8 bytes are read at a time: it has room for
+// them.
 #pragma once
 #include <cstdint>
 
@@ -25,6 +26,11 @@ struct TiesArgs {
   const Key* limits;           // [num_tasks] keep abs(task vector) with a key above; never negative
   const C* weights;            // [num_tasks] or null: all one
   const C* rescales;           // [num_tasks] or null: all one
+  const C* unique_scales;      // [num_tasks] or null: exact_all with divide: factors of entries that are alone
+  const uint8_t* const*
+      masks;  // [num_tasks] or null: the entry of element i is kept where bit first_bit + i is set, too
+  int64_t first_bit;
+  int min_count;  // elements with fewer kept entries are those of the base
   int num_tasks;
   int64_t n;
   C lam;

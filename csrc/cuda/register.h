@@ -1,5 +1,5 @@
-// A library of its own, with the names and schemas of csrc/ops.cpp: on CUDA tensors Python chooses between these
-// kernels and Triton's. For the emulator it is another library, and the key is CPU.
+// A library of its own, with the names and schemas of csrc/ops.cpp, less what Triton alone can do: on CUDA tensors
+// Python chooses between these kernels and Triton's. For the emulator it is another library, and the key is CPU.
 #pragma once
 #include <torch/csrc/stable/library.h>
 

@@ -14,6 +14,8 @@ MergeOptions merge_options(const Inputs& inputs, const TiesOptions& options, boo
   const ScopeBuilder& tensors = inputs.tensors();
   const double lam = tensors.is_wide() ? options.lam : double(float(options.lam));
   require(std::isfinite(lam), "lam must be finite in the compute type, got ", options.lam);
+  require(options.semantics != Semantics::exact,
+          "semantics must be 'paper', 'mergekit' or 'peft' in the CUDA kernels, got 'exact'");
   MergeOptions merge{};
   merge.rule = options.rule;
   merge.elect_count = options.elect_count;

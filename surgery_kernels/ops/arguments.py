@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-SEMANTICS = ("paper", "mergekit", "peft")
+SEMANTICS = ("paper", "mergekit", "peft", "exact")
 ELECT = ("sum", "count", "none")
-REDUCE = ("mean", "sum", "max")
+REDUCE = ("mean", "sum", "max", "magmax", "unique")
 NONFINITE = ("error", "propagate", "drop")
 
 Experts = Tensor | Sequence[Tensor]

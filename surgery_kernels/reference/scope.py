@@ -18,7 +18,8 @@ class Entry:
     shape: torch.Size
     dtype: torch.dtype  # of the result
     base: Tensor  # [num_params]
-    task_vectors: Tensor  # [num_tasks, num_params]
+    task_vectors: Tensor  # [num_tasks, num_params], rounded to the stored dtype
+    differences: Tensor  # [num_tasks, num_params], not rounded
     trimmed: Tensor  # [num_tasks, num_params], zero where not kept; `trim` sets it
 
     def round(self, x: Tensor) -> Tensor:
@@ -45,10 +46,11 @@ def load_scope(
         flat = torch.stack([expert[i].reshape(-1) for expert in experts]).to(compute)
         base = torch.zeros_like(flat[0]) if bases is None else bases[i].reshape(-1).to(compute)
         dtype = compute_dtype or stored
-        task_vectors = (flat - base).to(dtype).to(compute)
+        differences = flat - base
+        task_vectors = differences.to(dtype).to(compute)
         if nonfinite == "drop":
             task_vectors = torch.where(task_vectors.isfinite(), task_vectors, 0.0)
-        scope.append(Entry(first.shape, dtype, base, task_vectors, trimmed=task_vectors))
+        scope.append(Entry(first.shape, dtype, base, task_vectors, differences, trimmed=task_vectors))
     if nonfinite == "error":
         for t in range(len(experts)):
             count = sum(int((~entry.task_vectors[t].isfinite()).sum()) for entry in scope)

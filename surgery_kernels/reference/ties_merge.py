@@ -1,4 +1,4 @@
-"""TIES: trim, elect, disjoint merge, as the paper, mergekit and PEFT round it."""
+"""TIES: trim, elect, disjoint merge, as the paper, mergekit and PEFT round it, or rounded once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .masks import philox
 from .scope import Entry, Experts, load_scope, one_tensor_scope, per_expert, sign_of, sum_experts
-from .trim import trim
+from .trim import mask, trim
 
 
 @dataclass
 class Ballot:
     """What one tensor brings to the election and the sum."""
 
-    weights: Tensor  # [num_tasks, 1]
+    weights: Tensor  # [num_tasks, 1], or [num_tasks, num_params]: 0 where nothing is kept
     votes: Tensor  # [num_tasks, num_params]
     terms: Tensor  # [num_tasks, num_params]
 
@@ -47,22 +48,49 @@ def scope_merge(
     rescale: bool = False,
     nonfinite: str = "error",
     thresholds: Tensor | None = None,
+    cuts: Sequence[int] | None = None,
+    keep: Sequence[Tensor] | None = None,
+    upper: Tensor | None = None,
+    upper_cuts: Sequence[int] | None = None,
+    scales: Tensor | None = None,
+    keep_density: float | Sequence[float] | None = None,
+    seed: int = 0,
+    tensor_ids: Sequence[int] | None = None,
+    task_ids: Sequence[int] | None = None,
+    min_count: int = 0,
+    unique_scales: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
+    """keep: bool [num_tasks, *shape], or [1, *shape] for all experts, one per tensor; scales and unique_scales:
+    [num_tensors, num_tasks]."""
+    num_tasks = len(experts)
     scope = load_scope(bases, experts, nonfinite, compute_dtype)
-    trim(scope, per_expert(density, len(experts)), semantics, thresholds)
-    ballots = [vote(entry, weights, semantics, rescale) for entry in scope]
+    trim(scope, per_expert(density, num_tasks), semantics, thresholds, cuts, upper, upper_cuts)
+    if keep is not None:
+        mask(scope, [bits.reshape(len(bits), -1) for bits in keep])
+    if keep_density is not None:
+        mask(scope, draw(scope, per_expert(keep_density, num_tasks), seed, tensor_ids, task_ids))
+    masked = keep is not None or keep_density is not None
+    ballots = [
+        vote(entry, weights, semantics, rescale, masked, None if scales is None else scales[i])
+        for i, entry in enumerate(scope)
+    ]
     elections = elect_signs([ballot.votes for ballot in ballots], elect, semantics)
     merged = []
-    for entry, ballot, (mass, sign) in zip(scope, ballots, elections, strict=True):
+    for i, (entry, ballot, (mass, sign)) in enumerate(zip(scope, ballots, elections, strict=True)):
         selected = agrees(ballot.votes, sign) | (elect == "none")
         if semantics == "paper":
             change = reduce_paper(entry, ballot.terms, selected, sign, reduce, lam)
         elif semantics == "mergekit":
             change = reduce_mergekit(entry, ballot, selected, elect, normalize and reduce == "mean", lam)
+        elif semantics == "exact":
+            unique = None if unique_scales is None else unique_scales[i]
+            change = reduce_exact(entry, ballot, selected, reduce if normalize else "sum", lam, unique)
         else:
             change = reduce_peft(ballot.terms, selected, reduce, lam)
-        merged.append(entry.store(torch.where(mass.isnan(), torch.nan, entry.base + change)))
+        result = torch.where(mass.isnan(), torch.nan, entry.base + change)
+        enough = (entry.trimmed != 0).sum(dim=0) >= min_count
+        merged.append(entry.store(torch.where(enough, result, entry.base)))
     return merged
 
 
@@ -90,7 +118,32 @@ def scope_split(
     return split
 
 
-def vote(entry: Entry, weights: float | Sequence[float] | None, semantics: str, rescale: bool) -> Ballot:
+def draw(
+    scope: Sequence[Entry],
+    densities: Sequence[float],
+    seed: int,
+    tensor_ids: Sequence[int] | None,
+    task_ids: Sequence[int] | None,
+) -> list[Tensor]:
+    """Of every tensor: the entries whose random word is below density * 2**32.  # bool [num_tasks, num_params]"""
+    drawn = []
+    for i, entry in enumerate(scope):
+        words = [
+            philox(seed, tensor_ids[i] if tensor_ids else i, task_ids[t] if task_ids else t, entry.base.numel())
+            for t in range(len(densities))
+        ]
+        drawn.append(torch.stack([word < int(min(d, 1.0) * 2**32) for word, d in zip(words, densities, strict=True)]))
+    return drawn
+
+
+def vote(
+    entry: Entry,
+    weights: float | Sequence[float] | None,
+    semantics: str,
+    rescale: bool,
+    masked: bool = False,
+    scales: Tensor | None = None,
+) -> Ballot:
     trimmed = entry.trimmed
     listed = per_expert(1.0 if weights is None else weights, len(trimmed))
     column = torch.tensor(listed, dtype=torch.float64)[:, None]
@@ -99,22 +152,39 @@ def vote(entry: Entry, weights: float | Sequence[float] | None, semantics: str, 
     if semantics == "mergekit":
         column = entry.round(column.to(trimmed.dtype))
         if rescale:
-            trimmed = torch.stack([rescaled(entry, t) for t in range(len(trimmed))])
+            # mergekit's random methods leave float16 for float32 while they rescale
+            work = torch.float32 if masked and entry.dtype == torch.float16 else entry.dtype
+            scales = torch.stack([scale_of(entry, t, work) for t in range(len(trimmed))])
+        if scales is not None:
+            trimmed = scaled(entry.round(trimmed * scales.to(trimmed.dtype)[:, None]), trimmed)
         weighted = entry.round(trimmed * column)
         return Ballot(column, weighted, weighted)
+    if semantics == "exact":
+        column = column.to(trimmed.dtype)
+        if rescale:
+            scales = torch.stack([scale_of(entry, t, trimmed.dtype) for t in range(len(trimmed))])
+        terms = torch.where(trimmed == 0, 0.0, entry.differences)
+        if scales is not None:
+            terms = scaled(terms * scales.to(trimmed.dtype)[:, None], trimmed)
+        weighted = scaled(terms * column, trimmed)
+        return Ballot(torch.where(trimmed == 0, 0.0, column), weighted, weighted)
     column = column.to(torch.float32).to(trimmed.dtype)
     return Ballot(column, trimmed, trimmed * column)
 
 
-def rescaled(entry: Entry, t: int) -> Tensor:
-    """The trimmed task vector scaled back to its L1 norm before the trim."""
+def scale_of(entry: Entry, t: int, work: torch.dtype) -> Tensor:
+    """What scales the trimmed task vector back to its L1 norm before the trim; norms and ratio rounded to `work`."""
     sums = [math.fsum(x[t].abs().tolist()) for x in (entry.task_vectors, entry.trimmed)]
-    before, after = entry.round(entry.base.new_tensor(sums))
+    before, after = entry.base.new_tensor(sums).to(work).to(entry.base.dtype)
     if before < 1e-7 or after < 1e-7:
-        return entry.trimmed[t]
+        return entry.base.new_tensor(1.0)
     ratio = entry.base.new_tensor(sums[0] / sums[1]) if before.isinf() else before / after
-    scaled = entry.round(entry.trimmed[t] * entry.round(ratio))
-    return torch.where(entry.trimmed[t] == 0, 0.0, scaled)
+    return ratio.to(work).to(entry.base.dtype)
+
+
+def scaled(products: Tensor, trimmed: Tensor) -> Tensor:
+    """What is not kept stays 0 times an infinite factor."""
+    return torch.where(trimmed == 0, 0.0, products)
 
 
 def elect_signs(votes: Sequence[Tensor], elect: str, semantics: str) -> list[tuple[Tensor, Tensor]]:
@@ -148,6 +218,27 @@ def reduce_mergekit(entry: Entry, ballot: Ballot, selected: Tensor, elect: str, 
         vanishes = divisor.abs() < 1e-8 if elect == "none" else divisor == 0
         merged = entry.round(merged / torch.where(vanishes, 1.0, divisor))
     return entry.round(merged * entry.base.new_tensor(lam))
+
+
+def reduce_exact(
+    entry: Entry, ballot: Ballot, selected: Tensor, reduce: str, lam: float, unique_scales: Tensor | None
+) -> Tensor:
+    """Nothing is rounded here; a mean divides by the sum of the weights of what is kept and agrees."""
+    terms = torch.where(selected, ballot.terms, 0.0)
+    merged = sum_experts(terms)
+    if reduce == "magmax":
+        merged = torch.zeros_like(terms[0])
+        for term in terms:  # the last of equal ones; NaN is the largest
+            merged = torch.where(merged.isnan() | (merged.abs() > term.abs()), merged, term)
+    elif reduce == "unique":
+        count = (entry.trimmed != 0).sum(dim=0)
+        factors = 1.0 if unique_scales is None else unique_scales.to(terms.dtype)[:, None]
+        alone = sum_experts(scaled(terms * factors, entry.trimmed))
+        merged = torch.where(count == 1, alone, merged / count.clamp(min=1).to(terms.dtype))
+    elif reduce == "mean":
+        divisor = sum_experts(torch.where(selected, ballot.weights, 0.0))
+        merged = merged / torch.where(divisor == 0, 1.0, divisor)
+    return merged * merged.new_tensor(lam)
 
 
 def reduce_peft(terms: Tensor, selected: Tensor, reduce: str, lam: float) -> Tensor:

@@ -16,7 +16,9 @@ def keep_count(num_params: int, density: float, semantics: str) -> int:
     if density >= 1:
         return num_params
     floor = int(density * num_params)
-    return min({"paper": floor + 1, "mergekit": max(1, floor), "peft": floor}[semantics], num_params)
+    return min(
+        {"paper": floor + 1, "mergekit": max(1, floor), "exact": max(1, floor), "peft": floor}[semantics], num_params
+    )
 
 
 def trim_thresholds(base: Tensor | None, experts: Experts, **options: Any) -> Tensor:
@@ -40,21 +42,36 @@ def scope_thresholds(
 
 
 def trim(
-    scope: Sequence[Entry], densities: Sequence[float], semantics: str, thresholds: Tensor | Sequence[float] | None
+    scope: Sequence[Entry],
+    densities: Sequence[float],
+    semantics: str,
+    thresholds: Tensor | Sequence[float] | None,
+    cuts: Sequence[int] | None = None,
+    upper: Tensor | Sequence[float] | None = None,
+    upper_cuts: Sequence[int] | None = None,
 ) -> None:
     keys = scope_keys(scope)
     kept = torch.zeros_like(keys, dtype=torch.bool)
+    index = torch.arange(keys.shape[1])
     for t, keys_t in enumerate(keys):
         if thresholds is not None:
-            kept[t] = kept_entries(keys_t, torch.as_tensor(thresholds[t], dtype=keys.dtype), None)
+            threshold = torch.as_tensor(thresholds[t], dtype=keys.dtype)
+            kept[t] = kept_entries(keys_t, threshold, None)
+            if cuts is not None:
+                kept[t] &= ~((keys_t == threshold) & (index >= cuts[t]))
         else:
             keep = keep_count(keys_t.numel(), densities[t], semantics)
             kept[t] = kept_entries(keys_t, threshold_of(keys_t, keep), None if semantics == "paper" else keep)
-    offset = 0
-    for entry in scope:
-        size = entry.base.numel()
-        entry.trimmed = torch.where(kept[:, offset : offset + size], entry.task_vectors, 0.0)
-        offset += size
+        if upper is not None:
+            limit = torch.as_tensor(upper[t], dtype=keys.dtype)
+            kept[t] &= ~((keys_t > limit) | ((keys_t == limit) & (index < (upper_cuts[t] if upper_cuts else 0))))
+    mask(scope, kept.split([entry.base.numel() for entry in scope], dim=1))
+
+
+def mask(scope: Sequence[Entry], masks: Sequence[Tensor]) -> None:
+    """Trims away what a mask does not keep.  # one per tensor: bool [num_tasks, num_params], or [1, num_params]"""
+    for entry, kept in zip(scope, masks, strict=True):
+        entry.trimmed = torch.where(kept, entry.trimmed, 0.0)
 
 
 def threshold_of(keys: Tensor, keep: int) -> Tensor:

@@ -156,7 +156,9 @@ def test_errors(integration: ModuleType) -> None:
     options = {"scaling_factor": 0.3, "threshold": 120, "remove_keys": [], "merge_func": "sum"}
     with pytest.raises(ValueError, match=r"^threshold must be in \(0, 100\], got 120$"):
         merged(integration.TiesMerging, pool(), **options)
-    with pytest.raises(ValueError, match=r"^reduce must be one of 'mean', 'sum', 'max', got 'median'$"):
+    with pytest.raises(
+        ValueError, match=r"^reduce must be one of 'mean', 'sum', 'max', 'magmax', 'unique', got 'median'$"
+    ):
         merged(integration.TiesMerging, pool(), **{**options, "threshold": 20, "merge_func": "median"})
 
 

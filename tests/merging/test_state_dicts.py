@@ -291,7 +291,7 @@ def test_differences_are_named(method: str, changed: Any, message: str) -> None:
         ({"density": 0.0}, "density must be in (0, 1], got 0.0"),
         ({"lam": math.nan}, "lam must be finite, got nan"),
         ({"weights": [1.0, 2.0]}, "weights must be None with semantics='paper', got [1.0, 2.0]"),
-        ({"semantics": "sd-mecha"}, "semantics must be one of 'paper', 'mergekit', 'peft', got 'sd-mecha'"),
+        ({"semantics": "sd-mecha"}, "semantics must be one of 'paper', 'mergekit', 'peft', 'exact', got 'sd-mecha'"),
         ({"nonfinite": "x"}, "nonfinite must be one of 'error', 'propagate', 'drop', got 'x'"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -25,7 +25,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("density must be in (0, 1], got 1.5", {"density": [0.5, 1.5]}),
     ("density must be finite, got nan", {"density": math.nan}),
     ("density must be one number or one per expert (2), got 3", {"density": [0.1, 0.2, 0.3]}),
-    ("semantics must be one of 'paper', 'mergekit', 'peft', got 'sd-mecha'", {"semantics": "sd-mecha"}),
+    ("semantics must be one of 'paper', 'mergekit', 'peft', 'exact', got 'sd-mecha'", {"semantics": "sd-mecha"}),
     ("nonfinite must be one of 'error', 'propagate', 'drop', got 'ignore'", {"nonfinite": "ignore"}),
     ("experts must be at least one tensor, got none", {"experts": []}),
     ("experts must be at least one tensor, got none", {"experts": torch.zeros(0, 4)}),
@@ -75,7 +75,7 @@ REFUSED_BY_MERGE_AND_SPLIT: list[tuple[str, dict[str, Any]]] = [
 REFUSED_BY_MERGE: list[tuple[str, dict[str, Any]]] = [
     ("lam must be finite, got nan", {"lam": math.nan}),
     ("lam must be finite, got inf", {"lam": math.inf}),
-    ("reduce must be one of 'mean', 'sum', 'max', got 'median'", {"reduce": "median"}),
+    ("reduce must be one of 'mean', 'sum', 'max', 'magmax', 'unique', got 'median'", {"reduce": "median"}),
     ("reduce must be 'mean' or 'sum' with semantics='mergekit', got 'max'", {"reduce": "max", "semantics": "mergekit"}),
     ("reduce must be 'mean' or 'sum' with semantics='peft', got 'max'", {"reduce": "max", "semantics": "peft"}),
     ("normalize must be True with semantics='paper', got False: use reduce='sum'", {"normalize": False}),
@@ -259,7 +259,7 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
             lambda: ops.ties_merge_out([], [torch.ones(4), torch.ones(4).double()], [0.5], out=[BASE, BASE.double()]),
         ),
         (
-            "semantics must be one of 'paper', 'mergekit', 'peft', got 'x'",
+            "semantics must be one of 'paper', 'mergekit', 'peft', 'exact', got 'x'",
             lambda: ops.trim_thresholds(None, EXPERTS, [0.5] * 2, semantics="x"),
         ),
         (

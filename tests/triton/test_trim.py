@@ -191,7 +191,7 @@ def test_refused(gpu: torch.device) -> None:
         thresholds(gpu, None, [], density=[])
     with pytest.raises(RuntimeError, match=r"^density must be one number per expert \(2\), got 1$"):
         thresholds(gpu, None, experts, density=[0.2])
-    with pytest.raises(ValueError, match=r"^semantics must be one of 'paper', 'mergekit', 'peft', got 'mine'$"):
+    with pytest.raises(ValueError, match=r"^semantics must be one of .*, got 'mine'$"):
         thresholds(gpu, None, experts, density=[0.2] * 2, semantics="mine")
     with pytest.raises(ValueError, match=r"^nonfinite must be one of .*, got 'keep'$"):
         thresholds(gpu, None, experts, density=[0.2] * 2, nonfinite="keep")

@@ -20,6 +20,11 @@ inline bool any<float>(Vec<float>::Mask m) {
   return !_mm256_testz_si256((__m256i)m, (__m256i)m);
 }
 
+template <>
+inline uint32_t bits_of_lanes<float>(Vec<float>::Mask m) {
+  return uint32_t(_mm256_movemask_ps((__m256)m));
+}
+
 inline Vec<float> load(const Half* p) {
   return {(Vec<float>::Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
 }

@@ -22,6 +22,10 @@ template <>
 inline bool any<double>(Vec<double>::Mask m) {
   return !_mm256_testz_si256((__m256i)m, (__m256i)m);
 }
+template <>
+inline uint32_t bits_of_lanes<double>(Vec<double>::Mask m) {
+  return uint32_t(_mm256_movemask_pd((__m256d)m));
+}
 
 }  // namespace
 }  // namespace SK_ISA

@@ -91,6 +91,10 @@ inline bool any<float>(__mmask16 m) {
   return m != 0;
 }
 template <>
+inline uint32_t bits_of_lanes<float>(__mmask16 m) {
+  return m;
+}
+template <>
 inline __m512i tally<float>(__m512i acc, __mmask16 m) {
   return _mm512_mask_sub_epi32(acc, m, acc, _mm512_set1_epi32(-1));
 }

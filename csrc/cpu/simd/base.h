@@ -12,6 +12,13 @@ namespace {
 
 constexpr bool kFuses = false;  // multiply_add rounds twice
 
+#if defined(__x86_64__)
+template <>
+inline uint32_t bits_of_lanes<float>(Vec<float>::Mask m) {
+  return uint32_t(_mm_movemask_ps((__m128)m));
+}
+#endif
+
 inline Vec<float> half_to_float(Word h) {
   const Word magnitude = (h & 0x7FFF) << 13;
   // The exponent is rebiased by a multiplication, which also normalises subnormals.

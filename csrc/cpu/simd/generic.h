@@ -117,6 +117,13 @@ inline bool any(typename Vec<C>::Mask m) {
   for (int i = 0; i < Vec<C>::N; ++i) found |= m[i];
   return found != 0;
 }
+// Bit i: whether lane i is chosen.
+template <class C>
+inline uint32_t bits_of_lanes(typename Vec<C>::Mask m) {
+  uint32_t bits = 0;
+  for (int i = 0; i < Vec<C>::N; ++i) bits |= uint32_t(m[i] & 1) << i;
+  return bits;
+}
 // Lane-wise tallies, summed once at the end.
 template <class C>
 inline typename Vec<C>::Key tally(typename Vec<C>::Key acc, typename Vec<C>::Mask m) {

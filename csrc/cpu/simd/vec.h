@@ -2,6 +2,8 @@
 // Everything lives in an unnamed namespace: no symbol compiled for one ISA can be picked by the linker for another.
 // Multiply and add stay apart on every ISA, so all of them give the same bits. A file per ISA gives the same names.
 #pragma once
+#include <type_traits>
+
 #if defined(__AVX512F__)
 #include "avx512.h"
 #elif defined(__AVX2__)
@@ -79,6 +81,23 @@ inline typename Vec<typename Compute<S>::type>::Mask lanes_of(int half, int coun
   using V = Vec<typename Compute<S>::type>;
   const int lanes = kInterleaved<S> ? (count + 1 - half) / 2 : count - half * V::N;
   return V::first(lanes < 0 ? 0 : lanes < V::N ? lanes : V::N);
+}
+
+// The lanes of vector `half` whose bit is set; element i of the block at bit i.
+template <class S>
+inline typename Vec<typename Compute<S>::type>::Mask lanes_where(int half, uint32_t bits) {
+  using V = Vec<typename Compute<S>::type>;
+#if defined(__AVX512F__)
+  if constexpr (std::is_integral_v<typename V::Mask>)
+    return typename V::Mask(kInterleaved<S> ? _pext_u32(bits, 0x55555555u << half) : bits >> half * V::N);
+  else
+#endif
+  {
+    typename V::Key places;
+    for (int l = 0; l < V::N; ++l)
+      places[l] = typename V::KeyLane(1) << (kInterleaved<S> ? 2 * l + half : half * V::N + l);
+    return typename V::Mask((V::keys(typename V::KeyLane(bits)) & places) == places);
+  }
 }
 
 // Past the caches: the line is not read before it is written. `p` must be aligned to 64 bytes; fence() makes such
