@@ -95,7 +95,7 @@ def _check_narrowing(
     unique_scales: PerExpert | None,
     min_count: int,
 ) -> dict[str, Any]:
-    """What is kept besides the trim, and how it is scaled, as `ties_merge_out` takes it; empty where nothing is given."""
+    """What is kept besides the trim, its factors, as the op takes them; empty where none are given."""
     num_tasks, semantics, reduce = len(experts), options["semantics"], options["reduce"]
     if scales is not None and semantics not in SCALED:
         raise ValueError(f"scales must be None with semantics={semantics!r}, got {scales}")

@@ -85,12 +85,14 @@ def scope_merge(
             change = reduce_mergekit(entry, ballot, selected, elect, normalize and reduce == "mean", lam)
         elif semantics == "exact":
             unique = None if unique_scales is None else unique_scales[i]
-            change = reduce_exact(entry, ballot, selected, reduce if normalize else "sum", lam, unique)
+            how = "sum" if reduce == "mean" and not normalize else reduce
+            change = reduce_exact(entry, ballot, selected, how, lam, unique)
         else:
             change = reduce_peft(ballot.terms, selected, reduce, lam)
-        result = torch.where(mass.isnan(), torch.nan, entry.base + change)
+        if reduce != "magmax":  # which sums nothing: NaN comes from entries, not from infinities
+            change = torch.where(mass.isnan(), torch.nan, change)
         enough = (entry.trimmed != 0).sum(dim=0) >= min_count
-        merged.append(entry.store(torch.where(enough, result, entry.base)))
+        merged.append(entry.store(torch.where(enough, entry.base + change, entry.base)))
     return merged
 
 
