@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/combine_kernel.h"
+#include "cpu/keep_kernel.h"
 #include "cpu/masks_kernel.h"
 #include "cpu/mix_kernel.h"
 #include "cpu/representation_loss_kernel.h"
@@ -75,7 +76,7 @@ void run(const Format& format) {
   const sk::MixKernel<Key> mix_by_column = sk::SK_ISA::mix_kernels.by_column.get<Key>(format.dtype);
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[sk::kRules], mixed, combined, lost, masked;
+  Hash trimmed, merged[sk::kRules], mixed, combined, lost, masked, bounded;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -102,6 +103,8 @@ void run(const Format& format) {
       const bool drop = option & 1, elect_count = option & 2, divide = option & 4, weighted = option & 8;
       const void* from = option & 16 ? base.data() : nullptr;
       std::vector<const void*> pointers;
+      std::vector<std::vector<uint8_t>> bits(kTasks, std::vector<uint8_t>(n / 8 + 9, 0xFF));
+      std::vector<const uint8_t*> masks_of_tasks;
       std::vector<Key> limits, keys(n + sk::kSlack);
       for (const std::vector<char>& expert : experts) {
         pointers.push_back(expert.data());
@@ -119,6 +122,12 @@ void run(const Format& format) {
         const sk::L1Norms norms = trim.l1_norms(from, expert.data(), n, ends[1], drop);
         trimmed.add(norms.all);
         trimmed.add(norms.kept);
+        const sk::KeepKernel<Key>& keep = sk::SK_ISA::keep_kernels.get<Key>(format.dtype);
+        std::vector<uint8_t>& of_task = bits[limits.size()];
+        keep.keep_above(from, expert.data(), n, {ends[0], ends[1], n / 3}, drop, of_task.data());
+        keep.drop_above(from, expert.data(), n, {ends[3], ends[2], n / 2}, drop, of_task.data());
+        for (int64_t i = 0; i < n; ++i) bounded.add(uint64_t(of_task[i / 8] >> i % 8 & 1));
+        masks_of_tasks.push_back(of_task.data());
         limits.push_back(ends[1]);
       }
       const std::vector<C> weights{C(0.3), C(1), C(-0.5), C(2), C(0.7)}, rescales{C(1.1), C(1), C(3), C(1.5), C(1.01)};
@@ -153,16 +162,22 @@ void run(const Format& format) {
         dot(from, pointers.data(), kTasks, n, sums);
         for (double of_task : sums) combined.add(of_task);
       }
-      for (int rule = 0; rule < sk::kRules; ++rule) {
-        const bool paper = rule < 2;
+      for (int turn = 0; turn < 2 * sk::kRules; ++turn) {
+        const int rule = turn % sk::kRules;
+        const bool paper = rule < 2, narrowed = turn >= sk::kRules;
         std::vector<sk::Draw> draws(n);
         sk::TiesArgs<Key> args{};
         args.base = from;
         args.experts = pointers.data();
         args.limits = limits.data();
         if (weighted && !paper) args.weights = weights.data();
-        if (weighted && (sk::Rule(rule) == sk::Rule::mergekit || sk::Rule(rule) == sk::Rule::mergekit_all))
-          args.rescales = rescales.data();
+        if (weighted && !paper && sk::Rule(rule) != sk::Rule::peft) args.rescales = rescales.data();
+        if (sk::Rule(rule) == sk::Rule::exact_all && elect_count) args.unique_scales = rescales.data();
+        if (narrowed) {
+          args.masks = masks_of_tasks.data();
+          args.first_bit = 1;
+          args.min_count = elect_count ? 2 : 0;
+        }
         args.num_tasks = kTasks;
         args.n = n;
         args.lam = C(0.37);
@@ -201,6 +216,10 @@ void run(const Format& format) {
   print("ties_merge mergekit", merged[2]);
   print("ties_merge mergekit all", merged[3]);
   print("ties_merge peft", merged[4]);
+  print("ties_merge exact", merged[5]);
+  print("ties_merge exact all", merged[6]);
+  print("ties_merge magmax", merged[7]);
+  print("keep", bounded);
   print("mix", mixed);
   print("combine", combined);
   print("representation_loss", lost);
