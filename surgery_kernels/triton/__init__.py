@@ -19,6 +19,7 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
     "ties_merge": "ties_merge",
     "ties_split": "ties_merge",
     "ties_merge_out": "ties_merge",
+    "masks": "masks",
     "mix_out": "mix",
     "surgery_adapter": "surgery_adapter",
     "surgery_adapter_backward": "surgery_adapter",

@@ -17,7 +17,7 @@ from ..ops import arguments
 from .addresses import Scope, upload
 from .finite import FiniteCheck
 from .trim_cut import cut_ties
-from .trim_rounds import BIN_BITS, COPIES, CUT, LARGEST, THRESHOLD, narrow, start_from_sample
+from .trim_rounds import BIN_BITS, BUDGET, COPIES, CUT, LARGEST, THRESHOLD, TIES, narrow, start_from_sample
 
 DIRECT = 1 << 16  # elements up to which every key is counted from the first round on
 INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
@@ -27,10 +27,26 @@ SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}  # low bits of a key that a
 def trim(scope: Scope, density: Sequence[float], semantics: str, nonfinite: str, finite: FiniteCheck) -> Tensor:
     """The limits of every expert: thresholds and cuts in columns THRESHOLD and CUT.  # int64 [num_tasks, FIELDS]"""
     keep = [keep_count(scope.numel, d, semantics) for d in density]
+    keep = [k if k < scope.numel else scope.numel + 1 for k in keep]
+    return find_limits(scope, keep, nonfinite, finite, cuts=semantics != "paper")
+
+
+def find_limits(
+    scope: Scope,
+    keep: Sequence[int],
+    nonfinite: str,
+    finite: FiniteCheck,
+    cuts: bool = True,
+    from_smallest: Sequence[bool] = (),
+) -> Tensor:
+    """Of the keep-th largest key of every expert; one above the number of entries keeps all and looks for nothing.
+
+    from_smallest: whose cut ends the ties of the smallest entries, of which there are as many as leave keep - 1.
+    """
     state = upload(torch.tensor([_start(k, scope) for k in keep], dtype=torch.int64), scope.device)
     if scope.numel == 0:
         return state
-    if all(k in (0, scope.numel) for k in keep):
+    if all(k in (0, scope.numel + 1) for k in keep):
         finite.count()
         return state
     spare = min(SPARE_BITS.get(group.dtype, 0) for group in scope.groups)
@@ -42,7 +58,11 @@ def trim(scope: Scope, density: Sequence[float], semantics: str, nonfinite: str,
     histogram = torch.zeros(COPIES * scope.num_tasks << BIN_BITS, dtype=torch.int64, device=scope.device)
     for i in range(rounds):
         narrow(scope, state, histogram, nonfinite, spare, finite, checked=finite.wanted and i == 0)
-    if semantics != "paper":
+    if any(from_smallest):
+        reversed = upload(torch.tensor(from_smallest), scope.device)
+        ties, budget = state[:, TIES.value], state[:, BUDGET.value]
+        budget.copy_(torch.where(reversed, ties + 1 - budget, budget))
+    if cuts:
         cut_ties(scope, state, nonfinite)
     return state
 
@@ -52,11 +72,11 @@ def keep_count(numel: int, density: float, semantics: str) -> int:
     if density >= 1:
         return numel
     floor = int(density * numel)
-    return min({"paper": floor + 1, "mergekit": max(1, floor), "peft": floor}[semantics], numel)
+    return min({"paper": floor + 1, "mergekit": max(1, floor), "exact": max(1, floor), "peft": floor}[semantics], numel)
 
 
 def _start(keep: int, scope: Scope) -> list[int]:
-    if keep >= scope.numel:
+    if keep > scope.numel:
         threshold, cut, last = 0, scope.numel, 0
     elif keep == 0:
         threshold, cut, last = INFINITY[scope.compute], 0, INFINITY[scope.compute]
@@ -84,14 +104,33 @@ def trim_limits(
     semantics: str = "paper",
     nonfinite: str = "error",
     names: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     arguments.check_one_of("semantics", semantics, arguments.SEMANTICS)
-    scope = Scope(base, experts, len(density))
+    num_tasks = len(density)
+    scope = Scope(base, experts, num_tasks)
     finite = FiniteCheck(scope, nonfinite, names)
-    state = trim(scope, density, semantics, nonfinite, finite)
+    if ranks is None:
+        state = trim(scope, density, semantics, nonfinite, finite)
+    else:
+        keep = [scope.numel + 1 + rank if rank < 0 else rank for rank in _checked(ranks, scope)]
+        # an expert stands beside itself for every rank: what one reads, the next finds in the cache
+        beside = [x for expert in map(Tensor.contiguous, experts) for x in [expert] * (len(ranks) // num_tasks)]
+        state = find_limits(
+            Scope(base, beside, len(ranks)), keep, nonfinite, finite, from_smallest=[rank < 0 for rank in ranks]
+        )
     finite.look()
     keys, cuts = state[:, THRESHOLD.value], state[:, CUT.value]
     return keys.to(torch.int64 if scope.wide else torch.int32, copy=True).view(scope.compute), cuts.clone()
+
+
+def _checked(ranks: Sequence[int], scope: Scope) -> Sequence[int]:
+    if not ranks or len(ranks) % scope.num_tasks:
+        raise RuntimeError(f"ranks must be as many for every expert ({scope.num_tasks}), got {len(ranks)}")
+    for rank in ranks:
+        if not -scope.numel <= rank <= scope.numel:
+            raise RuntimeError(f"ranks must be in [-{scope.numel}, {scope.numel}], the number of entries, got {rank}")
+    return ranks
 
 
 def check_one_tensor(experts: Sequence[Tensor], density: Sequence[float]) -> None:

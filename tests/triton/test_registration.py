@@ -24,7 +24,7 @@ from tests.guards import Counted
 
 pytestmark = pytest.mark.any_isa
 
-OPS = [op for op, stem in MODULES.items() if stem in ("trim", "ties_merge", "mix", "combine")]
+OPS = [op for op, stem in MODULES.items() if stem in ("trim", "ties_merge", "masks", "mix", "combine")]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 _ops = torch.ops.surgery_kernels
@@ -40,7 +40,7 @@ def test_every_op_has_an_implementation() -> None:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
-    "op", [op for op, module in MODULES.items() if module in ("trim", "ties_merge", "mix", "combine")]
+    "op", [op for op, module in MODULES.items() if module in ("trim", "ties_merge", "masks", "mix", "combine")]
 )
 def test_host_functions_have_the_signature_of_the_schema(op: str) -> None:
     parameters = inspect.signature(host_function(op)).parameters.values()

@@ -167,6 +167,70 @@ def test_limits_of_several_dtypes(semantics: str, gpu: torch.device) -> None:
     check_limits(gpu, bases, experts, density=[0.3, 0.05], semantics=semantics)
 
 
+def check_ranks(
+    gpu: torch.device, bases: list[Tensor], experts: list[Tensor], num_tasks: int, ranks: list[int], **options: Any
+) -> None:
+    """The sets that the limits describe are those of stable sorts: a cut may lie anywhere between two ties."""
+    from surgery_kernels.triton.trim import trim_limits
+
+    arguments = [x.to(gpu) for x in bases], [x.to(gpu) for x in experts], [0.1] * num_tasks
+    thresholds, cuts = (x.cpu() for x in trim_limits(*arguments, ranks=ranks * num_tasks, **options))
+    expected, _ = torch.ops.surgery_kernels.trim_limits(
+        bases, experts, [0.1] * num_tasks, ranks=ranks * num_tasks, **options
+    )
+    assert_same(thresholds, expected)
+    by_expert = [experts[t::num_tasks] for t in range(num_tasks)]
+    keys = reference.scope_keys(reference.load_scope(bases, by_expert, options.get("nonfinite", "error"), None))
+    for i, rank in enumerate(ranks * num_tasks):
+        of_expert, threshold = keys[i // len(ranks)], thresholds[i]
+        same = (of_expert == threshold) | (of_expert.isnan() & threshold.isnan())  # NaN is the largest
+        above = (of_expert > threshold) | (of_expert.isnan() & ~same)
+        described = (above if rank >= 0 else ~above & ~same) | (same & (torch.arange(len(of_expert)) < cuts[i]))
+        assert torch.equal(described, reference.ranked_entries(of_expert, rank)), f"rank {rank}"
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("kind", [gaussian, grid, sparse, equal], ids=option_id)
+def test_limits_of_several_ranks(kind: Any, dtype: torch.dtype, gpu: torch.device) -> None:
+    bases, experts = [], []
+    for size in (40, 0, 4_200):
+        base, of_tensor = inputs(kind, size, 2, dtype)
+        bases.append(base)
+        experts += of_tensor
+    check_ranks(gpu, bases, experts, 2, [0, 1, 1_300, 4_240, -1, -100, -4_240])
+
+
+def test_ranks_over_several_dtypes(gpu: torch.device) -> None:
+    bases, experts = [], []
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        base, of_tensor = inputs(grid, 500, 2, dtype)
+        bases.append(base)
+        experts += of_tensor
+    check_ranks(gpu, bases, experts, 2, [700, 30, -30, -700])
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+def test_ranks_of_nonfinite_values(nonfinite: str, gpu: torch.device) -> None:
+    base, experts = inputs(grid, (10, 100), 1, torch.float32)
+    moved = experts[0].t().contiguous().t()
+    moved[0, [5, 77, 50]] = torch.tensor([math.nan, math.inf, -math.inf])
+    check_ranks(gpu, [base], [moved], 1, [1, 2, 4, 990, -3, -998, -999, -1_000], nonfinite=nonfinite)
+
+
+def test_ranks_that_are_refused(gpu: torch.device) -> None:
+    from surgery_kernels.triton.trim import trim_limits
+
+    experts = [torch.zeros(5, device=gpu)] * 2
+    with pytest.raises(RuntimeError, match=r"^ranks must be in \[-5, 5\], the number of entries, got 6$"):
+        trim_limits([], experts, [0.5] * 2, ranks=[1, 6])
+    with pytest.raises(RuntimeError, match=r"^ranks must be as many for every expert \(2\), got 3$"):
+        trim_limits([], experts, [0.5] * 2, ranks=[1, 2, 3])
+    experts[1] = torch.full((5,), math.nan, device=gpu)
+    with pytest.raises(RuntimeError, match=r"^experts\[1\] must be finite, got 5 NaN or infinite values$"):
+        trim_limits([], experts, [0.5] * 2, ranks=[1, 2, 0, 0])
+
+
 @pytest.mark.usefixtures("sampled")
 @pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
 def test_nonfinite_values_are_ranked_or_dropped(nonfinite: str, gpu: torch.device) -> None:
