@@ -51,10 +51,11 @@ MERGING = Section(
     "merging",
     "8 experts",
     {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"},
-    ["ties_merge", "trim_thresholds", "mix", "merge_state_dicts"],
+    ["ties_merge", "trim_thresholds", "mix", "masks", "gram", "merge_state_dicts"],
     f"""\
-{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`: once) and the result written once, at the
-bandwidth of a large copy measured around every round; left out where everything fits in the caches.""",
+{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram` and `masks random`: once) and the
+result written once, at the bandwidth of a large copy measured around every round; left out where everything fits in
+the caches.""",
 )
 LEARNING = Section(
     "learning",

@@ -40,7 +40,11 @@ def host_function(op: str) -> Callable[..., Any]:
     if os.environ.get("SURGERY_KERNELS_CUDA", "0") == "1" and op in CUDA_OPS:
         if not _C.build_info()["cuda"]:
             raise RuntimeError("SURGERY_KERNELS_CUDA must be 0 where the library was built without CUDA, got 1")
-        return _refusing_captured_errors(getattr(torch.ops.surgery_kernels_cuda, op))
+        return _where_it_can(getattr(torch.ops.surgery_kernels_cuda, op), op)
+    return _of_triton(op)
+
+
+def _of_triton(op: str) -> Callable[..., Any]:
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -48,15 +52,22 @@ def host_function(op: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f".{MODULES[op]}", __name__), op)
 
 
-def _refusing_captured_errors(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op, with the ValueError of Triton's host functions: C++ can raise RuntimeError only."""
-    names = [argument.name for argument in op.default._schema.arguments]  # type: ignore[attr-defined]
+def _where_it_can(cuda: Callable[..., Any], op: str) -> Callable[..., Any]:
+    """The CUDA op; Triton's where an option is given that it lacks.
+
+    With the ValueError of Triton's host functions: C++ can raise RuntimeError only.
+    """
+    schema = getattr(torch.ops.surgery_kernels, op).default._schema.arguments
+    known = {argument.name for argument in cuda.default._schema.arguments}  # type: ignore[attr-defined]
+    defaults = {argument.name: argument.default_value for argument in schema if argument.name not in known}
 
     def call(*arguments: Any, **options: Any) -> Any:
-        nonfinite = {**dict(zip(names, arguments, strict=False)), **options}.get("nonfinite", "error")
-        if nonfinite == "error" and torch.cuda.is_current_stream_capturing():
+        given = {**dict(zip([argument.name for argument in schema], arguments, strict=False)), **options}
+        if any(given.get(name, default) != default for name, default in defaults.items()):
+            return _of_triton(op)(**given)
+        if given.get("nonfinite", "error") == "error" and torch.cuda.is_current_stream_capturing():
             raise ValueError("nonfinite must be 'propagate' or 'drop' while a CUDA graph is captured, got 'error'")
-        return op(*arguments, **options)
+        return cuda(**{name: value for name, value in given.items() if name in known})
 
     return call
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from surgery_kernels import _C, ties_merge
-from surgery_kernels.triton import host_function
+from surgery_kernels.triton import _where_it_can, host_function
 from tests.cases import assert_same, grid, inputs
 
 pytestmark = pytest.mark.any_isa
@@ -42,6 +42,20 @@ def test_with_the_cuda_kernels() -> None:
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         ties_merge(merged, [merged])
+
+
+@pytest.mark.usefixtures("gpu")
+def test_options_that_the_cuda_kernels_lack_go_to_triton() -> None:
+    """With a CUDA op that keeps the arguments it gets."""
+    arguments = "Tensor[] base, Tensor[] experts, float[] density, str semantics='paper', str nonfinite='error'"
+    with torch.library._scoped_library("lacking", "DEF") as library:
+        library.define(f"trim_limits({arguments}) -> Tensor")
+        library.impl("trim_limits", lambda *given: torch.full((), float(len(given))), "CPU")
+        chosen = _where_it_can(torch.ops.lacking.trim_limits, "trim_limits")
+        experts = [torch.tensor([3.0, 1.0, 2.0])]
+        assert chosen([], experts, [0.5], "peft", "drop", None).item() == 5  # names are not given
+        thresholds, _ = chosen([], experts, [0.5], nonfinite="drop", ranks=[2])
+        assert thresholds.tolist() == [2.0]
 
 
 @pytest.mark.usefixtures("gpu")
