@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery_kernels import _C, masks, reference
+from surgery_kernels import _C, gram, masks, reference
 from surgery_kernels.ops.masks import pack, unpack
 from tests.cases import (
     DTYPES,
@@ -81,6 +81,11 @@ def test_every_number_of_experts(num_tasks: int) -> None:
 def test_blocks_of_the_sums(count: int, dtype: torch.dtype) -> None:
     base, experts = inputs(rows, count, 2, dtype)
     check(base, experts, density=[0.5, 0.1])
+
+
+def test_the_order_of_the_sums_is_that_of_gram() -> None:
+    x = torch.randn(100_003, generator=generator("order"))
+    assert gram(None, [x]).item() == reference.block_sum(x.double().square()).item()
 
 
 def test_layouts() -> None:

@@ -32,5 +32,11 @@ def test_linear_methods(run_python: RunPython, method: str) -> None:
     assert int(run_python("-m", "tests.peak_memory", "state_dict", "bfloat16", options)) < INPUT_BYTES // 4
 
 
+@pytest.mark.parametrize("options", [{}, {"rule": "della", "epsilon": 0.2}], ids=str)
+def test_masks(run_python: RunPython, options: dict[str, Any]) -> None:
+    beside_what_is_subtracted = int(run_python("-m", "tests.peak_memory", "masks", "bfloat16", json.dumps(options)))
+    assert beside_what_is_subtracted < INPUT_BYTES // 4 - INPUT_BYTES  # its bits are no tensor like an input
+
+
 def test_the_measurement_sees_a_temporary(run_python: RunPython) -> None:
     assert int(run_python("-m", "tests.peak_memory", "eager", "float32", "{}")) > 0.9 * INPUT_BYTES
