@@ -14,9 +14,10 @@ namespace {
 
 enum class Axis { tensor, row, column, model };
 
-constexpr int64_t kBlock = 32768;   // elements of a vector whose sums are folded from lanes
-constexpr int64_t kRun = 4096;      // elements of a column that are added one after the other
-constexpr int64_t kHeld = 1 << 21;  // sums of a tensor that wait for others, 16 MiB
+constexpr int64_t kBlock = 32768;             // elements of a vector whose sums are folded from lanes
+constexpr int64_t kRun = 4096;                // elements of a column that are added one after the other
+constexpr int64_t kColumns = 4 * kGramLanes;  // read together: a few bytes of a row are not worth its page
+constexpr int64_t kHeld = 1 << 21;            // sums of a tensor that wait for others, 16 MiB
 
 // The order in which a list of sums is added up: x[j] += x[j + ceil(length / 2)] until one is left.
 struct Fold {
@@ -40,7 +41,7 @@ struct Fold {
   }
 };
 
-// The vectors of one tensor: each flat, or side by side in strips of columns; a tensor of one dimension is one vector.
+// The vectors of one tensor: each flat, or columns side by side; a tensor of one dimension is one vector.
 struct Vectors {
   bool by_column;
   int64_t count, size;  // how many, and elements of each
@@ -51,8 +52,8 @@ struct Vectors {
     for (int64_t d = by_column; d < t.dim() - !by_column; ++d) count *= t.size(d);
   }
 
-  // A unit is a flat vector or a strip; a piece is what one call of a kernel reads of it.
-  int64_t lanes() const { return by_column ? kGramLanes : 1; }
+  // A unit is a flat vector or columns side by side; a piece is what one call of a kernel reads of it.
+  int64_t lanes() const { return by_column ? kColumns : 1; }
   int64_t units() const { return (count + lanes() - 1) / lanes(); }
   int64_t pieces() const {
     const int64_t most = by_column ? kRun : kBlock;
@@ -102,7 +103,7 @@ class Gram {
   }
 
  private:
-  // One piece of a unit: to [num_pairs, vectors.lanes()].
+  // One piece of a unit: to [num_pairs], or [strips, num_pairs, kGramLanes].
   void add_up(size_t p, const Vectors& vectors, int64_t unit, int64_t piece, double* inputs, double* lanes,
               double* to) const {
     const Part& part = scope_.parts[p];
@@ -111,10 +112,10 @@ class Gram {
     GramArgs<Key> args{};
     int64_t begin, count;
     if (vectors.by_column) {
-      begin = piece * kRun * vectors.count + unit * kGramLanes;
+      begin = piece * kRun * vectors.count + unit * kColumns;
       args.steps = std::min(kRun, vectors.size - piece * kRun);
       args.stride = vectors.count;
-      args.width = args.last = int(std::min<int64_t>(kGramLanes, vectors.count - unit * kGramLanes));
+      args.width = args.last = int(std::min(kColumns, vectors.count - unit * kColumns));
       count = args.steps * args.width;
     } else {
       begin = unit * vectors.size + piece * kBlock;
@@ -136,11 +137,14 @@ class Gram {
   }
 
   void deliver(const Vectors& vectors, int64_t unit, const double* sums, double* out) const {
-    const int64_t n = scope_.num_tasks, lanes = vectors.lanes(), first = unit * lanes;
-    for (int64_t l = 0; l < std::min(lanes, vectors.count - first); ++l) {
+    const int64_t n = scope_.num_tasks, first = unit * vectors.lanes();
+    const int64_t side_by_side = vectors.by_column ? kGramLanes : 1;
+    for (int64_t l = 0; l < std::min(vectors.lanes(), vectors.count - first); ++l) {
+      const double* const of_strip = sums + l / side_by_side * num_pairs(n) * side_by_side;
       double* const matrix = out + (first + l) * n * n;
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = i; j < n; ++j) matrix[i * n + j] = matrix[j * n + i] = sums[pair_of(i, j, n) * lanes + l];
+        for (int64_t j = i; j < n; ++j)
+          matrix[i * n + j] = matrix[j * n + i] = of_strip[pair_of(i, j, n) * side_by_side + l % side_by_side];
     }
   }
 

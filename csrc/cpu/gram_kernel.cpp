@@ -24,6 +24,10 @@ constexpr int kTile = 4;
 constexpr int kTile = 3;
 #endif
 
+// Steps that memory is asked ahead: rows of a tensor lie in pages of their own, where no prefetcher of the processor
+// follows its columns.
+constexpr int kAhead = 8;
+
 constexpr int kVector = kGramSteps * kGramLanes;  // from one expert to the next
 
 inline Doubles load_doubles(const double* p) {
@@ -37,7 +41,11 @@ template <class S, class... Count>
 inline void read_lanes(const GramArgs<typename Compute<S>::Key>& args, int64_t at, double* vectors, Count... count) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
-  const auto load_at = [&](const void* p) { return load(static_cast<const S*>(p) + at, count...); };
+  const auto load_at = [&](const void* p) {
+    const S* const from = static_cast<const S*>(p) + at;
+    __builtin_prefetch(from + kAhead * args.stride);
+    return load(from, count...);
+  };
   const V base = args.base ? load_at(args.base) : V::set(0);
   for (int t = 0; t < args.num_tasks; ++t) {
     V x = load_at(args.experts[t]);
@@ -105,14 +113,21 @@ void add_pairs(const double* vectors, int num_tasks, int steps, double* sums) {
 
 template <class S>
 void add(const GramArgs<typename Compute<S>::Key>& args, double* vectors, double* sums) {
-  std::fill_n(sums, num_pairs(args.num_tasks) * kGramLanes, 0.0);
-  for (int64_t first = 0; first < args.steps; first += kGramSteps) {
-    const int steps = int(std::min<int64_t>(kGramSteps, args.steps - first));
+  const int strips = (args.width + kGramLanes - 1) / kGramLanes;
+  const int64_t of_strip = num_pairs(args.num_tasks) * kGramLanes;
+  std::fill_n(sums, strips * of_strip, 0.0);
+  const int together = kGramSteps / strips;
+  for (int64_t first = 0; first < args.steps; first += together) {
+    const int steps = int(std::min<int64_t>(together, args.steps - first));
     for (int s = 0; s < steps; ++s) {
       const int64_t step = first + s;
-      read_step<S>(args, step * args.stride, step + 1 < args.steps ? args.width : args.last, vectors + s * kGramLanes);
+      const int count = step + 1 < args.steps ? args.width : args.last;
+      for (int strip = 0; strip < strips; ++strip)
+        read_step<S>(args, step * args.stride + strip * kGramLanes, std::min(kGramLanes, count - strip * kGramLanes),
+                     vectors + (strip * together + s) * kGramLanes);
     }
-    add_pairs(vectors, args.num_tasks, steps, sums);
+    for (int strip = 0; strip < strips; ++strip)
+      add_pairs(vectors + strip * together * kGramLanes, args.num_tasks, steps, sums + strip * of_strip);
   }
 }
 

@@ -10,7 +10,7 @@
 namespace sk {
 
 constexpr int kGramLanes = 32;  // sums of a pair that run side by side
-constexpr int kGramSteps = 8;   // of all vectors, between memory and the pairs
+constexpr int kGramSteps = 16;  // of all vectors, that lie between memory and the pairs
 
 // Pairs (i, j) with i <= j in the order (0, 0), (0, 1), ..., (1, 1), ...
 inline int64_t num_pairs(int64_t num_tasks) { return num_tasks * (num_tasks + 1) / 2; }
@@ -22,13 +22,13 @@ struct GramArgs {
   const void* const* experts;  // [num_tasks]
   int num_tasks;
   int64_t steps, stride;  // elements from one step to the next
-  int width, last;        // lanes that a step fills, and the last one
+  int width, last;        // elements of a step, and of the last one; more than kGramLanes are strips side by side
   bool rounded;           // to the stored dtype
   bool drop;              // a non-finite entry counts as 0
 };
 
-// Lane l of a pair is the sum, step after step, of the products at lane l. vectors: scratch [num_tasks, kGramSteps,
-// kGramLanes]; sums: [num_pairs, kGramLanes].
+// Lane l of a pair in a strip is the sum, step after step, of the products there. vectors: scratch [num_tasks,
+// kGramSteps, kGramLanes]; sums: [strips, num_pairs, kGramLanes].
 template <class Key>
 using GramKernel = void (*)(const GramArgs<Key>& args, double* vectors, double* sums);
 
