@@ -71,6 +71,8 @@ class Fused(GroupMergeMethod):
         base, experts = self._inputs(group)
         merging = self._method(experts, parameters) if mergeable(group.tensors) else None
         if merging is None:
+            if isinstance(self.stock, GroupMergeMethod):
+                return self.stock.merge_group(group, **parameters)
             dtype = group.tensors[0].dtype if group.entries else None
             (merged,) = self.stock._execute((group,), [parameters], BatchOptions(), input_dtypes=[dtype])
             return merged

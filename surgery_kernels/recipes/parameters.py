@@ -48,7 +48,8 @@ def _method(recipe: Recipe, name: str, depth: float, options: Mapping[str, Any])
             fixed = recipe.method.as_mergekit
             values[parameter.name] = options.get(parameter.name, fixed.get(parameter.name, parameter.recipe_default))
         elif parameter.per_model:
-            values[parameter.name] = [_value(recipe, parameter, name, depth, expert) for expert in recipe.experts]
+            of_each = [_value(recipe, parameter, name, depth, expert) for expert in recipe.experts]
+            values[parameter.name] = None if None in of_each else of_each
         else:
             values[parameter.name] = _value(recipe, parameter, name, depth, None)
     method = recipe.method(**values)

@@ -84,7 +84,8 @@ def check(recipe: dict[str, Any], plan: Plan, resolved: dict[str, Method]) -> No
         for parameter in known_to_mergekit(type(method)):
             actual = getattr(method, parameter.name)
             if parameter.per_model:
-                assert actual == [of_models[expert][parameter.key] for expert in experts], (name, parameter.key)
+                expected = [of_models[expert][parameter.key] for expert in experts]
+                assert (actual or [None] * len(experts)) == expected, (name, parameter.key)
             else:
                 assert actual == shared[parameter.key], (name, parameter.key)
 
@@ -115,6 +116,8 @@ def values(parameter: Parameter) -> st.SearchStrategy[Any]:
         return FLAGS
     if parameter.kind is int:
         return WHOLE
+    if parameter.name == "epsilon":  # density - epsilon and density + epsilon stay in (0, 1)
+        return setting(st.floats(0.0625, 0.1875))
     return NUMBERS if 3.0 in parameter.range else SHARES
 
 

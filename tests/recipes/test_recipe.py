@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery_kernels.recipes.model_reference import Location, ModelReference
-from surgery_kernels.recipes.recipe import load_recipe, parse_recipe
+from surgery_kernels.recipes.recipe import RECIPE_METHODS, load_recipe, parse_recipe
 
 pytestmark = pytest.mark.any_isa
 
@@ -160,7 +160,7 @@ def test_errors(text: str, message: str) -> None:
     ("old", "new", "message"),
     [
         ("merge_method: ties\n", "", ".merge_method must be given, got none"),
-        (": ties", ": slerp", ".merge_method must be one of 'linear', 'task_arithmetic', 'ties', got 'slerp'"),
+        (": ties", ": sleep", f".merge_method must be one of {', '.join(map(repr, RECIPE_METHODS))}, got 'sleep'"),
         ("base_model: org/base\n", "", ".base_model must be given for ties, got none"),
         ("org/base", "{path: x}", ".base_model must have keys among lora, model, got 'path'"),
         ("org/base", "{model: {path: 3}}", ".base_model.model.path must be a string, got 3"),

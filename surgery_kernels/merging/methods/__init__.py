@@ -5,8 +5,9 @@ from __future__ import annotations
 from ..method import Method
 from .adamerging import AdaMerging
 from .fisher import Fisher
-from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, TaskArithmetic, WiseFt
+from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, Passthrough, TaskArithmetic, WiseFt
 from .regmean import RegMean
+from .selective import ArceeFusion, NearSwap, Ram, RamPlus, Sce
 from .sparse import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear
 from .spherical import Karcher, ModelStock, MultiSlerp, NuSlerp, Slerp
 from .ties import Ties
@@ -26,6 +27,8 @@ METHODS: dict[str, type[Method]] = {
         MultiSlerp,
         Karcher,
         ModelStock,
+        Passthrough,
+        NearSwap,
         TaskArithmetic,
         Ties,
         DareLinear,
@@ -34,6 +37,10 @@ METHODS: dict[str, type[Method]] = {
         Della,
         Breadcrumbs,
         BreadcrumbsTies,
+        Sce,
+        Ram,
+        RamPlus,
+        ArceeFusion,
         Fisher,
         RegMean,
         AdaMerging,

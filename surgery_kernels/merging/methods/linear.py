@@ -12,7 +12,7 @@ from ...ops import arguments
 from ...ops.arguments import PerExpert
 from ...ops.ties_merge import check_options
 from ..depths import depths
-from ..method import NONE_GIVEN, Method, arithmetic_of, nonfinite_policy, per_model, shared
+from ..method import NONE_GIVEN, Method, arithmetic_of, nonfinite_policy, per_model, shared, values_of
 from ..scope import Scope
 
 
@@ -70,6 +70,35 @@ class Linear(Average):
     def _sum(self, weights: list[float], compute: torch.dtype) -> float:
         """As mergekit adds them up: of eight float32 or more in torch's order, which is not theirs."""
         return torch.tensor(weights, dtype=compute, device="cpu").sum().item()
+
+
+@dataclass(frozen=True)
+class Passthrough(Method):
+    """One model as it is, scaled where a scale is given."""
+
+    name = "passthrough"
+    title = "passthrough"
+    formula = "scale * model"
+    source = "mergekit 0.1.5 `passthrough`"
+    base = "none"
+    num_experts = (1, 1)
+
+    scale: PerExpert | None = per_model(None, meaning="factor of the model; none: it is copied")
+    nonfinite: str = nonfinite_policy()
+
+    @property
+    def reads(self) -> int:
+        return 1
+
+    def merge(self, scope: Scope) -> None:
+        (scale,) = [None] if self.scale is None else values_of(self.scale, 1)
+        for (model,), out in zip(scope.experts, scope.out, strict=True):
+            if scale is None:
+                out.copy_(model)
+            else:
+                torch.mul(model, scale, out=out)
+        if self.nonfinite == "error" and scale is not None:
+            scope.check_finite()
 
 
 @dataclass(frozen=True)

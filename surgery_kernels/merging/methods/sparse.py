@@ -18,6 +18,7 @@ from ...ops.torch_masks import torch_masks
 from ..method import NONE_GIVEN, SHARE, Method, nonfinite_policy, per_model, shared
 from ..scope import Scope
 
+NEXT_TO_NONE = 1e-300  # a probability that no number is below
 SMALLEST_NORM = 1e-7  # below it nothing is rescaled
 STREAMS = ("counter", "mergekit")
 
@@ -103,10 +104,15 @@ class Random(Sparse):
             return
         if scope.generator is None:
             keep, sums = self._by_counter(scope, densities)
+            self._keep_none(keep)
             self._merge(scope, keep=keep, scales=self._scales(scope, sums) if self.rescale else None)
             return
         keep = [self._drawn(scope, part, densities) for part in range(len(scope.names))]
+        self._keep_none(keep)
         self._merge(scope, keep=keep, rescale=self.rescale)
+
+    def _keep_none(self, keep: list[Tensor]) -> None:
+        """Clears the masks of experts that no number is drawn for because they keep nothing."""
 
     def _by_counter(self, scope: Scope, densities: list[float]) -> tuple[list[Tensor], Tensor]:
         return torch.ops.surgery_kernels.masks(
@@ -143,7 +149,8 @@ class Random(Sparse):
         return scales
 
     def _densities(self, num_tasks: int) -> list[float]:
-        return arguments.per_expert("density", self.density, num_tasks)
+        """As the ops take them: 0 keeps nothing, but draws as mergekit does."""
+        return [density or NEXT_TO_NONE for density in arguments.per_expert("density", self.density, num_tasks)]
 
     def _epsilons(self, num_tasks: int) -> list[float] | None:
         return None
@@ -189,14 +196,18 @@ class Ranked(Random):
         super().check(num_tasks)
         self._epsilons(num_tasks)
 
-    def _epsilons(self, num_tasks: int) -> list[float] | None:
-        densities = self._densities(num_tasks)
-        epsilons = arguments.per_expert("epsilon", self.epsilon, num_tasks)
-        within = [0.0 if density == 0 else epsilon for density, epsilon in zip(densities, epsilons, strict=True)]
-        return check_epsilon(within, densities, "della")
+    def _densities(self, num_tasks: int) -> list[float]:
+        """As the ops take them: nothing is drawn for 0."""
+        return [density or 1.0 for density in arguments.per_expert("density", self.density, num_tasks)]
 
-    def _draws(self, density: float) -> bool:
-        return 0 < density < 1
+    def _epsilons(self, num_tasks: int) -> list[float] | None:
+        return check_epsilon(self.epsilon, self._densities(num_tasks), "della")
+
+    def _keep_none(self, keep: list[Tensor]) -> None:
+        for bits in keep:
+            for t, density in enumerate(arguments.per_expert("density", self.density, len(bits))):
+                if density == 0:
+                    bits[t] = 0
 
 
 @dataclass(frozen=True)
