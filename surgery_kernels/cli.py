@@ -199,9 +199,13 @@ def _in_words(found: TensorDifference) -> str:
 
 @main.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--markdown", is_flag=True, help="The list as the table of the README.")
+def methods(name: str | None, markdown: bool) -> None:
     """List the merging methods, or explain the one called NAME."""
     with _errors_as_exit_codes():
+        if markdown:
+            click.echo(methods_table())
+            return
         if name is None:
             width = max(map(len, METHODS))
             for method in METHODS.values():
@@ -209,6 +213,17 @@ def methods(name: str | None) -> None:
             return
         check_one_of("name", name, tuple(METHODS))
         _explain(METHODS[name])
+
+
+def methods_table() -> str:
+    """One line for every method, as it declares itself."""
+    rows = ["| method | what it does | models | source |", "|---|---|---|---|"]
+    for method in METHODS.values():
+        name = f"`{method.name}`" if method.in_recipes else f"`{method.name}` (Python only)"
+        base = {"required": "base + ", "optional": "(base +) ", "none": ""}[method.base]
+        number = count_in_words(method).replace("exactly ", "").replace("at least ", "\u2265 ")
+        rows.append(f"| {name} | {method.summary()} | {base}{number} | {method.source} |")
+    return "\n".join(rows)
 
 
 def _explain(method: type[Method]) -> None:

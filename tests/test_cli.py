@@ -25,6 +25,7 @@ from click.testing import CliRunner, Result
 from surgery_kernels import _C, cli
 from surgery_kernels.checkpoint import estimate
 from surgery_kernels.checkpoint.writing import writer
+from surgery_kernels.merging import METHODS
 from tests.checkpoints import files_in, save_models, save_safetensors, state_dict, ties_recipe
 
 pytestmark = pytest.mark.any_isa
@@ -309,3 +310,19 @@ def test_a_bar_on_a_terminal(recipe: str, out: Path) -> None:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+def test_methods() -> None:
+    listed = CliRunner().invoke(cli.main, ["methods"])
+    assert listed.exit_code == 0 and [line.split()[0] for line in listed.output.splitlines()] == list(METHODS)
+    for name, method in METHODS.items():
+        explained = CliRunner().invoke(cli.main, ["methods", name])
+        assert explained.exit_code == 0 and method.formula in explained.output and method.source in explained.output
+        assert all(parameter.meaning in explained.output for parameter in method.parameters())
+    wrong = CliRunner().invoke(cli.main, ["methods", "sleep"])
+    assert wrong.exit_code == 2 and "name must be one of 'linear', " in wrong.stderr and "got 'sleep'" in wrong.stderr
+
+
+def test_the_table_of_the_readme_is_what_methods_declare() -> None:
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- methods -->\n{cli.methods_table()}\n<!-- /methods -->" in readme
