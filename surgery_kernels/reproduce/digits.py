@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..surgery import plot_bias, plot_features
-from . import ablations
+from . import ablations, training_free
 from .experts import Config, Experts, load_experts, one_thread
 from .methods import DENSITY, LAM, MERGES
 from .repair import STEPS, Job, Outcome, Setting, measure, run_jobs
@@ -55,7 +55,13 @@ def run(config: Config, out: Path, *, retrain: bool = False, steps: int = STEPS,
         outcomes = evaluate(experts, repaired, steps)
         timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
         surgery = [time_fit(experts, name, steps, repaired) for name in ("Surgery", "SurgeryV2")]
-    text = [f"{table_of(outcomes)}\n\n{in_words(outcomes)}", str(timing), timing_text(surgery)]
+        methods = training_free.rows(experts)
+    text = [
+        f"{table_of(outcomes)}\n\n{in_words(outcomes)}",
+        training_free.text(methods),
+        str(timing),
+        timing_text(surgery),
+    ]
     say("\n" + "\n\n".join(text))
     if full:
         repaired |= run_jobs(config, folder, [job for job in ablations.jobs(SHOWN) if job not in repaired])
