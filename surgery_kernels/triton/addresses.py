@@ -115,6 +115,10 @@ class Scope:
     def compute(self) -> torch.dtype:
         return torch.float64 if self.wide else torch.float32
 
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Keeps alive what kernels find by address."""
+        self._alive += tensors
+
     def deliver(self) -> None:
         """Once everything is known to be finite: the outputs that are not contiguous."""
         for to, filled in self._copies:

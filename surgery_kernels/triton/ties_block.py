@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .addresses import BASE, EXPERTS, NUMEL, OUT, divide, load, store
 from .finite import key_of, task_vector
+from .ties_keep import COUNTED, base_unless_enough, narrowed
 from .trim_rounds import CUT, FIELDS, THRESHOLD
 
 
@@ -31,22 +32,26 @@ def limits_of(limits, t, flat, lanes, COMPUTE: tl.constexpr, CUTS: tl.constexpr,
 
 @triton.jit
 def _entry(
-    row, t, base, at, lanes, left, flat, limits, numbers, rescales,
-    RULE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_RESCALES: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
+    RULE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_RESCALES: tl.constexpr, KEEP: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
+    CUTS: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What an expert brings to the election and to the sum, and whether that is kept, positive, negative."""
     x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
     tau = task_vector(x, base, STORED, HAS_BASE, DROP)
     limit = limits_of(limits, t, flat, lanes, COMPUTE, CUTS, BLOCK)
     kept = key_of(tau) > limit
+    if KEEP != 0:
+        kept = narrowed(kept, key_of(tau), keep, part, num_tasks, t, at, flat, lanes, left, COMPUTE, KEEP, WHOLE, BLOCK)
+    if (RULE == "exact" or RULE == "exact_all" or RULE == "magmax") and HAS_BASE:
+        tau = x - base
     summed = tau
-    if RULE == "mergekit" or RULE == "mergekit_all":
+    if RULE != "paper" and RULE != "paper_max" and RULE != "peft":
         if HAS_RESCALES:
-            tau = (tau * tl.load(rescales + t).to(COMPUTE)).to(STORED).to(COMPUTE)
+            tau = (tau * tl.load(rescales + t).to(COMPUTE)).to(ROUNDED).to(COMPUTE)
         if HAS_WEIGHTS:
-            tau = (tau * tl.load(numbers + 2 + t).to(COMPUTE)).to(STORED).to(COMPUTE)
+            tau = (tau * tl.load(numbers + 2 + t).to(COMPUTE)).to(ROUNDED).to(COMPUTE)
         summed = tau
     if RULE == "peft" and HAS_WEIGHTS:
         summed = tau * tl.load(numbers + 2 + t).to(COMPUTE)
@@ -55,13 +60,13 @@ def _entry(
 
 @triton.jit
 def _elect(total, positives, negatives, RULE: tl.constexpr, ELECT: tl.constexpr):
-    """Where plus and minus are elected, and where neither; under mergekit and PEFT a draw elects plus."""
+    """Where plus and minus are elected, and where neither; but for the paper a draw elects plus."""
     mass = total
     if ELECT == "count":
         mass = (positives - negatives).to(total.dtype)
     plus, minus = mass > 0, mass < 0
     drawn = ~(plus | minus)
-    if RULE == "mergekit" or RULE == "peft":
+    if RULE == "mergekit" or RULE == "peft" or RULE == "exact":
         plus = ~minus
     return plus, minus, drawn
 
@@ -70,25 +75,25 @@ def _elect(total, positives, negatives, RULE: tl.constexpr, ELECT: tl.constexpr)
 def _finish(
     total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base, lam,
     RULE: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
+    ROUNDED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
 ):  # fmt: skip
     # Draws without a sign sum the negative entries, as the official code does; its max multiplies by the sign, 0.
     merged = tl.where(plus, positive, negative)
     if RULE == "paper_max":
         merged = tl.where(plus | minus, merged, 0.0)
     if RULE != "peft":
-        merged = merged.to(STORED).to(COMPUTE)
+        merged = merged.to(ROUNDED).to(COMPUTE)
     if DIVIDE:
-        if RULE == "mergekit" and HAS_WEIGHTS:
-            divisor = tl.where(plus, positive_weight, negative_weight).to(STORED).to(COMPUTE)
+        if (RULE == "mergekit" or RULE == "exact") and HAS_WEIGHTS:
+            divisor = tl.where(plus, positive_weight, negative_weight).to(ROUNDED).to(COMPUTE)
         else:
             divisor = tl.where(plus, positives, negatives).to(COMPUTE)
         merged = divide(merged, tl.where(divisor == 0, 1.0, divisor))
         if RULE == "mergekit":
-            merged = merged.to(STORED).to(COMPUTE)
+            merged = merged.to(ROUNDED).to(COMPUTE)
     merged = merged * lam
     if RULE == "mergekit" or RULE == "paper_max" or (RULE == "paper" and not DIVIDE):
-        merged = merged.to(STORED).to(COMPUTE)
+        merged = merged.to(ROUNDED).to(COMPUTE)
     if HAS_BASE:
         merged = base + merged
     return tl.where(total == total, merged, total)  # a NaN among the kept entries reaches the output
@@ -96,15 +101,23 @@ def _finish(
 
 @triton.jit
 def _finish_all(
-    total, base, numbers,
-    DIVIDE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
+    total, weight, alone, kept_count, base, numbers,
+    RULE: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_UNIQUE: tl.constexpr,
+    ROUNDED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr,
 ):  # fmt: skip
-    """The sum of all entries, as mergekit rounds it without an election."""
-    merged = total.to(STORED).to(COMPUTE)
-    if DIVIDE:
+    """Without an election: all entries, as mergekit rounds their sum, or rounded once."""
+    merged = total.to(ROUNDED).to(COMPUTE)
+    if DIVIDE and RULE == "mergekit_all":
         divisor = tl.load(numbers + 1).to(COMPUTE) + tl.zeros_like(merged)
-        merged = divide(merged, divisor).to(STORED).to(COMPUTE)
-    merged = (merged * tl.load(numbers).to(COMPUTE)).to(STORED).to(COMPUTE)
+        merged = divide(merged, divisor).to(ROUNDED).to(COMPUTE)
+    if DIVIDE and RULE == "exact_all":
+        divisor = kept_count.to(COMPUTE)
+        if HAS_WEIGHTS:
+            divisor = weight
+        merged = divide(merged, tl.where(divisor == 0, 1.0, divisor))
+        if HAS_UNIQUE:
+            merged = tl.where(kept_count > 1, merged, alone)
+    merged = (merged * tl.load(numbers).to(COMPUTE)).to(ROUNDED).to(COMPUTE)
     if HAS_BASE:
         merged = base + merged
     return merged
@@ -112,10 +125,11 @@ def _finish_all(
 
 @triton.jit
 def merge_block(
-    row, at, left, flat, num_tasks, limits, numbers, rescales, draw_sign,
+    row, part, at, left, flat, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_RESCALES: tl.constexpr, SPLIT: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
+    HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
     WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count."""
@@ -126,13 +140,20 @@ def merge_block(
         base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
     total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
     positives = tl.zeros([BLOCK], tl.int32)
-    negatives = positives
+    negatives, kept_count, alone = positives, positives, zeros
     for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
         elected, summed, kept, up, down = _entry(
-            row, t, base, at, lanes, left, flat, limits, numbers, rescales,
-            RULE, HAS_WEIGHTS, HAS_RESCALES, STORED, COMPUTE, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED, BLOCK,
+            row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
+            RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED,
+            BLOCK,
         )  # fmt: skip
-        total = total + tl.where(kept, elected, 0.0)
+        kept_count += kept.to(tl.int32)
+        if RULE == "magmax":  # the last of equal ones; NaN has the largest key
+            total = tl.where(kept & (key_of(total) <= key_of(summed)), summed, total)
+        else:
+            total = total + tl.where(kept, elected, 0.0)
+        if HAS_UNIQUE:
+            alone = alone + tl.where(kept, summed * tl.load(unique_scales + t).to(COMPUTE), 0.0)
         if RULE == "paper_max":
             positive = tl.where(up & ~(positive > summed), summed, positive)
             negative = tl.where(down & ~(summed > negative), summed, negative)
@@ -141,10 +162,12 @@ def merge_block(
             negative = negative + tl.where(down, summed, 0.0)
         positives += up.to(tl.int32)
         negatives += down.to(tl.int32)
-        if RULE == "mergekit" and HAS_WEIGHTS:
+        if (RULE == "mergekit" or RULE == "exact") and HAS_WEIGHTS:
             weight = tl.load(numbers + 2 + t).to(COMPUTE)
             positive_weight = positive_weight + tl.where(up, weight, 0.0)
             negative_weight = negative_weight + tl.where(down, weight, 0.0)
+        if RULE == "exact_all" and HAS_WEIGHTS:
+            positive_weight = positive_weight + tl.where(kept, tl.load(numbers + 2 + t).to(COMPUTE), 0.0)
     plus, minus, drawn = _elect(total, positives, negatives, RULE, ELECT)
     sign_sum = tl.sum(plus.to(tl.int32) - minus.to(tl.int32))
     draws = tl.sum((drawn & (positives > 0)).to(tl.int32))
@@ -156,23 +179,29 @@ def merge_block(
             numel = tl.multiple_of(numel, 16)
         for t in range(num_tasks):
             elected, summed, kept, up, down = _entry(
-                row, t, base, at, lanes, left, flat, limits, numbers, rescales,
-                RULE, HAS_WEIGHTS, HAS_RESCALES, STORED, COMPUTE, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED, BLOCK,
+                row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
+                RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED,
+                BLOCK,
             )  # fmt: skip
             # a NaN total elects nobody; its entries stay visible
             visible = tl.where(plus, up, down) | (kept & (total != total))
-            if RULE == "mergekit_all":
+            if RULE == "mergekit_all" or RULE == "exact_all":
                 visible = kept
             agreeing = tl.where(visible, summed, 0.0)
             store(agreeing, tl.load(row + OUT), t * numel + at, lanes, left, STORED, WHOLE, ALIGNED and ALIGNED_ROWS)
-    elif RULE == "mergekit_all":
-        merged = _finish_all(total, base, numbers, DIVIDE, STORED, COMPUTE, HAS_BASE)
-        store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
     else:
-        lam = tl.load(numbers).to(COMPUTE)
-        merged = _finish(
-            total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base, lam,
-            RULE, DIVIDE, HAS_WEIGHTS, STORED, COMPUTE, HAS_BASE,
-        )  # fmt: skip
+        if RULE == "mergekit_all" or RULE == "exact_all" or RULE == "magmax":
+            merged = _finish_all(
+                total, positive_weight, alone, kept_count, base, numbers,
+                RULE, DIVIDE, HAS_WEIGHTS, HAS_UNIQUE, ROUNDED, COMPUTE, HAS_BASE,
+            )  # fmt: skip
+        else:
+            lam = tl.load(numbers).to(COMPUTE)
+            merged = _finish(
+                total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base,
+                lam, RULE, DIVIDE, HAS_WEIGHTS, ROUNDED, COMPUTE, HAS_BASE,
+            )  # fmt: skip
+        if COUNTED & KEEP:
+            merged = base_unless_enough(merged, base, kept_count, keep)
         store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
     return sign_sum, draws

@@ -19,12 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import arguments
-from .addresses import CHUNK, OFFSET, Scope, is_capturing, locate, upload
+from ..ops.ties_merge import SCALED
+from .addresses import CHUNK, OFFSET, TYPES, Group, Scope, locate, upload
 from .finite import FiniteCheck
 from .ties_block import merge_block
+from .ties_keep import DRAWN, Keep, given_keys, parts_of
 from .ties_rescale import rescales_of
 from .trim import check_one_tensor, trim
-from .trim_rounds import CUT, FIELDS, LARGEST, THRESHOLD
+from .trim_rounds import CUT, FIELDS, THRESHOLD
 
 BLOCK_BYTES = 2048  # of a tensor, read together: 16 for each of 128 threads
 SMALLEST_DIVISOR = 1e-8  # below it mergekit does not divide
@@ -32,12 +34,12 @@ SMALLEST_DIVISOR = 1e-8  # below it mergekit does not divide
 
 @triton.jit
 def _merge(
-    table, num_parts, columns, num_tasks, limits, numbers, rescales, nonfinite, sign_sum, draws,
+    table, num_parts, columns, num_tasks, limits, numbers, rescales, unique_scales, keep, nonfinite, sign_sum, draws,
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_RESCALES: tl.constexpr, SPLIT: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    CHECKED: tl.constexpr, AGAIN: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr, AGAIN: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """AGAIN: only the chunks with draws, under the sign that `sign_sum` has turned out to have."""
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
@@ -53,22 +55,24 @@ def _merge(
     flat = tl.load(row + OFFSET) + begin
     if HAS_RESCALES:
         rescales += part * num_tasks
+    if HAS_UNIQUE:
+        unique_scales += part * num_tasks
     signs = tl.zeros([], tl.int32)
     draws_here = signs
     whole = count // BLOCK * BLOCK
     for at in range(0, whole, BLOCK):
         signs_of_block, draws_of_block = merge_block(
-            row, begin + at, BLOCK, flat + at, num_tasks, limits, numbers, rescales, draw_sign,
-            RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, HAS_BASE, DROP, CUTS, True, ALIGNED, BLOCK, TOGETHER,
+            row, part, begin + at, BLOCK, flat + at, num_tasks, limits, numbers, rescales, unique_scales,
+            keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, True, ALIGNED, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
         draws_here += draws_of_block
     if whole < count:
         signs_of_block, draws_of_block = merge_block(
-            row, begin + whole, count - whole, flat + whole, num_tasks, limits, numbers, rescales, draw_sign,
-            RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, HAS_BASE, DROP, CUTS, False, ALIGNED, BLOCK, TOGETHER,
+            row, part, begin + whole, count - whole, flat + whole, num_tasks, limits, numbers, rescales, unique_scales,
+            keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, ALIGNED, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
         draws_here += draws_of_block
@@ -95,6 +99,9 @@ class Merger:
         nonfinite: str,
         thresholds: Tensor | None,
         cuts: Sequence[int] | None = None,
+        scales: Tensor | None = None,
+        unique_scales: Tensor | None = None,
+        keep: Keep | None = None,
     ) -> None:
         arguments.check_one_of("semantics", semantics, arguments.SEMANTICS)
         arguments.check_one_of("elect", elect, arguments.ELECT)
@@ -102,34 +109,55 @@ class Merger:
         with_semantics = f"with semantics={semantics!r}, got"
         if reduce == "max" and semantics != "paper":
             raise RuntimeError(f"reduce must be 'mean' or 'sum' {with_semantics} 'max'")
-        if elect == "none" and semantics != "mergekit":
+        if reduce in ("magmax", "unique") and (semantics != "exact" or elect != "none"):
+            raise RuntimeError(
+                f"semantics and elect must be 'exact' and 'none' with reduce={reduce!r}, "
+                f"got {semantics!r} and {elect!r}"
+            )
+        if elect == "none" and semantics not in SCALED:
             raise RuntimeError(f"elect must be 'sum' or 'count' {with_semantics} 'none'")
-        if semantics != "mergekit" and (rescale or not normalize):
+        if semantics not in SCALED and (rescale or not normalize):
             raise RuntimeError(f"normalize and rescale must keep their defaults {with_semantics} others")
         if weights is not None and len(weights) != num_tasks:
             raise RuntimeError(f"weights must be one per expert, got {len(weights)}")
         if weights is not None and semantics == "paper":
             raise RuntimeError("weights must be None with semantics='paper', got weights")
+        if weights is not None and reduce in ("magmax", "unique"):
+            raise RuntimeError(f"weights must be None with reduce={reduce!r}, got weights")
+        if reduce == "unique" and not normalize:
+            raise RuntimeError("normalize must be True with reduce='unique', got False")
+        if scales is not None and semantics not in SCALED:
+            raise RuntimeError("semantics must be 'mergekit' or 'exact' where scales are given, got another")
+        if scales is not None and rescale:
+            raise RuntimeError("rescale must be False where scales are given, got True")
+        if unique_scales is not None and reduce != "unique":
+            raise RuntimeError(f"reduce must be 'unique' where unique_scales are given, got {reduce!r}")
         if cuts is not None and thresholds is None:
             raise RuntimeError("thresholds must be given where cuts are, got none")
         if cuts is not None and len(cuts) != num_tasks:
             raise RuntimeError(f"cuts must be one per expert, got {len(cuts)}")
         self.density, self.lam, self.weights, self.semantics = density, lam, weights, semantics
         self.nonfinite, self.thresholds, self.cuts, self.rescale = nonfinite, thresholds, cuts, rescale
-        rules = {"paper": "paper_max" if reduce == "max" else "paper", "mergekit": "mergekit", "peft": "peft"}
-        self.rule = "mergekit_all" if elect == "none" else rules[semantics]
+        self.scales, self.unique_scales, self.keep = scales, unique_scales, keep or Keep(num_tasks)
+        self.rule = semantics
+        if reduce in ("max", "magmax"):
+            self.rule = "paper_max" if reduce == "max" else "magmax"
+        elif elect == "none":
+            self.rule = f"{semantics}_all"
         self.options: dict[str, Any] = {
             "RULE": self.rule,
             "ELECT": elect,
-            "DIVIDE": reduce == "mean" and normalize,
+            "DIVIDE": reduce in ("mean", "unique") and normalize,
             "HAS_WEIGHTS": weights is not None,
-            "HAS_RESCALES": rescale,
+            "HAS_RESCALES": rescale or scales is not None,
+            "HAS_UNIQUE": unique_scales is not None,
+            "KEEP": self.keep.flags,
         }
 
     def numbers(self, dtype: torch.dtype) -> list[float]:
         """lam, the divisor without an election, and the weights, as exactly as they are used."""
         compute = torch.promote_types(dtype, torch.float32)
-        stored = dtype if self.semantics == "mergekit" else torch.float32
+        stored = {"mergekit": dtype, "exact": compute}.get(self.semantics, torch.float32)
         weights = torch.tensor(self.weights or [1.0] * len(self.density), dtype=compute).to(stored).to(compute)
         total = torch.zeros_like(weights[0])
         for weight in weights:
@@ -154,24 +182,37 @@ class Merger:
         }
         sign_sum = torch.zeros(1, dtype=torch.int64, device=scope.device)
         launches = []
-        for group in scope.groups:
-            rescales = rescales_of(scope, group, limits, self.nonfinite) if self.rescale else None
+        for group, keep in zip(scope.groups, self.keep.tables(scope), strict=True):
+            rescales = self._rescales(scope, group, limits, keep)
+            unique_scales = _factors("unique_scales", self.unique_scales, scope, group)
             draws = torch.zeros(max(1, group.num_chunks), dtype=torch.int32, device=scope.device)
-            arguments_ = (scope.num_tasks, limits, group.numbers, rescales, finite.found, sign_sum, draws)
+            arguments_ = (
+                scope.num_tasks, limits, group.numbers, rescales, unique_scales, keep, finite.found, sign_sum, draws,
+            )  # fmt: skip
             launches.append((group, arguments_))
         for again in (False, True) if self.semantics == "paper" else (False,):
             for group, arguments_ in launches:
                 _merge[(group.num_chunks,)](
                     *group.place, *arguments_, **options, **group.dtypes, AGAIN=again, ALIGNED=group.aligned,
+                    ROUNDED=group.dtypes["COMPUTE" if self.semantics == "exact" else "STORED"],
                     CHUNK=CHUNK, BLOCK=BLOCK_BYTES // group.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
         finite.look()
 
     def _together(self, split: bool) -> int:
         """Experts whose loads are on their way at the same time: as many as fit into the registers beside the sums."""
-        if split or self.rule == "paper_max":
+        if split or self.rule == "paper_max" or self.options["KEEP"] & DRAWN.value:
             return 1
-        return 2 if self.rescale else 4
+        return 2 if self.options["HAS_RESCALES"] or self.options["KEEP"] else 4
+
+    def _rescales(self, scope: Scope, group: Group, limits: Tensor, keep: Tensor | None) -> Tensor | None:
+        if not self.rescale:
+            return _factors("scales", self.scales, scope, group)
+        dtype = group.dtype
+        # mergekit rounds norms and ratio to the dtype, but its random methods take float32 for float16
+        if self.semantics == "exact" or (self.keep.by_mask and dtype == torch.float16):
+            dtype = scope.compute
+        return rescales_of(scope, group, limits, self.nonfinite, keep, self.keep.flags, TYPES[dtype])
 
     def _limits(self, scope: Scope, finite: FiniteCheck) -> Tensor:
         if self.thresholds is None:
@@ -183,22 +224,21 @@ class Merger:
 
 def given_limits(thresholds: Tensor, cuts: Sequence[int] | None, scope: Scope) -> Tensor:
     """As `trim` gives them. Without cuts every tie is kept; with them NaN is a rank like any other."""
-    if thresholds.dtype not in (torch.float32, torch.float64):
-        raise RuntimeError(f"thresholds must be float32 or float64, got {thresholds.dtype}")
-    if thresholds.numel() != scope.num_tasks:
-        raise RuntimeError(f"thresholds must be one value per expert, got {thresholds.numel()}")
-    if not is_capturing(scope.device):
-        for value in thresholds.tolist():
-            if not value >= 0 and not (cuts is not None and math.isnan(value)):
-                raise RuntimeError(f"thresholds must be 0 or greater, got {value:g}")
-    values = thresholds.reshape(-1).to(scope.compute)
-    values = upload(values, scope.device) if values.device.type == "cpu" else values
-    keys = values.view(torch.int64 if scope.wide else torch.int32).to(torch.int64) & LARGEST[scope.compute]
+    keys = given_keys(thresholds, scope, "thresholds", cuts is not None)
     limits = torch.zeros(scope.num_tasks, FIELDS.value, dtype=torch.int64, device=scope.device)
     limits[:, THRESHOLD.value] = keys
-    if cuts is not None:
-        limits[:, CUT.value] = upload(torch.tensor(cuts, dtype=torch.int64), scope.device)
+    limits[:, CUT.value] = scope.numel if cuts is None else upload(torch.tensor(cuts, dtype=torch.int64), scope.device)
     return limits
+
+
+def _factors(argument: str, given: Tensor | None, scope: Scope, group: Group) -> Tensor | None:
+    """Of every tensor of the group and every expert, in the compute type."""
+    if given is None:
+        return None
+    shape = (len(scope.experts) // scope.num_tasks, scope.num_tasks)
+    if given.dtype != torch.float64 or given.shape != shape:
+        raise RuntimeError(f"{argument} must be float64 {list(shape)}, got {given.dtype} {list(given.shape)}")
+    return upload(given.cpu()[parts_of(scope, group)].to(scope.compute), scope.device)
 
 
 def ties_merge(
@@ -240,11 +280,23 @@ def ties_merge_out(
     cuts: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     *,
+    keep: Sequence[Tensor] | None = None,
+    upper: Tensor | None = None,
+    upper_cuts: Sequence[int] | None = None,
+    scales: Tensor | None = None,
+    keep_density: Sequence[float] | None = None,
+    seed: int = 0,
+    tensor_ids: Sequence[int] | None = None,
+    task_ids: Sequence[int] | None = None,
+    min_count: int = 0,
+    unique_scales: Tensor | None = None,
     out: Sequence[Tensor],
 ) -> None:
     merger = Merger(
         len(density), density=density, lam=lam, weights=weights, semantics=semantics, elect=elect, reduce=reduce,
-        normalize=normalize, rescale=rescale, nonfinite=nonfinite, thresholds=thresholds, cuts=cuts,
+        normalize=normalize, rescale=rescale, nonfinite=nonfinite, thresholds=thresholds, cuts=cuts, scales=scales,
+        unique_scales=unique_scales,
+        keep=Keep(len(density), keep, upper, upper_cuts, keep_density, seed, tensor_ids, task_ids, min_count),
     )  # fmt: skip
     scope = Scope(base, experts, len(density), out, numbers=merger.numbers)
     merger.run(scope, names)

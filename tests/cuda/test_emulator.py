@@ -85,8 +85,24 @@ def exact_l1_norms(kind: Any, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("op", OPS)
 def test_schemas_are_those_of_the_cpu(ops: Any, op: str) -> None:
-    schemas = [str(getattr(namespace, op).default._schema) for namespace in (ops, torch.ops.surgery_kernels)]
-    assert schemas[0].replace("surgery_kernels_emulated", "surgery_kernels") == schemas[1]
+    """Less what Triton alone takes."""
+    here, cpu = (getattr(namespace, op).default._schema for namespace in (ops, torch.ops.surgery_kernels))
+    known = {argument.name for argument in here.arguments}
+    assert [described(argument) for argument in here.arguments] == [
+        described(a) for a in cpu.arguments if a.name in known
+    ]
+    assert all(argument.has_default_value() for argument in cpu.arguments if argument.name not in known)
+    assert [str(value.type) for value in here.returns] == [str(value.type) for value in cpu.returns]
+
+
+def described(argument: Any) -> tuple[Any, ...]:
+    return argument.name, str(argument.type), argument.default_value, argument.kwarg_only, argument.is_out
+
+
+def test_what_is_rounded_once_is_left_to_triton(ops: Any) -> None:
+    message = "semantics must be 'paper', 'mergekit' or 'peft' in the CUDA kernels, got 'exact'"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        ops.ties_merge(None, [torch.ones(4)], [1.0], semantics="exact")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
