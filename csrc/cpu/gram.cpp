@@ -14,12 +14,11 @@ namespace {
 
 enum class Axis { tensor, row, column, model };
 
-constexpr int64_t kBlock = 32768;             // elements of a vector whose sums are folded from lanes
-constexpr int64_t kRun = 4096;                // elements of a column that are added one after the other
-constexpr int64_t kColumns = 4 * kGramLanes;  // read together: a few bytes of a row are not worth its page
-constexpr int64_t kHeld = 1 << 21;            // sums of a tensor that wait for others, 16 MiB
+constexpr int64_t kRun = 4096;               // elements of a column that are added one after the other
+constexpr int64_t kColumns = 4 * kSumLanes;  // read together: a few bytes of a row are not worth its page
+constexpr int64_t kHeld = 1 << 21;           // sums of a tensor that wait for others, 16 MiB
 
-// The order in which a list of sums is added up: x[j] += x[j + ceil(length / 2)] until one is left.
+// The order of fold_halves without the whole list in memory.
 struct Fold {
   std::vector<int64_t> lengths;  // of the list, after each round
 
@@ -56,7 +55,7 @@ struct Vectors {
   int64_t lanes() const { return by_column ? kColumns : 1; }
   int64_t units() const { return (count + lanes() - 1) / lanes(); }
   int64_t pieces() const {
-    const int64_t most = by_column ? kRun : kBlock;
+    const int64_t most = by_column ? kRun : kSumBlock;
     return std::max<int64_t>(1, (size + most - 1) / most);
   }
 };
@@ -78,8 +77,8 @@ class Gram {
     const int64_t elements = vectors.lanes() * vectors.size / places * scope_.num_tasks;
     torch::stable::parallel_for(0, places * units, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, elements)),
                                 [&](int64_t first, int64_t last) {
-                                  const Buffer<double> inputs(scope_.num_tasks * kGramSteps * kGramLanes),
-                                      lanes(pairs * kGramLanes);
+                                  const Buffer<double> inputs(scope_.num_tasks * kGramSteps * kSumLanes),
+                                      lanes(pairs * kSumLanes);
                                   const Buffer<double> sums(int64_t(after + 1) * width);
                                   for (int64_t k = first; k < last; ++k) {
                                     const int64_t unit = k / places;
@@ -103,7 +102,7 @@ class Gram {
   }
 
  private:
-  // One piece of a unit: to [num_pairs], or [strips, num_pairs, kGramLanes].
+  // One piece of a unit: to [num_pairs], or [strips, num_pairs, kSumLanes].
   void add_up(size_t p, const Vectors& vectors, int64_t unit, int64_t piece, double* inputs, double* lanes,
               double* to) const {
     const Part& part = scope_.parts[p];
@@ -118,11 +117,11 @@ class Gram {
       args.width = args.last = int(std::min(kColumns, vectors.count - unit * kColumns));
       count = args.steps * args.width;
     } else {
-      begin = unit * vectors.size + piece * kBlock;
-      count = std::min(kBlock, vectors.size - piece * kBlock);
-      args.steps = (count + kGramLanes - 1) / kGramLanes;
-      args.stride = args.width = kGramLanes;
-      args.last = int(count - (args.steps - 1) * kGramLanes);
+      begin = unit * vectors.size + piece * kSumBlock;
+      count = std::min(kSumBlock, vectors.size - piece * kSumBlock);
+      args.steps = (count + kSumLanes - 1) / kSumLanes;
+      args.stride = args.width = kSumLanes;
+      args.last = int(count - (args.steps - 1) * kSumLanes);
     }
     std::vector<const void*> experts(part.experts.size());
     for (size_t t = 0; t < experts.size(); ++t) experts[t] = part.expert_at(int64_t(t), begin);
@@ -138,7 +137,7 @@ class Gram {
 
   void deliver(const Vectors& vectors, int64_t unit, const double* sums, double* out) const {
     const int64_t n = scope_.num_tasks, first = unit * vectors.lanes();
-    const int64_t side_by_side = vectors.by_column ? kGramLanes : 1;
+    const int64_t side_by_side = vectors.by_column ? kSumLanes : 1;
     for (int64_t l = 0; l < std::min(vectors.lanes(), vectors.count - first); ++l) {
       const double* const of_strip = sums + l / side_by_side * num_pairs(n) * side_by_side;
       double* const matrix = out + (first + l) * n * n;

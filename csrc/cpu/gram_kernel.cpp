@@ -28,7 +28,7 @@ constexpr int kTile = 3;
 // follows its columns.
 constexpr int kAhead = 8;
 
-constexpr int kVector = kGramSteps * kGramLanes;  // from one expert to the next
+constexpr int kVector = kGramSteps * kSumLanes;  // from one expert to the next
 
 inline Doubles load_doubles(const double* p) {
   Doubles x;
@@ -63,27 +63,27 @@ void read_step(const GramArgs<typename Compute<S>::Key>& args, int64_t at, int c
   constexpr int N = Vec<typename Compute<S>::type>::N;
   int l = 0;
   for (; l + N <= count; l += N) read_lanes<S>(args, at + l, vectors + l);
-  for (; l < kGramLanes; l += N) read_lanes<S>(args, at + l, vectors + l, std::max(0, count - l));
+  for (; l < kSumLanes; l += N) read_lanes<S>(args, at + l, vectors + l, std::max(0, count - l));
 }
 
 // Adds the products of kRows vectors with kColumns others, or with themselves.
 template <int kRows, int kColumns, bool kDiagonal>
 void add_tile(const double* rows, const double* columns, int steps, double* const* sums) {
-  for (int l = 0; l < kGramLanes; l += kDoubles) {
+  for (int l = 0; l < kSumLanes; l += kDoubles) {
     Doubles sum[kRows][kColumns];
     for (int r = 0; r < kRows; ++r)
-      for (int c = kDiagonal ? r : 0; c < kColumns; ++c) sum[r][c] = load_doubles(sums[r] + c * kGramLanes + l);
+      for (int c = kDiagonal ? r : 0; c < kColumns; ++c) sum[r][c] = load_doubles(sums[r] + c * kSumLanes + l);
     for (int s = 0; s < steps; ++s) {
       Doubles x[kColumns];
-      for (int c = 0; c < kColumns; ++c) x[c] = load_doubles(columns + c * kVector + s * kGramLanes + l);
+      for (int c = 0; c < kColumns; ++c) x[c] = load_doubles(columns + c * kVector + s * kSumLanes + l);
       for (int r = 0; r < kRows; ++r) {
-        const Doubles y = kDiagonal ? x[r] : load_doubles(rows + r * kVector + s * kGramLanes + l);
+        const Doubles y = kDiagonal ? x[r] : load_doubles(rows + r * kVector + s * kSumLanes + l);
         for (int c = kDiagonal ? r : 0; c < kColumns; ++c) sum[r][c] = sum[r][c] + y * x[c];
       }
     }
     for (int r = 0; r < kRows; ++r)
       for (int c = kDiagonal ? r : 0; c < kColumns; ++c)
-        memcpy(sums[r] + c * kGramLanes + l, &sum[r][c], sizeof(Doubles));
+        memcpy(sums[r] + c * kSumLanes + l, &sum[r][c], sizeof(Doubles));
   }
 }
 
@@ -100,8 +100,7 @@ void add_pairs(const double* vectors, int num_tasks, int steps, double* sums) {
   for (int i = 0; i < num_tasks; i += kTile)
     for (int j = i; j < num_tasks; j += kTile) {
       double* of_rows[kTile];  // at column j
-      for (int r = 0; r < kTile && i + r < num_tasks; ++r)
-        of_rows[r] = sums + pair_of(i + r, j, num_tasks) * kGramLanes;
+      for (int r = 0; r < kTile && i + r < num_tasks; ++r) of_rows[r] = sums + pair_of(i + r, j, num_tasks) * kSumLanes;
       const int count = std::min(kTile, num_tasks - j);
       const double *rows = vectors + i * kVector, *columns = vectors + j * kVector;
       if (i == j)
@@ -113,8 +112,8 @@ void add_pairs(const double* vectors, int num_tasks, int steps, double* sums) {
 
 template <class S>
 void add(const GramArgs<typename Compute<S>::Key>& args, double* vectors, double* sums) {
-  const int strips = (args.width + kGramLanes - 1) / kGramLanes;
-  const int64_t of_strip = num_pairs(args.num_tasks) * kGramLanes;
+  const int strips = (args.width + kSumLanes - 1) / kSumLanes;
+  const int64_t of_strip = num_pairs(args.num_tasks) * kSumLanes;
   std::fill_n(sums, strips * of_strip, 0.0);
   const int together = kGramSteps / strips;
   for (int64_t first = 0; first < args.steps; first += together) {
@@ -123,21 +122,16 @@ void add(const GramArgs<typename Compute<S>::Key>& args, double* vectors, double
       const int64_t step = first + s;
       const int count = step + 1 < args.steps ? args.width : args.last;
       for (int strip = 0; strip < strips; ++strip)
-        read_step<S>(args, step * args.stride + strip * kGramLanes, std::min(kGramLanes, count - strip * kGramLanes),
-                     vectors + (strip * together + s) * kGramLanes);
+        read_step<S>(args, step * args.stride + strip * kSumLanes, std::min(kSumLanes, count - strip * kSumLanes),
+                     vectors + (strip * together + s) * kSumLanes);
     }
     for (int strip = 0; strip < strips; ++strip)
-      add_pairs(vectors + strip * together * kGramLanes, args.num_tasks, steps, sums + strip * of_strip);
+      add_pairs(vectors + strip * together * kSumLanes, args.num_tasks, steps, sums + strip * of_strip);
   }
 }
 
 void fold(double* sums, int64_t num_pairs, double* folded) {
-  for (int64_t p = 0; p < num_pairs; ++p) {
-    double* const lanes = sums + p * kGramLanes;
-    for (int half = kGramLanes / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) lanes[l] = lanes[l] + lanes[l + half];
-    folded[p] = lanes[0];
-  }
+  for (int64_t p = 0; p < num_pairs; ++p) folded[p] = fold_halves(sums + p * kSumLanes, kSumLanes);
 }
 
 }  // namespace

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .scope import Experts, one_tensor_scope
+from .sums import BLOCK, LANES, fold_halves
 
-LANES = 32
-BLOCK = 32_768  # elements of a vector whose sums are folded from lanes
 RUN = 4_096  # elements of a column that are added one after the other
 
 
@@ -51,15 +50,12 @@ def scope_gram(
                 raise RuntimeError(f"experts[{t}] must be finite, got {count} NaN or infinite values")
         products.append(_products(vectors.double(), axis))
     of_vectors = torch.cat(products)
-    return fold(of_vectors)[None] if axis == "model" else of_vectors
+    return _fold(of_vectors)[None] if axis == "model" else of_vectors
 
 
-def fold(x: Tensor) -> Tensor:
-    """The sum over the first dimension, place j taking place j + ceil(length / 2) until one is left."""
-    while len(x) > 1:
-        half = (len(x) + 1) // 2
-        x = torch.cat([x[: len(x) - half] + x[half:], x[len(x) - half : half]])
-    return x[0]
+def _fold(x: Tensor) -> Tensor:
+    """Along the first dimension."""
+    return fold_halves(x.movedim(0, -1))
 
 
 def _products(vectors: Tensor, axis: str) -> Tensor:
@@ -67,22 +63,17 @@ def _products(vectors: Tensor, axis: str) -> Tensor:
     num_tasks, shape = len(vectors), vectors.shape[1:]
     if axis == "column" and len(shape) > 1:
         columns = vectors.reshape(num_tasks, shape[0], shape[1:].numel())
-        return _fold_runs(columns, RUN).permute(2, 0, 1)
+        return _fold(torch.stack([_add_up(run) for run in columns.split(RUN, dim=1)])).permute(2, 0, 1)
     if axis == "row" and len(shape) > 1:
         rows = vectors.reshape(num_tasks, shape[:-1].numel(), shape[-1])
     else:
         rows = vectors.reshape(num_tasks, 1, shape.numel())
-    steps = -(-rows.shape[2] // LANES)
+    count, steps = rows.shape[1], -(-rows.shape[2] // LANES)
     padded = torch.nn.functional.pad(rows, (0, steps * LANES - rows.shape[2]))
-    # a block's lanes are columns of its own
-    lanes = padded.unflatten(2, (steps, LANES)).transpose(1, 2).flatten(2)  # [num_tasks, steps, num_vectors * LANES]
-    blocks = [_add_up(block) for block in lanes.split(BLOCK // LANES, dim=1)]
-    of_blocks = [fold(x.unflatten(2, (rows.shape[1], LANES)).permute(3, 2, 0, 1)) for x in blocks]
-    return fold(torch.stack(of_blocks))
-
-
-def _fold_runs(columns: Tensor, length: int) -> Tensor:
-    return fold(torch.stack([_add_up(run) for run in columns.split(length, dim=1)]))
+    # the lanes of a block are columns of its own
+    lanes = padded.unflatten(2, (steps, LANES)).transpose(1, 2).flatten(2)  # [num_tasks, steps, count * LANES]
+    blocks = torch.stack([_add_up(block) for block in lanes.split(BLOCK // LANES, dim=1)])
+    return _fold(fold_halves(blocks.unflatten(3, (count, LANES)))).permute(2, 0, 1)
 
 
 def _add_up(columns: Tensor) -> Tensor:

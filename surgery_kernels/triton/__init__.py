@@ -21,6 +21,7 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
     "ties_merge_out": "ties_merge",
     "masks": "masks",
     "mix_out": "mix",
+    "gram": "gram",
     "surgery_adapter": "surgery_adapter",
     "surgery_adapter_backward": "surgery_adapter",
     "surgery_train": "surgery_train",
