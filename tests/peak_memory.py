@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery_kernels import masks, merge_state_dicts, ties_merge
+from surgery_kernels import gram, masks, merge_state_dicts, ties_merge
 
 INPUT_BYTES = 32 << 20
 NUM_TASKS = 3
@@ -39,6 +39,11 @@ def drawn(inputs: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor
     return masks(base, experts, density=0.5, **options)
 
 
+def products(inputs: list[Tensor], options: dict[str, Any]) -> Tensor:
+    base, *experts = (x.view(-1, min(x.numel(), 1 << 10)) for x in inputs)
+    return gram(base, experts, **options)
+
+
 def eager(inputs: list[Tensor], options: dict[str, Any]) -> Tensor:
     """What the measurement must catch: one task vector in memory."""
     return inputs[0] + (inputs[1] - inputs[0])
@@ -56,5 +61,5 @@ def main(case: Callable[[list[Tensor], dict[str, Any]], Any], dtype: torch.dtype
 
 
 if __name__ == "__main__":
-    cases = {"one_tensor": one_tensor, "state_dict": state_dict, "masks": drawn, "eager": eager}
+    cases = {"one_tensor": one_tensor, "state_dict": state_dict, "masks": drawn, "gram": products, "eager": eager}
     main(cases[sys.argv[1]], getattr(torch, sys.argv[2]), json.loads(sys.argv[3]))

@@ -19,9 +19,8 @@ from ..ops.gram import AXES
 from ..ops.mix import num_blocks_of
 from .addresses import BASE, EXPERTS, TYPES, Scope, load
 from .finite import FiniteCheck, is_finite
+from .sums import LANES, SUM_BLOCK, fold_halves, fold_lanes, halves
 
-LANES = 32
-BLOCK = 32_768  # elements of a vector that fold their lanes: csrc/cpu/block_sums.h
 RUN = 4_096  # elements of a column that are added one after the other: csrc/cpu/gram.cpp
 TILE = 8  # experts whose pairs are in registers
 HELD = 1 << 21  # sums that wait for others, 16 MiB
@@ -44,16 +43,6 @@ def _vectors(
     if DROP:
         x = tl.where(is_finite(x), x, 0.0)
     return x.to(tl.float64)
-
-
-@triton.jit
-def _fold_lanes(x, LANES: tl.constexpr):
-    """Lane j += lane j + half until one is left: sums of two, whose order is no matter.  # [TILE, TILE, LANES]"""
-    half: tl.constexpr = LANES // 2
-    x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], 2, half]), axis=2)
-    if half > 1:
-        return _fold_lanes(x, half)
-    return tl.sum(x, axis=2)
 
 
 @triton.jit(do_not_specialize=["first_piece", "units", "count", "size"])
@@ -108,7 +97,8 @@ def _add(
         tl.store(to + (i * num_tasks + j)[:, :, None], total, mask=stored)
     else:
         to = sums + (place * count + unit) * num_tasks * num_tasks
-        tl.store(to + i * num_tasks + j, _fold_lanes(total, LANES), mask=there)
+        folded = tl.reshape(fold_lanes(tl.reshape(total, [TILE * TILE, LANES]), LANES), [TILE, TILE])
+        tl.store(to + i * num_tasks + j, folded, mask=there)
 
 
 def gram(
@@ -136,7 +126,7 @@ def gram(
     if finite.found is not None:  # a vector that is not finite has no finite square
         finite.found.copy_((~products.diagonal(dim1=1, dim2=2).isfinite()).sum())
         finite.look()
-    return _fold(products, halves(len(products)))[None] if axis == "model" else products
+    return fold_halves(products.movedim(0, -1))[None] if axis == "model" else products
 
 
 def _of_tensor(row: Tensor, first: Tensor, products: Tensor, has_base: bool, axis: str, rounded: bool, drop: bool):
@@ -144,17 +134,18 @@ def _of_tensor(row: Tensor, first: Tensor, products: Tensor, has_base: bool, axi
     count, num_tasks = products.shape[:2]
     by_column = axis == "column" and first.dim() > 1
     size = first.numel() // count
-    piece = RUN if by_column else BLOCK
+    piece = RUN if by_column else SUM_BLOCK
     tile = min(TILE, triton.next_power_of_2(num_tasks))
     tiles = triton.cdiv(num_tasks, tile)
     units = triton.cdiv(count, LANES) if by_column else count
     wide = first.dtype == torch.float64
+    loads = LOADS // 2 if by_column else LOADS  # the sums of columns are stored to addresses of their own
 
     def add(first_piece: int, sums: Tensor) -> Tensor:
         _add[(len(sums) * units, tiles * tiles)](
             row, num_tasks, first_piece, units, count, size, sums,
             STORED=TYPES[first.dtype], COMPUTE=tl.float64 if wide else tl.float32, HAS_BASE=has_base, ROUNDED=rounded,
-            DROP=drop, BY_COLUMN=by_column, PIECE=piece, TILE=tile, TILES=tiles, UNROLL=LOADS // tile, LANES=LANES,
+            DROP=drop, BY_COLUMN=by_column, PIECE=piece, TILE=tile, TILES=tiles, UNROLL=loads // tile, LANES=LANES,
             num_warps=1, enable_fp_fusion=not wide,  # products of float32 are exact
         )  # fmt: skip
         return sums
@@ -167,30 +158,14 @@ def _of_tensor(row: Tensor, first: Tensor, products: Tensor, has_base: bool, axi
         held = _places(
             lambda i, j: add(i, products.new_empty((j - i, *products.shape))), lengths, 0, lengths[after], after
         )
-        products.copy_(_fold(held, lengths[after:]))
+        products.copy_(fold_halves(held.movedim(0, -1)))
     if tiles > 1:
         i, j = torch.triu_indices(num_tasks, num_tasks, 1, device=products.device)
         products[:, j, i] = products[:, i, j]
 
 
-def halves(length: int) -> list[int]:
-    """How long a list is that is folded in halves, from the beginning on."""
-    lengths = [length]
-    while lengths[-1] > 1:
-        lengths.append((lengths[-1] + 1) // 2)
-    return lengths
-
-
-def _fold(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Place j += place j + half along the first dimension until one is left; x is spoilt."""
-    for half in lengths[1:]:
-        x[: len(x) - half] += x[half:]
-        x = x[:half]
-    return x[0]
-
-
 def _places(add: Callable[[int, int], Tensor], lengths: Sequence[int], first: int, last: int, after: int) -> Tensor:
-    """What places from `first` to `last` hold after some rounds of `_fold`; add(i, j): what they held before.
+    """What places from `first` to `last` hold after some rounds of halving; add(i, j): what they held before.
 
     So that a long list need not be in memory at once.
     """

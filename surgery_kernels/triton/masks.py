@@ -21,9 +21,9 @@ from ..ops.masks import MOST_IDS, RULES
 from .addresses import BASE, CHUNK, EXPERTS, NUMEL, Group, Scope, load, locate, part_of, upload
 from .finite import FiniteCheck, task_vector
 from .random_bits import block_words
+from .sums import LANES, SUM_BLOCK, fold_halves, fold_lanes
 from .trim import INFINITY
 
-SUM_BLOCK, LANES = 32768, 32  # of the order of sums: csrc/cpu/block_sums.h
 MOST_RANKED = 1 << 20  # entries whose ranks are in memory at a time
 BLOCK_BYTES = 512  # of bits by rank: a program's share
 
@@ -75,16 +75,6 @@ def _draw_by_rank(
 
 
 @triton.jit
-def _fold_lanes(x, LANES: tl.constexpr):
-    """lane j += lane j + half until one is left: sums of two, whose order is no matter."""
-    half: tl.constexpr = LANES // 2
-    x = tl.sum(tl.reshape(x, [2, half]), axis=0)
-    if half > 1:
-        return _fold_lanes(x, half)
-    return tl.sum(x)
-
-
-@triton.jit
 def _sum(
     table, num_parts, columns, tensors, sums, num_blocks,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, ALIGNED: tl.constexpr,
@@ -116,8 +106,8 @@ def _sum(
     to = sums + t * num_blocks + block
     step = tl.num_programs(1) * num_blocks
     tl.store(to, tl.sum(kept).to(tl.float64))
-    tl.store(to + step, _fold_lanes(all, LANES))
-    tl.store(to + 2 * step, _fold_lanes(kept_norm, LANES))
+    tl.store(to + step, tl.sum(fold_lanes(all[None, :], LANES)))
+    tl.store(to + 2 * step, tl.sum(fold_lanes(kept_norm[None, :], LANES)))
 
 
 @dataclass(frozen=True)
@@ -188,19 +178,6 @@ def _sum_blocks(scope: Scope, group: Group, tensors: Tensor, num_blocks: int, no
         ALIGNED=group.aligned, SUM_BLOCK=SUM_BLOCK, LANES=LANES, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return sums
-
-
-def fold_halves(x: Tensor) -> Tensor:
-    """x[j] += x[j + half] along the last dimension until one is left; 0 of none."""
-    if x.shape[-1] == 0:
-        return x.new_zeros(x.shape[:-1])
-    x = x.clone()
-    count = x.shape[-1]
-    while count > 1:
-        half = (count + 1) // 2
-        x[..., : count - half] += x[..., half:count]
-        count = half
-    return x[..., 0]
 
 
 def _rank(
