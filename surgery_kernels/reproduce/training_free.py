@@ -9,9 +9,9 @@ from typing import Any
 from ..merging import METHODS, merge_state_dicts
 from .experts import Experts, StateDict
 from .methods import DENSITY, LAM
-from .repair import measure
 from .report import average
 from .tasks import TASKS
+from .training import accuracy
 
 # What a usual recipe gives a method, where its own defaults are for other models than these.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,13 +54,14 @@ def rows(experts: Experts) -> list[Row]:
         else:
             merged = one_after_another(experts, name, most)
         seconds = time.perf_counter() - start
-        outcome = measure(experts, [experts.config.encoder(merged)] * len(TASKS))
+        encoder = experts.config.encoder(merged)
+        accuracies = [accuracy(encoder, experts.heads, experts.test, task) for task in range(len(TASKS))]
         merges, inputs = (1, len(TASKS) + 1) if most is None else (len(TASKS) - 1, 2)
         nbytes = sum(tensor.nbytes for tensor in experts.pretrained.values())
         found.append(
             Row(
                 name,
-                average(outcome.accuracy),
+                average(accuracies),
                 seconds,
                 merges * _reads(name, options) * inputs * nbytes,
                 most is not None,
