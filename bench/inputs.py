@@ -12,7 +12,7 @@ NUM_TASKS = 8
 Inputs = tuple[Tensor | None, list[Tensor]]
 
 
-def flat_inputs(num_params: int, dtype: torch.dtype, takes_base: bool = True) -> Inputs:
+def flat_inputs(num_params: int, dtype: torch.dtype, takes_base: bool = True, num_tasks: int = NUM_TASKS) -> Inputs:
     """Written in place: no temporary of the size of a tensor raises the peak of memory."""
     generator = torch.Generator().manual_seed(0)
 
@@ -20,9 +20,9 @@ def flat_inputs(num_params: int, dtype: torch.dtype, takes_base: bool = True) ->
         return torch.empty(num_params, dtype=dtype).normal_(0, 0.001, generator=generator)
 
     if not takes_base:
-        return None, [step() for _ in range(NUM_TASKS)]
+        return None, [step() for _ in range(num_tasks)]
     base = torch.empty(num_params, dtype=dtype).normal_(0, 0.02, generator=generator)
-    return base, [step().add_(base) for _ in range(NUM_TASKS)]
+    return base, [step().add_(base) for _ in range(num_tasks)]
 
 
 def vit_b32_shapes(layers: int = 12) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/combine_kernel.h"
+#include "cpu/gram_kernel.h"
 #include "cpu/keep_kernel.h"
 #include "cpu/masks_kernel.h"
 #include "cpu/mix_kernel.h"
@@ -74,9 +75,10 @@ void run(const Format& format) {
   const sk::TiesKernel<Key>& ties = sk::SK_ISA::ties_kernels.get<Key>(format.dtype);
   const sk::MixKernel<Key> mix = sk::SK_ISA::mix_kernels.uniform.get<Key>(format.dtype);
   const sk::MixKernel<Key> mix_by_column = sk::SK_ISA::mix_kernels.by_column.get<Key>(format.dtype);
+  const sk::GramKernels& gram = sk::SK_ISA::gram_kernels;
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[sk::kRules], mixed, combined, lost, masked, bounded;
+  Hash trimmed, merged[sk::kRules], mixed, multiplied, combined, lost, masked, bounded;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -157,6 +159,15 @@ void run(const Format& format) {
       sums_of.subtract = false;
       mix(sums_of, places.data());
       combined.add(format, mixtures[0]);
+      const int strips = elect_count ? 2 : 1;  // a flat vector, or columns side by side
+      const int64_t pairs = sk::num_pairs(kTasks), width = strips * sk::kSumLanes, steps = (n + width - 1) / width;
+      std::vector<double> vectors(kTasks * sk::kGramSteps * sk::kSumLanes), products(strips * pairs * sk::kSumLanes);
+      const sk::GramArgs<Key> all{
+          from, pointers.data(), kTasks, steps, width, int(width), int(n - (steps - 1) * width), divide, drop};
+      gram.add.get<Key>(format.dtype)(all, vectors.data(), products.data());
+      for (double of_lane : products) multiplied.add(of_lane);
+      gram.fold(products.data(), strips * pairs, products.data());
+      for (int64_t p = 0; p < strips * pairs; ++p) multiplied.add(products[p]);
       if (from) {
         double sums[kTasks];
         dot(from, pointers.data(), kTasks, n, sums);
@@ -221,6 +232,7 @@ void run(const Format& format) {
   print("ties_merge magmax", merged[7]);
   print("keep", bounded);
   print("mix", mixed);
+  print("gram", multiplied);
   print("combine", combined);
   print("representation_loss", lost);
   print("masks", masked);
