@@ -54,8 +54,9 @@ def describe(num_tasks: int, dtype: str, contender: str, compute: torch.dtype = 
 
 
 def share(result: Tensor, expected: Tensor) -> float:
-    """None differs by more than the rounding of task vectors and of float32 sums."""
-    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-4 * expected.max().item())
+    """None differs by more than rounding: float32 sums of millions of squares are off in the third digit."""
+    tolerance = 1e-2 if result.dtype == torch.float32 else 1e-6
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance * expected.max().item())
     return 0.0
 
 
