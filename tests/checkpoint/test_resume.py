@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,14 @@ def test_interrupted(
         return pwrite(*arguments)
 
     pwrite = os.pwrite
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", after(2, pwrite, after(1, pressing_control_c, pwrite)))
-        with pytest.raises(KeyboardInterrupt):
-            merge(given, out)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", after(2, pwrite, after(1, pressing_control_c, pwrite)))
+            with pytest.raises(KeyboardInterrupt):
+                merge(given, out)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not out.exists() and done(out)
     merge(given, out, resume=True)
     assert files_in(out) == expected
