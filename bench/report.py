@@ -74,8 +74,9 @@ METHODS = Section(
     ["method"],
     f"""\
 {RATIOS_NOTE}
-8 experts of 4M entries, or one or two of 16M where the method takes no more. Bound: the inputs read as often as the method must (where something is decided before the merge: twice) and the result written once, at the
-bandwidth of a large copy measured around every round.""",
+8 experts of 4M entries, or one or two of 16M where the method takes no more. Bound: the inputs read as often as the
+method must (where something is decided before the merge: twice) and the result written once, at the bandwidth of a
+large copy measured around every round.""",
 )
 TOOLKITS = Section(
     "toolkits",
