@@ -112,6 +112,7 @@ class Keep {
   void fill_within(const Limit<Key>& limit, size_t part, int64_t begin, int64_t count, int64_t task,
                    uint8_t* bits) const {
     fill(part, begin, count, task, bits);
+    if (limit.threshold == 0) return;  // which trims zeros alone
     const Part& of = scope_.parts[part];
     SK_KERNELS(keep_kernels)
         .get<Key>(of.dtype)

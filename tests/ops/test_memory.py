@@ -26,6 +26,11 @@ def test_ties(run_python: RunPython, case: str, dtype: str, options: dict[str, A
     assert int(run_python("-m", "tests.peak_memory", case, dtype, json.dumps(options))) < INPUT_BYTES // 4
 
 
+def test_masked_ties(run_python: RunPython) -> None:
+    options = json.dumps({"semantics": "mergekit", "rescale": True, "keep_density": 0.5, "upper": [2.0] * 3})
+    assert int(run_python("-m", "tests.peak_memory", "one_tensor", "bfloat16", options)) < INPUT_BYTES // 4
+
+
 @pytest.mark.parametrize("method", ["average", "task_arithmetic"])
 def test_linear_methods(run_python: RunPython, method: str) -> None:
     options = json.dumps({"method": method})
