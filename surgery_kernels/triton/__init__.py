@@ -64,7 +64,8 @@ def _where_it_can(cuda: Callable[..., Any], op: str) -> Callable[..., Any]:
 
     def call(*arguments: Any, **options: Any) -> Any:
         given = {**dict(zip([argument.name for argument in schema], arguments, strict=False)), **options}
-        if any(given.get(name, default) != default for name, default in defaults.items()):
+        lacking = any(given.get(name, default) != default for name, default in defaults.items())
+        if lacking or given.get("semantics") == "exact":
             return _of_triton(op)(**given)
         if given.get("nonfinite", "error") == "error" and torch.cuda.is_current_stream_capturing():
             raise ValueError("nonfinite must be 'propagate' or 'drop' while a CUDA graph is captured, got 'error'")

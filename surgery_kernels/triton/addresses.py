@@ -115,6 +115,10 @@ class Scope:
     def compute(self) -> torch.dtype:
         return torch.float64 if self.wide else torch.float32
 
+    def parts_of(self, group: Group) -> list[int]:
+        """The tensors of a group, in the order of its table."""
+        return [part for part, first in enumerate(self.experts[:: self.num_tasks]) if first.dtype == group.dtype]
+
     def hold(self, tensors: Sequence[Tensor]) -> None:
         """Keeps alive what kernels find by address."""
         self._alive += tensors

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import arguments
-from ..ops.masks import MOST_IDS, RULES
+from ..ops.masks import RULES
 from .addresses import BASE, CHUNK, EXPERTS, NUMEL, Group, Scope, load, locate, part_of, upload
 from .finite import FiniteCheck, task_vector
-from .random_bits import block_words
+from .random_bits import block_words, ids, limit_of
 from .sums import LANES, SUM_BLOCK, fold_halves, fold_lanes
 from .trim import INFINITY
 
@@ -135,8 +135,8 @@ def masks(
     num_tasks = len(density)
     scope = Scope(base, experts, num_tasks)
     firsts = experts[::num_tasks]
-    tensor_ids = _ids("tensor_ids", tensor_ids, len(firsts), "merged tensor")
-    task_ids = _ids("task_ids", task_ids, num_tasks, "expert")
+    tensor_ids = ids("tensor_ids", tensor_ids, len(firsts), "merged tensor")
+    task_ids = ids("task_ids", task_ids, num_tasks, "expert")
     ranges = _ranges(epsilon, density) if rule == "della" else None
     finite = FiniteCheck(scope, nonfinite, names)
     words = torch.tensor([seed, *map(limit_of, density), *task_ids], dtype=torch.int64)
@@ -144,7 +144,7 @@ def masks(
     bits = [torch.empty(num_tasks, -(-x.numel() // 8), dtype=torch.uint8, device=scope.device) for x in firsts]
     sums = torch.zeros(len(firsts), num_tasks, 3, dtype=torch.float64, device=scope.device)
     for group in scope.groups:
-        parts = [part for part, first in enumerate(firsts) if first.dtype == group.dtype]
+        parts = scope.parts_of(group)
         blocks = [-(-firsts[part].numel() // SUM_BLOCK) for part in parts]
         before = [sum(blocks[:i]) for i in range(len(blocks))]
         rows = [[bits[part].data_ptr(), tensor_ids[part], b] for part, b in zip(parts, before, strict=True)]
@@ -217,22 +217,6 @@ def _keys(task_vectors: Tensor, compute: torch.dtype, drop: bool) -> Tensor:
         task_vectors = torch.where(task_vectors.isfinite(), task_vectors, 0.0)
     keys = task_vectors.to(compute).abs().contiguous().view(torch.int64 if compute == torch.float64 else torch.int32)
     return keys.clamp(max=INFINITY[compute] + 1)
-
-
-def limit_of(density: float) -> int:
-    """The word below which an entry is kept."""
-    return 1 << 32 if density >= 1 else int(density * 2**32)
-
-
-def _ids(argument: str, given: Sequence[int] | None, count: int, of: str) -> Sequence[int]:
-    if given is None:
-        return range(count)
-    if len(given) != count:
-        raise RuntimeError(f"{argument} must be one number for every {of} ({count}), got {len(given)}")
-    for i in given:
-        if not 0 <= i < MOST_IDS:
-            raise RuntimeError(f"{argument} must be in [0, 2**32), got {i}")
-    return given
 
 
 def _ranges(epsilon: Sequence[float] | None, density: Sequence[float]) -> Sequence[float]:

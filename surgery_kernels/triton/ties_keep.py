@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.masks import MOST_IDS
-from .addresses import Group, Scope, is_capturing, upload
-from .random_bits import block_words
+from .addresses import Scope, is_capturing, upload
+from .random_bits import block_words, ids, limit_of
 from .trim_rounds import LARGEST
 
 SEED, MIN_COUNT, HEAD = (tl.constexpr(field) for field in range(3))
@@ -126,18 +125,18 @@ class Keep:
             return [None] * len(scope.groups)
         firsts = scope.experts[:: scope.num_tasks]
         given = None if self.keep is None else _checked(self.keep, firsts, scope)
-        tensor_ids = _ids("tensor_ids", self.tensor_ids, len(firsts), "merged tensor")
-        task_ids = _ids("task_ids", self.task_ids, self.num_tasks, "expert")
+        tensor_ids = ids("tensor_ids", self.tensor_ids, len(firsts), "merged tensor")
+        task_ids = ids("task_ids", self.task_ids, self.num_tasks, "expert")
         densities = self.keep_density or [0.0] * self.num_tasks
         cuts = self.upper_cuts or [0] * self.num_tasks
         words = [self.seed, self.min_count]
         for density, task_id, cut in zip(densities, task_ids, cuts, strict=True):
-            words += [1 << 32 if density >= 1 else int(density * 2**32), task_id, 0, cut]
+            words += [limit_of(density), task_id, 0, cut]
         upper = None if self.upper is None else given_keys(self.upper, scope, "upper", self.upper_cuts is not None)
         tables: list[Tensor | None] = []
         for group in scope.groups:
             rows = list(words)
-            for part in parts_of(scope, group):
+            for part in scope.parts_of(group):
                 bits = None if given is None else given[part]
                 stride = 0 if bits is None or len(bits) == 1 else bits.shape[1]
                 rows += [0 if bits is None else bits.data_ptr(), stride, tensor_ids[part]]
@@ -147,11 +146,6 @@ class Keep:
             tables.append(table)
         scope.hold(given or [])  # until the launches are in the queue
         return tables
-
-
-def parts_of(scope: Scope, group: Group) -> list[int]:
-    """The tensors of a group, in their order."""
-    return [part for part, first in enumerate(scope.experts[:: scope.num_tasks]) if first.dtype == group.dtype]
 
 
 def given_keys(thresholds: Tensor, scope: Scope, argument: str, may_be_nan: bool) -> Tensor:
@@ -179,14 +173,3 @@ def _checked(keep: Sequence[Tensor], firsts: Sequence[Tensor], scope: Scope) -> 
         if bits.device != scope.device:
             raise RuntimeError(f"keep must be on the device of experts[0], {scope.device}, got {bits.device}")
     return [bits.contiguous() for bits in keep]
-
-
-def _ids(argument: str, given: Sequence[int] | None, count: int, of: str) -> Sequence[int]:
-    if given is None:
-        return range(count)
-    if len(given) != count:
-        raise RuntimeError(f"{argument} must be one number for every {of} ({count}), got {len(given)}")
-    for i in given:
-        if not 0 <= i < MOST_IDS:
-            raise RuntimeError(f"{argument} must be in [0, 2**32), got {i}")
-    return given

@@ -23,7 +23,7 @@ from ..ops.ties_merge import SCALED
 from .addresses import CHUNK, OFFSET, TYPES, Group, Scope, locate, upload
 from .finite import FiniteCheck
 from .ties_block import merge_block
-from .ties_keep import DRAWN, Keep, given_keys, parts_of
+from .ties_keep import DRAWN, Keep, given_keys
 from .ties_rescale import rescales_of
 from .trim import check_one_tensor, trim
 from .trim_rounds import CUT, FIELDS, THRESHOLD
@@ -238,7 +238,7 @@ def _factors(argument: str, given: Tensor | None, scope: Scope, group: Group) ->
     shape = (len(scope.experts) // scope.num_tasks, scope.num_tasks)
     if given.dtype != torch.float64 or given.shape != shape:
         raise RuntimeError(f"{argument} must be float64 {list(shape)}, got {given.dtype} {list(given.shape)}")
-    return upload(given.cpu()[parts_of(scope, group)].to(scope.compute), scope.device)
+    return upload(given.cpu()[scope.parts_of(group)].to(scope.compute), scope.device)
 
 
 def ties_merge(

@@ -56,6 +56,8 @@ def test_options_that_the_cuda_kernels_lack_go_to_triton() -> None:
         assert chosen([], experts, [0.5], "peft", "drop", None).item() == 5  # names are not given
         thresholds, _ = chosen([], experts, [0.5], nonfinite="drop", ranks=[2])
         assert thresholds.tolist() == [2.0]
+        thresholds, _ = chosen([], experts, [0.5], semantics="exact")
+        assert thresholds.tolist() == [3.0]
 
 
 @pytest.mark.usefixtures("gpu")
