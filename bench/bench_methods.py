@@ -48,11 +48,9 @@ class Case:
 
     def ours(self, base: Tensor, experts: list[Tensor]) -> Callable[[], Tensor]:
         out = torch.empty_like(base)
-        values = {}
-        for parameter in self.method.parameters():
-            default = self.method.as_mergekit.get(parameter.name, parameter.recipe_default)
-            values[parameter.name] = self.parameters.get(parameter.key or "", default)
-        merging = self.method(**values | {"nonfinite": "propagate"})
+        names = {parameter.key: parameter.name for parameter in self.method.parameters()}
+        given = {names[key]: value for key, value in self.parameters.items()}
+        merging = self.method(**self.method.recipe_defaults() | given | {"nonfinite": "propagate"})
         merging.check(len(experts))
         has_base = self.method.base != "none"
         scope = Scope(["w"], [base] if has_base else [], [experts], [out], {"w": "w"})

@@ -53,9 +53,9 @@ MERGING = Section(
     {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"},
     ["ties_merge", "trim_thresholds", "mix", "masks", "gram", "merge_state_dicts"],
     f"""\
-{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram` and `masks random`: once) and the
-result written once, at the bandwidth of a large copy measured around every round; left out where everything fits in
-the caches.""",
+{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram`, `masks random`, DARE and MagMax:
+once) and the result written once, at the bandwidth of a large copy measured around every round; left out where
+everything fits in the caches.""",
 )
 LEARNING = Section(
     "learning",

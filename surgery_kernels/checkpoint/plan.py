@@ -105,10 +105,6 @@ class Plan:
         return self.sources[self.recipe.donor]
 
     @property
-    def decides_over_model(self) -> bool:
-        return self.recipe.scope == "model" or self.recipe.method.decides == "model"
-
-    @property
     def ordered(self) -> list[Step]:
         """In the order in which they are merged: by name where mergekit draws masks, one tensor after the other."""
         return self.steps if self.generator() is None else sorted(self.steps, key=lambda step: step.name)
@@ -124,14 +120,14 @@ class Plan:
     @property
     def nbytes_read(self) -> int:
         """What is decided over the whole model takes a read of its own."""
-        steps = self.steps + (self.merged if self.decides_over_model else [])
+        steps = self.steps + (self.merged if self.recipe.scope == "model" else [])
         return sum(step.nbytes_read for step in steps)
 
     @property
     def nbytes_scratch(self) -> int:
         """Of temporary files, at most."""
         of_steps = [step.nbytes_scratch for step in self.steps]
-        return sum(of_steps) if self.decides_over_model else max(of_steps)
+        return sum(of_steps) if self.recipe.scope == "model" else max(of_steps)
 
     @property
     def identity(self) -> str:

@@ -17,7 +17,7 @@ from ..merging.scope import Scope
 from ..recipes.recipe import Recipe, load_recipe
 from .loader import Loader
 from .memory import Releasing, Scratch, given_back
-from .plan import Input, Plan, Step, plan_merge
+from .plan import Plan, Step, plan_merge
 from .reading.mapped_file import many_files_open
 from .reading.read_ahead import ReadAhead
 from .writing.companions import write_companions
@@ -122,7 +122,7 @@ def _write_model(
     try:
         releases = [source.release for source in plan.sources.values()]
         with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(plan, steps), progress):
-            decided = _decided(plan, Loader(scratch), journal) if plan.decides_over_model else None
+            decided = _decided(plan, Loader(scratch), journal) if plan.recipe.scope == "model" else None
             offsets, draws = _offsets(plan), _Draws(plan)
             with ReadAhead(step.spans for step in steps) as ahead:
                 for number, step in enumerate(steps):
@@ -179,7 +179,7 @@ def _decided(plan: Plan, loader: Loader, journal: Journal) -> Any:
         in_files = [
             tensor
             for step, scope in zip(steps, scopes, strict=True)
-            for wanted, tensor in zip(_inputs(step, scope), [*scope.base, *scope.experts[0]], strict=True)
+            for wanted, tensor in zip([step.first, *step.experts], [*scope.base, *scope.experts[0]], strict=True)
             if step.takes_as_it_is(wanted)
         ]
         with (
@@ -209,10 +209,6 @@ class _Draws:
                 for begin in range(0, passed.num_draws, DRAWS_AT_ONCE):
                     torch.rand(min(DRAWS_AT_ONCE, passed.num_draws - begin), generator=self._generator)
         return self._generator
-
-
-def _inputs(step: Step, scope: Scope) -> Sequence[Input]:
-    return [step.first, *step.experts] if scope.base else step.experts
 
 
 @contextmanager

@@ -97,13 +97,12 @@ class Fused(GroupMergeMethod):
 
     def _method(self, experts: list[TensorEntry], parameters: dict[str, Any]) -> Method | None:
         """With the numbers of one tensor; None where mergekit has rules of its own for them."""
-        values: dict[str, Any] = {}
+        values = self.declared.recipe_defaults() | {"nonfinite": NONFINITE}
         for parameter in self.declared.parameters():
-            fixed = self.declared.as_mergekit.get(parameter.name, parameter.recipe_default)
-            given = parameters.get(parameter.key, fixed) if parameter.key else fixed
-            of_each = parameter.per_model and parameter.key in parameters
-            values[parameter.name] = [given[entry.id] for entry in experts] if of_each else given
-        merging = self.declared(**values | {"nonfinite": NONFINITE})
+            if parameter.key in parameters:
+                given = parameters[parameter.key]
+                values[parameter.name] = [given[entry.id] for entry in experts] if parameter.per_model else given
+        merging = self.declared(**values)
         try:
             merging.check(len(experts))
         except (ValueError, TypeError):

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 
 from ..ops import arguments
-from ..ops.arguments import PerExpert
 from .scope import Scope
 
 
@@ -147,6 +147,16 @@ def per_model(
     return _declared(default, meaning, float, range, (), key, recipe_default, per_model=True)
 
 
+def task_vector_scale() -> Any:
+    """lambda, where task vectors are merged and added to a base."""
+    return shared(1.0, key="lambda", meaning="scale of the merged task vector")
+
+
+def model_weights(meaning: str = "factor of each task vector", default: float | None = None) -> Any:
+    """What recipes call weight and must give for every model; in Python 1 unless given."""
+    return per_model(default, key="weight", recipe_default=NONE_GIVEN, meaning=meaning)
+
+
 def nonfinite_policy() -> Any:
     """What every op has: what happens with NaN and infinity."""
     meaning = "NaN and infinity: an error, let through, or taken as no change"
@@ -187,7 +197,7 @@ def _declared(
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """A merging method with its parameters. Subclasses are dataclasses and say what differs from what stands here."""
 
     name: ClassVar[str]
@@ -201,7 +211,6 @@ class Method:
     decides_by: ClassVar[tuple[str, ...]] = ()  # "scope": parameters that must be the same for a whole model
     in_recipes: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = ()  # keys of mergekit that change no result
-    as_mergekit: ClassVar[dict[str, Any]] = {}  # the values in recipes of parameters that recipes do not have
 
     @property
     def batched(self) -> bool:
@@ -211,6 +220,16 @@ class Method:
     @classmethod
     def parameters(cls) -> list[Parameter]:
         return [_parameter(declared) for declared in fields(cls) if "parameter" in declared.metadata]
+
+    @classmethod
+    def recipe_defaults(cls) -> dict[str, Any]:
+        """What recipes that say nothing give the parameters, by their names."""
+        return {parameter.name: parameter.recipe_default for parameter in cls.parameters()}
+
+    @classmethod
+    def takes(cls, num_experts: int) -> bool:
+        least, most = cls.num_experts
+        return least <= num_experts and (most is None or num_experts <= most)
 
     @classmethod
     def summary(cls) -> str:
@@ -224,7 +243,8 @@ class Method:
 
     def check(self, num_tasks: int) -> None:
         """Raises ValueError or TypeError for a number of experts or a parameter out of range."""
-        check_count(type(self), num_tasks)
+        if not self.takes(num_tasks):
+            raise ValueError(f"experts must be {count_in_words(type(self))} for {self.name}, got {num_tasks}")
         for parameter in self.parameters():
             parameter.check(getattr(self, parameter.name), num_tasks)
 
@@ -245,9 +265,9 @@ class Method:
         """What is decided over the whole model before its tensors are merged one by one; None where nothing is."""
         return None
 
+    @abstractmethod
     def merge(self, scope: Scope) -> None:
         """Fills `scope.out`."""
-        raise NotImplementedError
 
 
 def _parameter(declared: Field[Any]) -> Parameter:
@@ -256,20 +276,8 @@ def _parameter(declared: Field[Any]) -> Parameter:
     return Parameter(**{**facts, "key": key}, name=declared.name, default=declared.default)
 
 
-def check_count(method: type[Method], num_tasks: int) -> None:
-    """Raises ValueError for a number of experts that the method does not take."""
-    least, most = method.num_experts
-    if num_tasks < least or (most is not None and num_tasks > most):
-        raise ValueError(f"experts must be {count_in_words(method)} for {method.name}, got {num_tasks}")
-
-
 def count_in_words(method: type[Method]) -> str:
     least, most = method.num_experts
     if least == most:
         return f"exactly {least}"
     return f"at least {least}" if most is None else f"{least} to {most}"
-
-
-def values_of(value: PerExpert | None, num_tasks: int) -> list[float]:
-    """A parameter of every expert, from one number for all or a list; 1 for None."""
-    return arguments.per_expert("value", 1.0 if value is None else value, num_tasks)

@@ -45,8 +45,7 @@ def _method(recipe: Recipe, name: str, depth: float, options: Mapping[str, Any])
     values: dict[str, Any] = {}
     for parameter in recipe.method.parameters():
         if parameter.key is None:
-            fixed = recipe.method.as_mergekit
-            values[parameter.name] = options.get(parameter.name, fixed.get(parameter.name, parameter.recipe_default))
+            values[parameter.name] = options.get(parameter.name, parameter.recipe_default)
         elif parameter.per_model:
             of_each = [_value(recipe, parameter, name, depth, expert) for expert in recipe.experts]
             values[parameter.name] = None if None in of_each else of_each

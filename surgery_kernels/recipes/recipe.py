@@ -200,8 +200,7 @@ class Recipe(_Mapping):
         for i, model in enumerate(models):
             if model in models[:i]:
                 raise ValueError(f".models[{i}].model must be a model that is not listed yet, got {model}")
-        least, most = self.method.num_experts
-        if not least <= len(self.experts) <= (most or len(self.experts)):
+        if not self.method.takes(len(self.experts)):
             besides = " besides the base" if self.base else ""
             listed = ", ".join(map(str, self.experts)) or "none"
             number = count_in_words(self.method)

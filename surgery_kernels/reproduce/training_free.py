@@ -58,15 +58,8 @@ def rows(experts: Experts) -> list[Row]:
         accuracies = [accuracy(encoder, experts.heads, experts.test, task) for task in range(len(TASKS))]
         merges, inputs = (1, len(TASKS) + 1) if most is None else (len(TASKS) - 1, 2)
         nbytes = sum(tensor.nbytes for tensor in experts.pretrained.values())
-        found.append(
-            Row(
-                name,
-                average(accuracies),
-                seconds,
-                merges * _reads(name, options) * inputs * nbytes,
-                most is not None,
-            )
-        )
+        read = merges * method(**options).reads * inputs * nbytes
+        found.append(Row(name, average(accuracies), seconds, read, in_turn=most is not None))
     return found
 
 
@@ -83,11 +76,6 @@ def one_after_another(experts: Experts, name: str, most: int) -> StateDict:
         else:
             merged = merge_state_dicts(merged, [expert], method=name)
     return merged
-
-
-def _reads(name: str, options: dict[str, Any]) -> int:
-    """What a place between two models is given as does not change what is read."""
-    return METHODS[name](**options).reads
 
 
 def text(found: list[Row]) -> str:

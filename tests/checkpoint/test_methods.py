@@ -105,12 +105,7 @@ def test_as_in_memory(tmp_path: Path, name: str) -> None:
     merge(given, tmp_path / "ours")
     method = load_recipe(given).method
     names = {parameter.key: parameter.name for parameter in method.parameters() if parameter.key}
-    fixed = {
-        parameter.name: method.as_mergekit.get(parameter.name, parameter.recipe_default)
-        for parameter in method.parameters()
-        if parameter.name not in map(names.get, plain) and not parameter.required
-    }
-    options = fixed | {names[key]: value for key, value in plain.items()}
+    options = method.recipe_defaults() | {names[key]: value for key, value in plain.items()}
     base, experts = state_dicts[0] if has_base else None, state_dicts[1 : 1 + count]
     expected = merge_state_dicts(base, experts, method=name, scope="tensor", **options)
     for key, tensor in loaded(tmp_path / "ours").items():
@@ -135,7 +130,6 @@ def test_random_masks_survive_a_resume(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(OSError, match="No space left"):
             merge(given, tmp_path / "out", **options)
     merge(given, tmp_path / "out", resume=True, **options)
-    (tmp_path / "again").mkdir()
     weights = "model.safetensors"
     assert files_in(tmp_path / "out")[weights] == files_in(tmp_path / "whole")[weights]
     merge(given, tmp_path / "other", random_seed=8, stream=stream)

@@ -12,8 +12,10 @@ from ...ops import arguments
 from ...ops.arguments import PerExpert
 from ...ops.ties_merge import check_options
 from ..depths import depths
-from ..method import NONE_GIVEN, Method, arithmetic_of, nonfinite_policy, per_model, shared, values_of
+from ..method import Method, arithmetic_of, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
 from ..scope import Scope
+
+SMALLEST_SUM = 1e-8  # of weights that are divided by
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Average(Method):
     in_recipes = False
     fused: ClassVar[bool] = False
 
-    weights: PerExpert | None = per_model(None, key="weight", recipe_default=NONE_GIVEN, meaning="weight of each model")
+    weights: PerExpert | None = model_weights("weight of each model")
     normalize: bool = shared(True, kind=bool, meaning="divide by the sum of the weights")
     nonfinite: str = nonfinite_policy()
 
@@ -51,9 +53,6 @@ class Average(Method):
 
     def _sum(self, weights: list[float], compute: torch.dtype) -> float:
         return math.fsum(weights)
-
-
-SMALLEST_SUM = 1e-8  # of weights that are divided by
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,14 @@ class Passthrough(Method):
         return 1
 
     def merge(self, scope: Scope) -> None:
-        (scale,) = [None] if self.scale is None else values_of(self.scale, 1)
-        for (model,), out in zip(scope.experts, scope.out, strict=True):
-            if scale is None:
-                out.copy_(model)
-            else:
-                torch.mul(model, scale, out=out)
-        if self.nonfinite == "error" and scale is not None:
+        if self.scale is None:
+            scope.copy(scope.flat_experts)
+            return
+        if self.nonfinite == "error":
             scope.check_finite()
+        (scale,) = arguments.per_expert("scale", self.scale, 1)
+        for model, out in zip(scope.flat_experts, scope.out, strict=True):
+            torch.mul(model, scale, out=out)
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,8 @@ class TaskArithmetic(Method):
     source = "Editing Models with Task Arithmetic (arXiv 2212.04089), section 2"
     ignored = ("int8_mask",)
 
-    lam: float = shared(1.0, key="lambda", meaning="scale of the merged task vector")
-    weights: PerExpert | None = per_model(
-        None, key="weight", recipe_default=NONE_GIVEN, meaning="factor of each task vector"
-    )
+    lam: float = task_vector_scale()
+    weights: PerExpert | None = model_weights()
     normalize: bool = shared(False, kind=bool, meaning="divide by the sum of the weights, unless that is below 1e-8")
     arithmetic: str = arithmetic_of()
     nonfinite: str = nonfinite_policy()

@@ -15,7 +15,7 @@ from ...ops import arguments
 from ...ops.arguments import PerExpert
 from ...ops.masks import check_epsilon, check_seed
 from ...ops.torch_masks import torch_masks
-from ..method import NONE_GIVEN, SHARE, Method, nonfinite_policy, per_model, shared
+from ..method import SHARE, Method, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
 from ..scope import Scope
 
 NEXT_TO_NONE = 1e-300  # a probability that no number is below
@@ -32,10 +32,8 @@ class Sparse(Method):
     elect: ClassVar[str]
 
     density: PerExpert = per_model(recipe_default=1.0, range=SHARE, meaning="share of its entries an expert keeps")
-    lam: float = shared(1.0, key="lambda", meaning="scale of the merged task vector")
-    weights: PerExpert | None = per_model(
-        None, key="weight", recipe_default=NONE_GIVEN, meaning="factor of each task vector"
-    )
+    lam: float = task_vector_scale()
+    weights: PerExpert | None = model_weights()
     normalize: bool = shared(False, kind=bool, meaning="divide by the sum of the weights (that agree)")
     nonfinite: str = nonfinite_policy()
 
@@ -104,15 +102,15 @@ class Random(Sparse):
             return
         if scope.generator is None:
             keep, sums = self._by_counter(scope, densities)
-            self._keep_none(keep)
-            self._merge(scope, keep=keep, scales=self._scales(scope, sums) if self.rescale else None)
-            return
-        keep = [self._drawn(scope, part, densities) for part in range(len(scope.names))]
-        self._keep_none(keep)
-        self._merge(scope, keep=keep, rescale=self.rescale)
-
-    def _keep_none(self, keep: list[Tensor]) -> None:
-        """Clears the masks of experts that no number is drawn for because they keep nothing."""
+            factors: dict[str, Any] = {"scales": self._scales(scope, sums) if self.rescale else None}
+        else:
+            keep = [self._drawn(scope, part, densities) for part in range(len(scope.names))]
+            factors = {"rescale": self.rescale}
+        for bits in keep:
+            for t, density in enumerate(arguments.per_expert("density", self.density, scope.num_tasks)):
+                if density == 0:  # an op may know it by another density
+                    bits[t] = 0
+        self._merge(scope, keep=keep, **factors)
 
     def _by_counter(self, scope: Scope, densities: list[float]) -> tuple[list[Tensor], Tensor]:
         return torch.ops.surgery_kernels.masks(
@@ -202,12 +200,6 @@ class Ranked(Random):
 
     def _epsilons(self, num_tasks: int) -> list[float] | None:
         return check_epsilon(self.epsilon, self._densities(num_tasks), "della")
-
-    def _keep_none(self, keep: list[Tensor]) -> None:
-        for bits in keep:
-            for t, density in enumerate(arguments.per_expert("density", self.density, len(bits))):
-                if density == 0:
-                    bits[t] = 0
 
 
 @dataclass(frozen=True)

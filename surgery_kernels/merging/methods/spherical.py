@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ops import arguments
 from ...ops.arguments import PerExpert
-from ..method import ABOVE_0, AT_LEAST_0, NONE_GIVEN, Method, nonfinite_policy, per_model, shared
+from ..method import ABOVE_0, AT_LEAST_0, Method, model_weights, nonfinite_policy, shared
 from ..scope import Scope
 
 SMALLEST_NORM = 1e-8  # below it slerp does not normalise
@@ -73,9 +73,7 @@ class NuSlerp(Spherical):
     base = "optional"
     num_experts = (2, 2)
 
-    weights: PerExpert = per_model(
-        1.0, key="weight", recipe_default=NONE_GIVEN, meaning="weight of each model; their shares are the place between"
-    )
+    weights: PerExpert = model_weights("weight of each model; their shares are the place between", default=1.0)
     flatten: bool = shared(True, kind=bool, key="nuslerp_flatten", meaning="each tensor is one vector")
     row_wise: bool = shared(
         False, kind=bool, key="nuslerp_row_wise", meaning="without flatten: vectors along dimension 0, not the last"
@@ -108,7 +106,7 @@ class MultiSlerp(Spherical):
     source = "goddard.blog/posts/multislerp-wow-what-a-cool-idea; mergekit 0.1.5 `multislerp`"
     base = "optional"
 
-    weights: PerExpert = per_model(1.0, key="weight", recipe_default=NONE_GIVEN, meaning="weight of each model")
+    weights: PerExpert = model_weights("weight of each model", default=1.0)
     normalize_weights: bool = shared(True, kind=bool, meaning="divide the weights by their sum")
     eps: float = shared(1e-8, range=ABOVE_0, meaning="smallest norm of the mean direction, and what norms get added")
     nonfinite: str = nonfinite_policy()

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ...ops import arguments
 from ...ops.arguments import ELECT, REDUCE, SEMANTICS, PerExpert
 from ...ops.ties_merge import check_options
-from ..method import NONE_GIVEN, SHARE, Method, nonfinite_policy, per_model, shared, values_of
+from ..method import SHARE, Method, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
 from ..scope import Scope
 
 
@@ -26,15 +27,14 @@ class Ties(Method):
     source = "TIES-Merging (arXiv 2306.01708)"
     decides = "scope"
     decides_by = ("density",)
-    as_mergekit = {"semantics": "mergekit"}
     ignored = ("int8_mask",)
 
     density: PerExpert = per_model(0.2, meaning="share of its entries an expert keeps", range=SHARE, recipe_default=1.0)
-    lam: float = shared(1.0, key="lambda", meaning="scale of the merged task vector")
-    weights: PerExpert | None = per_model(
-        None, key="weight", recipe_default=NONE_GIVEN, meaning="factor of each task vector"
+    lam: float = task_vector_scale()
+    weights: PerExpert | None = model_weights()
+    semantics: str = shared(
+        "paper", choices=SEMANTICS, key=None, recipe_default="mergekit", meaning="whose TIES, bit for bit"
     )
-    semantics: str = shared("paper", choices=SEMANTICS, key=None, meaning="whose TIES, bit for bit")
     elect: str = shared("sum", choices=ELECT, key=None, meaning="what elects a sign: mass, number, or nothing")
     reduce: str = shared("mean", choices=REDUCE, key=None, meaning="what is done with the entries that agree")
     normalize: bool = shared(True, kind=bool, meaning="divide by the sum of the agreeing weights")
@@ -67,15 +67,15 @@ class Ties(Method):
         if not present:
             scope.copy(scope.base)
             return
-        arguments = check_options(len(present), **options)
+        checked = check_options(len(present), **options)
         if scope.decided is not None:
-            arguments |= {
+            checked |= {
                 "thresholds": torch.tensor(scope.decided["thresholds"], dtype=torch.float64),
                 "cuts": [cut - scope.offset for cut in scope.decided["cuts"]],
                 "nonfinite": scope.checked(self.nonfinite),
             }
         torch.ops.surgery_kernels.ties_merge_out(
-            scope.base, scope.of_experts(present).flat_experts, **arguments, names=scope.names, out=scope.out
+            scope.base, scope.of_experts(present).flat_experts, **checked, names=scope.names, out=scope.out
         )
 
     def _present(self, num_tasks: int) -> tuple[list[int], dict[str, Any]]:
@@ -83,6 +83,9 @@ class Ties(Method):
         options = {parameter.name: getattr(self, parameter.name) for parameter in self.parameters()}
         if self.semantics != "mergekit":
             return list(range(num_tasks)), options
-        of_all = {name: values_of(options[name], num_tasks) for name in ("density", "weights")}
+        of_all = {
+            "density": arguments.per_expert("density", self.density, num_tasks),
+            "weights": arguments.check_weights(self.weights, num_tasks),
+        }
         present = [t for t, density in enumerate(of_all["density"]) if density > 0]
         return present, options | {name: [values[t] for t in present] for name, values in of_all.items()}
