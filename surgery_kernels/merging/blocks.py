@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +21,25 @@ class Block:
     base: Tensor  # [num_params], or [rows, row length]
     experts: Tensor  # [num_tasks, *base.shape]
     out: Tensor
+    original: Tensor | None = None  # the base where NaN or infinity was dropped from it; 0 stands there in the others
 
     @property
     def task_vectors(self) -> Tensor:
         return self.experts - self.base
 
+    def write(self, merged: Tensor) -> None:
+        """Fills `out`; an entry of the base that was dropped stays what it was."""
+        if self.original is not None:
+            merged = torch.where(self.original.isfinite(), merged, self.original)
+        self.out.copy_(merged)
 
-def blocks(scope: Scope, dtype: torch.dtype | None, *, nonfinite: str, by_row: bool = False) -> Iterator[Block]:
+
+def blocks(scope: Scope, dtype: torch.dtype, *, nonfinite: str, by_row: bool = False) -> Iterator[Block]:
     """The blocks of a scope of one tensor with a base, in order.
 
     Args:
-        dtype: What the inputs are cast to; None leaves them as they are stored.
-        nonfinite: "error" raises for the first block with NaN or infinity; "drop" puts the base's entry in its place.
+        dtype: What the inputs are cast to.
+        nonfinite: "error" raises for the first block with a task vector of NaN or infinity; "drop" makes it 0.
         by_row: Whole rows of the last dimension.
 
     Raises:
@@ -48,39 +55,46 @@ def blocks(scope: Scope, dtype: torch.dtype | None, *, nonfinite: str, by_row: b
     for begin in range(0, len(base), step):
         of_base = base[begin : begin + step].to(dtype)
         of_experts = torch.stack([expert[begin : begin + step] for expert in experts]).to(dtype)
-        if nonfinite == "error" and not (of_experts.isfinite().all() and of_base.isfinite().all()):
-            scope.check_finite()
-        if nonfinite == "drop":
-            of_experts = torch.where(of_experts.isfinite(), of_experts, of_base)
-        yield Block(of_base, of_experts, out[begin : begin + step])
+        block = Block(of_base, of_experts, out[begin : begin + step])
+        if nonfinite != "propagate" and not block.task_vectors.isfinite().all():
+            if nonfinite == "error":
+                scope.check_finite(dtype=dtype)
+            block = _dropped(block)
+        yield block
+
+
+def _dropped(block: Block) -> Block:
+    """The same with every task vector finite."""
+    known = block.base.isfinite()
+    base = torch.where(known, block.base, 0.0)
+    experts = torch.where(block.task_vectors.isfinite(), block.experts, base)
+    return Block(base, experts, block.out, original=None if known.all() else block.base)
 
 
 Keys = Callable[[], Iterator[Tensor]]  # every block's keys, 0 or greater, float32 or float64; the same at every call
 
 
-def ranked(keys: Keys, ranks: list[int]) -> list[Tensor]:
-    """The keys of ascending ranks, 0 the smallest, exact and without a sort: two passes of counting for float32.
+def ranked(keys: Keys, ranks: Sequence[int]) -> list[Tensor]:
+    """The keys of these ranks, 0 the smallest, exact and without a sort: two passes of counting for float32.
+
+    What is known of a key, its `prefix`, grows from the highest bits down. NaN ranks above everything.
 
     Returns:
         One 0-d tensor of the keys' dtype for every rank.
     """
     first = next(keys())
     whole = torch.int64 if first.dtype == torch.float64 else torch.int32
-    return [_ranked(keys, rank, whole).view(first.dtype) for rank in ranks]
-
-
-def _ranked(keys: Keys, rank: int, whole: torch.dtype) -> Tensor:
-    """Narrowed from the highest bits down: what is known of the key is its `prefix`."""
-    shift, prefix, device = torch.iinfo(whole).bits, 0, next(keys()).device
-    while shift:
-        shift -= BITS
-        counts = torch.zeros(1 << BITS, dtype=torch.int64, device=device)
+    prefixes, left = [0] * len(ranks), list(ranks)  # left: the rank among the keys with the prefix
+    for shift in range(torch.iinfo(whole).bits - BITS, -1, -BITS):
+        counts = {prefix: torch.zeros(1 << BITS, dtype=torch.int64, device=first.device) for prefix in prefixes}
         for block in keys():
-            bits = block.flatten().view(whole).long()
-            inside = bits[bits >> (shift + BITS) == prefix] if shift + BITS < torch.iinfo(whole).bits else bits
-            counts += torch.bincount(inside >> shift & (1 << BITS) - 1, minlength=1 << BITS)
-        below = counts.cumsum(0)
-        digit = int((below <= rank).sum())
-        rank -= int(below[digit - 1]) if digit else 0
-        prefix = prefix << BITS | digit
-    return torch.tensor(prefix, dtype=whole, device=device)
+            leading = block.flatten().abs().view(whole).long() >> shift
+            for prefix, count in counts.items():
+                digits = leading[leading >> BITS == prefix] & (1 << BITS) - 1
+                count += torch.bincount(digits, minlength=1 << BITS)
+        for index, (prefix, rank) in enumerate(zip(prefixes, left, strict=True)):
+            below = counts[prefix].cumsum(0)
+            digit = int((below <= rank).sum())
+            left[index] = rank - (int(below[digit - 1]) if digit else 0)
+            prefixes[index] = prefix << BITS | digit
+    return list(torch.tensor(prefixes, dtype=whole, device=first.device).view(first.dtype))

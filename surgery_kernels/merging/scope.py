@@ -118,14 +118,23 @@ class Scope:
             names=self.names,
         )
 
-    def check_finite(self) -> None:
-        """Raises RuntimeError for the first NaN or infinity, in the words of the ops."""
-        for name, experts in zip(self.names, self.experts, strict=True):
-            for t, expert in enumerate(experts):
-                if count := int((~expert.isfinite()).sum()):
-                    raise RuntimeError(
-                        f"experts[{t}] must be finite, got {count} NaN or infinite values in tensor {name!r}"
-                    )
+    def check_finite(self, *, task_vectors: bool = True, dtype: torch.dtype | None = None) -> None:
+        """Raises RuntimeError for the first NaN or infinity, in the words of the ops.
+
+        Args:
+            task_vectors: Whether the base and the differences to it count too.
+            dtype: What differences are computed in; None: `compute`.
+        """
+        for index, (name, experts) in enumerate(zip(self.names, self.experts, strict=True)):
+            base = self.base[index : index + 1] if task_vectors else []
+            labels = ["base"] * len(base) + [f"experts[{t}]" for t in range(len(experts))]
+            for model, tensor in zip(labels, [*base, *experts], strict=True):
+                if count := int((~tensor.isfinite()).sum()):
+                    raise RuntimeError(f"{model} must be finite, got {count} NaN or infinite values in tensor {name!r}")
+            for t, expert in enumerate(experts if base else []):
+                task_vector = expert.to(dtype or self.compute) - base[0].to(dtype or self.compute)
+                if count := int((~task_vector.isfinite()).sum()):
+                    raise RuntimeError(f"experts[{t}] - base must be finite, got {count} overflows in tensor {name!r}")
 
     def check_by_name(
         self,

@@ -52,7 +52,7 @@ class Fisher(Method):
 
     def merge(self, scope: Scope) -> None:
         known = scope.check_by_name("fishers", self.fishers)
-        scope.check_finite()
+        scope.check_finite(task_vectors=False)
         weights = arguments.per_expert("weights", self.weights, len(self.fishers))
         for name, experts, out in zip(scope.names, scope.experts, scope.out, strict=True):
             compute = torch.promote_types(out.dtype, torch.float32)

@@ -94,7 +94,7 @@ class Passthrough(Method):
             scope.copy(scope.flat_experts)
             return
         if self.nonfinite == "error":
-            scope.check_finite()
+            scope.check_finite(task_vectors=False)
         (scale,) = arguments.per_expert("scale", self.scale, 1)
         for model, out in zip(scope.flat_experts, scope.out, strict=True):
             torch.mul(model, scale, out=out)

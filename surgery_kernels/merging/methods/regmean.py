@@ -54,7 +54,7 @@ class RegMean(Method):
         for name, (weight, *_) in zip(scope.names, scope.experts, strict=True):
             if name in known and weight.dim() != 2:
                 raise ValueError(f"grams must be for matrices, got {known[name]!r} of shape {tuple(weight.shape)}")
-        scope.check_finite()
+        scope.check_finite(task_vectors=False)
         for name, experts, out in zip(scope.names, scope.experts, scope.out, strict=True):
             mean = sum((expert.double() for expert in experts), torch.zeros_like(out, dtype=torch.float64))
             mean /= len(experts)

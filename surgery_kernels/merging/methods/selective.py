@@ -39,7 +39,7 @@ class NearSwap(Method):
             for block in blocks(part, _dtype(part, self.arithmetic), nonfinite=self.nonfinite):
                 base, expert = block.base, block.experts[0]
                 weight = (self.t / (base - expert).abs().clamp(min=SMALLEST)).clamp(0, 1)
-                block.out.copy_(weight * expert + (1 - weight) * base)
+                block.write(weight * expert + (1 - weight) * base)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Sce(Method):
             elected = (task_vectors.sum(dim=0) >= 0).to(dtype) * 2 - 1
             agreeing = weights[:, None] * (task_vectors.sign() == elected)
             merged = (task_vectors * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=SMALLEST)
-            block.out.copy_(block.base + merged)
+            block.write(block.base + merged)
 
     def _selected(self, scope: Scope) -> tuple[Tensor | None, int]:
         """The smallest variance that is selected, and how many equal to it; None where nothing is."""
@@ -170,8 +170,8 @@ class RamPlus(Ram):
     def _scales(self, scope: Scope) -> Tensor:
         """float64 [num_tasks], of the lone entries of one tensor."""
         counts = torch.zeros(2, scope.num_tasks, dtype=torch.int64, device=scope.out[0].device)
-        for block in blocks(scope, None, nonfinite=self.nonfinite):
-            moved = block.task_vectors.to(scope.compute).abs() > self.epsilon
+        for block in blocks(scope, scope.compute, nonfinite=self.nonfinite):
+            moved = block.task_vectors.abs() > self.epsilon
             several = moved.sum(dim=0) > 1
             counts += torch.stack([(moved & several).sum(dim=1), (moved & ~several).sum(dim=1)])
         together, alone = counts.double().cpu()
@@ -215,7 +215,7 @@ class ArceeFusion(Method):
         first, median, third = ranked(importance, [int(share * last) for share in (0.25, 0.5, 0.75)])
         threshold = median + 1.5 * (third - first)
         for block, key in zip(self._rows(scope, scope.compute), importance(), strict=True):
-            block.out.copy_(block.base + torch.where(key >= threshold, block.task_vectors[0], 0.0))
+            block.write(block.base + torch.where(key >= threshold, block.task_vectors[0], 0.0))
 
     def _rows(self, scope: Scope, dtype: torch.dtype) -> Iterator[Block]:
         return blocks(scope, dtype, nonfinite=self.nonfinite, by_row=True)

@@ -133,6 +133,27 @@ def test_nonfinite_values(name: str) -> None:
     assert dropped[200] == base[200] and dropped.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["nearswap", "sce", "ram", "ramplus_tl", "arcee_fusion"])
+@pytest.mark.parametrize(
+    ("of_base", "of_expert", "message"),
+    [
+        (math.inf, 1.0, "base must be finite, got 1 NaN or infinite values in tensor 'w'"),
+        (math.nan, 1.0, "base must be finite, got 1 NaN or infinite values in tensor 'w'"),
+        (3e38, -3e38, "experts[0] - base must be finite, got 1 overflows in tensor 'w'"),
+    ],
+)
+def test_a_base_that_is_not_finite_and_an_overflow(name: str, of_base: float, of_expert: float, message: str) -> None:
+    base, (x,) = inputs(gaussian, 257, 1, torch.float32)
+    base[200], x[200] = of_base, of_expert
+    options = {"t": 0.1} if name == "nearswap" else {}
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        merged(name, base, [x], **options)
+    dropped = merged(name, base, [x], nonfinite="drop", **options)
+    assert_same(dropped[200], base[200])
+    assert dropped[:200].isfinite().all() and dropped[201:].isfinite().all()
+    assert merged(name, base, [x], nonfinite="propagate", **options).shape == base.shape
+
+
 @pytest.mark.parametrize(
     ("name", "count", "options", "message"),
     [
