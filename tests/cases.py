@@ -108,6 +108,29 @@ def inputs(kind: Kind, shape: int | Sequence[int], num_tasks: int, dtype: torch.
     return base.reshape(shape), [expert.reshape(shape) for expert in experts]
 
 
+NOT_FINITE = {  # what an op over the tensors "a" and "b" says of `not_finite`
+    "base": "base must be finite, got 1 NaN or infinite values in tensor 'b'",
+    "expert": "experts[1] must be finite, got 2 NaN or infinite values in tensor 'b'",
+    "overflow": "experts[0] - base must be finite, got 1 overflows in tensor 'b'",
+}
+
+
+def not_finite(which: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The bases of two tensors, and two experts of the first, then of the second, which is not finite."""
+    bases, experts = [], []
+    for _ in range(2):
+        base, of_tensor = inputs(grid, (30, 3), 2, torch.float32)
+        bases.append(base)
+        experts += of_tensor
+    if which == "base":
+        bases[1][2, 2] = math.inf
+    elif which == "expert":
+        experts[3][29, :2] = math.nan
+    else:
+        bases[1][0, 0], experts[2][0, 0] = -3e38, 3e38
+    return bases, experts
+
+
 def weights_of(num_tasks: int) -> list[float]:
     """Uneven, one of them zero and one negative."""
     return [[0.7, -0.3, 0.0, 1.1, 0.45][t % 5] for t in range(num_tasks)]

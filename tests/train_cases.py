@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from surgery_kernels import reference
 from tests.cases import generator
 
 
@@ -61,3 +62,24 @@ def problem(
     indices = torch.stack([torch.randint(0, len(x), (steps, batch), generator=g) for x in features], dim=1)
     stored = [[x.to(dtype) for x in group] for group in (features, targets)]
     return Problem(*stored, down.to(compute), up.to(compute), *(x.to(compute) for x in moments), indices)
+
+
+def trained(train: Callable[..., Tensor], given: Problem, **options: Any) -> list[Tensor]:
+    """The losses, and what has moved."""
+    copy = given.clone()
+    return [train(*copy, **options), *copy.moved]
+
+
+def assert_close_to_reference(actual: list[Tensor], given: Problem, **options: Any) -> None:
+    """Twice the error of the reference in the same dtype, both taken from float64, and a hundred roundings.
+
+    Adam divides a gradient by its own size: where that is next to nothing, rounding decides the direction of a step.
+    So errors are compared by their root mean square, and those of the reference are no bound by themselves.
+    """
+    exact = trained(reference.surgery_train, given.double(), **options)
+    expected = trained(reference.surgery_train, given, **options)
+    rounding = 100 * torch.finfo(given.down.dtype).eps
+    for name, x, y, z in zip(["losses", *Problem._fields[2:6]], actual, expected, exact, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        error, allowed, size = (float(a.norm()) for a in (x.double() - z, y.double() - z, z))
+        assert error <= 2 * allowed + rounding * size, f"{name}: {error:.2e} of {size:.2e}, the reference {allowed:.2e}"

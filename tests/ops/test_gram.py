@@ -20,6 +20,7 @@ from surgery_kernels.reference.sums import fold_halves
 from tests.cases import (
     DTYPES,
     KINDS,
+    NOT_FINITE,
     NUM_TASKS,
     SHAPES,
     assert_same,
@@ -28,6 +29,7 @@ from tests.cases import (
     generator,
     grid,
     inputs,
+    not_finite,
     option_id,
 )
 from tests.peak_memory import INPUT_BYTES
@@ -153,26 +155,9 @@ def test_nonfinite_values() -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize(
-    ("which", "message"),
-    [
-        ("base", "base must be finite, got 1 NaN or infinite values in tensor 'b'"),
-        ("expert", "experts[1] must be finite, got 2 NaN or infinite values in tensor 'b'"),
-        ("overflow", "experts[0] - base must be finite, got 1 overflows in tensor 'b'"),
-    ],
-)
+@pytest.mark.parametrize(("which", "message"), NOT_FINITE.items())
 def test_what_is_not_finite_is_named(which: str, message: str, axis: str) -> None:
-    bases, experts = [], []
-    for _ in range(2):
-        base, of_tensor = inputs(grid, (30, 3), 2, torch.float32)
-        bases.append(base)
-        experts += of_tensor
-    if which == "base":
-        bases[1][2, 2] = math.inf
-    elif which == "expert":
-        experts[3][29, :2] = math.nan
-    else:
-        bases[1][0, 0], experts[2][0, 0] = -3e38, 3e38
+    bases, experts = not_finite(which)
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         op(bases, experts, 2, axis, names=["a", "b"])
     unnamed = message.removesuffix(" in tensor 'b'")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,33 +10,16 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import _C, reference, surgery_train
+from tests import train_cases
 from tests.cases import DTYPES, bits, generator, option_id
-from tests.train_cases import Problem, problem
+from tests.train_cases import Problem, problem, trained
 
 OPS = torch.ops.surgery_kernels
 BLOCK = 96  # images that the kernel takes at a time
 
 
-def trained(train: Callable[..., Tensor], given: Problem, **options: Any) -> list[Tensor]:
-    """The losses, and what has moved."""
-    copy = given.clone()
-    return [train(*copy, **options), *copy.moved]
-
-
 def assert_close_to_reference(given: Problem, **options: Any) -> None:
-    """Twice the error of the reference in the same dtype, both taken from float64, and a hundred roundings.
-
-    Adam divides a gradient by its own size: where that is next to nothing, rounding decides the direction of a step.
-    So errors are compared by their root mean square, and those of the reference are no bound by themselves.
-    """
-    exact = trained(reference.surgery_train, given.double(), **options)
-    expected = trained(reference.surgery_train, given, **options)
-    actual = trained(surgery_train, given, **options)
-    rounding = 100 * torch.finfo(given.down.dtype).eps
-    for name, x, y, z in zip(["losses", *Problem._fields[2:6]], actual, expected, exact, strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
-        error, allowed, size = (float(a.norm()) for a in (x.double() - z, y.double() - z, z))
-        assert error <= 2 * allowed + rounding * size, f"{name}: {error:.2e} of {size:.2e}, the reference {allowed:.2e}"
+    train_cases.assert_close_to_reference(trained(surgery_train, given, **options), given, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)

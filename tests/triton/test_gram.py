@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import reference
-from tests.cases import DTYPES, KINDS, SHAPES, assert_same, bits, gaussian, grid, inputs, option_id
+from tests.cases import (
+    DTYPES,
+    KINDS,
+    NOT_FINITE,
+    SHAPES,
+    assert_same,
+    bits,
+    gaussian,
+    grid,
+    inputs,
+    not_finite,
+    option_id,
+)
 from tests.guards import Counted, guarded
 
 pytestmark = [pytest.mark.any_isa, pytest.mark.usefixtures("gpu")]
@@ -114,26 +126,9 @@ def test_nonfinite_values(gpu: torch.device) -> None:
         check(gpu, base, experts, axis=axis, nonfinite=nonfinite)
 
 
-@pytest.mark.parametrize(
-    ("which", "message"),
-    [
-        ("base", "base must be finite, got 1 NaN or infinite values in tensor 'b'"),
-        ("expert", "experts[1] must be finite, got 2 NaN or infinite values in tensor 'b'"),
-        ("overflow", "experts[0] - base must be finite, got 1 overflows in tensor 'b'"),
-    ],
-)
+@pytest.mark.parametrize(("which", "message"), NOT_FINITE.items())
 def test_what_is_not_finite_is_named(which: str, message: str, gpu: torch.device) -> None:
-    bases, experts = [], []
-    for _ in range(2):
-        base, of_tensor = inputs(grid, (30, 3), 2, torch.float32)
-        bases.append(base)
-        experts += of_tensor
-    if which == "base":
-        bases[1][2, 2] = math.inf
-    elif which == "expert":
-        experts[3][29, :2] = math.nan
-    else:
-        bases[1][0, 0], experts[2][0, 0] = -3e38, 3e38
+    bases, experts = not_finite(which)
     for axis in ("model", "column"):
         with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
             triton_gram(gpu, bases, experts, 2, axis=axis, names=["a", "b"])

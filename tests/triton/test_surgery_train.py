@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from surgery_kernels.surgery import attach, fit
 from tests import train_cases
 from tests.borders import in_poisoned_memory, is_intact
 from tests.cases import DTYPES, bits, generator, option_id
-from tests.train_cases import Problem
+from tests.train_cases import Problem, trained
 
 kernels = pytest.importorskip("surgery_kernels.triton.surgery_train", reason="there is no Triton for this platform")
 pytestmark = pytest.mark.any_isa
@@ -30,16 +30,10 @@ def problem(**options: Any) -> Problem:
     return train_cases.problem(**{"num_tasks": 2, "steps": 3, **options})
 
 
-def trained(train: Callable[..., Tensor], given: Problem, **options: Any) -> list[Tensor]:
-    """The losses, and what has moved."""
-    copy = given.clone()
-    return [train(*copy, **options), *copy.moved]
-
-
 def trained_on(
     gpu: torch.device, given: Problem, betas: tuple[float, float] = (0.9, 0.999), **options: Any
 ) -> list[Tensor]:
-    """The same of the kernels, back on the CPU, from memory with poisoned borders."""
+    """What `trained` gives, of the kernels: back on the CPU, from memory with poisoned borders."""
     copy = given.map(lambda x: in_poisoned_memory(x.to(gpu)))
     losses = kernels.surgery_train(*copy, beta1=betas[0], beta2=betas[1], **options)
     assert all(is_intact(x) for x in copy.moved)
@@ -47,19 +41,7 @@ def trained_on(
 
 
 def assert_close_to_reference(gpu: torch.device, given: Problem, **options: Any) -> None:
-    """Twice the error of the reference in the same dtype, both taken from float64, and a hundred roundings.
-
-    Adam divides a gradient by its own size: where that is next to nothing, rounding decides the direction of a step.
-    So errors are compared by their root mean square, and those of the reference are no bound by themselves.
-    """
-    exact = trained(reference.surgery_train, given.double(), **options)
-    expected = trained(reference.surgery_train, given, **options)
-    actual = trained_on(gpu, given, **options)
-    rounding = 100 * torch.finfo(given.down.dtype).eps
-    for name, x, y, z in zip(["losses", *Problem._fields[2:6]], actual, expected, exact, strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
-        error, allowed, size = (float(a.norm()) for a in (x.double() - z, y.double() - z, z))
-        assert error <= 2 * allowed + rounding * size, f"{name}: {error:.2e} of {size:.2e}, the reference {allowed:.2e}"
+    train_cases.assert_close_to_reference(trained_on(gpu, given, **options), given, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
