@@ -161,6 +161,8 @@ def _print_plan(plan: Plan) -> None:
         click.echo(drawn)
     for difference in plan.differences:
         click.echo(f"{difference.kind}: {difference.sentence}: {difference.consequence}")
+    for notice in plan.notices:
+        click.echo(f"notice: {notice}")
 
 
 def _counted(number: int, noun: str) -> str:

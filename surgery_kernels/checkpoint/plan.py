@@ -105,6 +105,11 @@ class Plan:
         return self.sources[self.recipe.donor]
 
     @property
+    def notices(self) -> list[str]:
+        """Sentences that a user should read before the merge begins."""
+        return [notice for source in self.sources.values() for notice in source.notices]
+
+    @property
     def ordered(self) -> list[Step]:
         """In the order in which they are merged: by name where mergekit draws masks, one tensor after the other."""
         return self.steps if self.generator() is None else sorted(self.steps, key=lambda step: step.name)

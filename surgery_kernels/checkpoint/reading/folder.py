@@ -44,6 +44,7 @@ class Checkpoint:
         }
         self.tied: Mapping[str, str] = _tied(self.tensors)
         self.changed = frozenset(self.tensors)
+        self.notices: tuple[str, ...] = ()
         self._maps = {path: MappedFile(stamp) for path, stamp in stamps.items()}
 
     def tensor(self, name: str) -> Tensor:

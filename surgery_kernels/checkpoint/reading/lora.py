@@ -39,6 +39,7 @@ class LoraExpert:
             for name, info in base.tensors.items()
         }
         self.tied = base.tied
+        self.notices = adapter.notices
         self._base = base
         self._adapter = adapter
         self._targets = targets

@@ -47,6 +47,7 @@ class Source(Protocol):
     tensors: Mapping[str, TensorInfo]  # in the order of the files
     tied: Mapping[str, str]  # names with the same memory as an earlier one, which is their value
     changed: frozenset[str]  # names whose tensors may differ from those of the base
+    notices: tuple[str, ...]  # sentences on what was chosen or left out in reading it
 
     def tensor(self, name: str) -> Tensor:
         """Contiguous; a view of the file where possible, which nobody may write to."""
