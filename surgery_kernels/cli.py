@@ -96,6 +96,7 @@ def main() -> None:
 @click.option("--random-seed", type=int, help="Of random masks, which are mergekit's then; none: 0, drawn by counter.")
 @click.option("--stream", type=click.Choice(STREAMS), help="How random masks are drawn, whatever the seed.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
+@click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="On the CPU; all cores unless given.")
@@ -109,6 +110,7 @@ def merge(
     random_seed: int | None,
     stream: str | None,
     resume: bool,
+    strict: bool,
     dry_run: bool,
     device: str,
     threads: int | None,
@@ -124,7 +126,7 @@ def merge(
     with (
         _errors_as_exit_codes(),
         plan_merge(
-            load_recipe(recipe),
+            load_recipe(recipe, strict=strict),
             allow=allow,
             nonfinite=nonfinite,
             random_seed=random_seed,

@@ -73,6 +73,15 @@ def test_merge(recipe: str, folders: list[str], out: Path) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{plan}wrote {out}\n", "")
 
 
+def test_notices(recipe: str, out: Path) -> None:
+    given = json.loads(Path(recipe).read_text())
+    Path(recipe).write_text(json.dumps({**given, "out_dype": "float16"}))
+    notice = "recipe.out_dype is ignored: did you mean 'out_dtype'?"
+    stopped(2, re.escape(f"recipe must have no notices to be strict, got: {notice}"), "merge", recipe, out, "--strict")
+    result = run("merge", recipe, out)
+    assert (result.exit_code, result.stderr) == (0, "") and f"notice: {notice}\n" in result.stdout
+
+
 def test_quiet(recipe: str, out: Path) -> None:
     result = run("merge", recipe, out, "--quiet")
     assert (result.exit_code, result.output) == (0, "") and out.is_dir()

@@ -47,24 +47,37 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Match:
-    """Which tensor of one model takes part for every name, and what differs."""
+class Pair:
+    """A tensor of the result, by what it is called in the first model and in another."""
 
-    names: Mapping[str, str]  # name -> name in the model; for a name that is not here the first model stands in
+    ours: str
+    theirs: str  # whether it is there or not
+    merged: bool  # False: a buffer, which is copied
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which tensors of one model take part, and what differs."""
+
+    names: Mapping[str, str]  # those of `Pair.ours` to the model's; for one that is not here the first model stands in
     differences: list[Difference]
 
 
-def match(first: Source, model: Source, merged: Collection[str], *, casts: bool, by_token: bool) -> Match:
-    """Looks for the tensors `merged` of `first` in `model`.
+def match(
+    first: Source, model: Source, pairs: Collection[Pair], belonging: Collection[str], *, casts: bool, by_token: bool
+) -> Match:
+    """Looks for tensors of `first` in `model`.
 
     Args:
+        pairs: What is looked for.
+        belonging: The names of the model of which each should be in a pair.
         casts: The recipe says which dtype all are cast to.
         by_token: The recipe says that vocabularies follow the tokens.
     """
     names: dict[str, str] = {}
     found: dict[str, list[str]] = {kind: [] for kind in (*ALLOWABLE, *NOTED)}
-    for name in merged:
-        wanted = first.tensors[name]
+    for pair in (pair for pair in pairs if pair.merged):
+        wanted, name = first.tensors[pair.ours], pair.theirs
         own = name if name in model.tensors else tied_to(name, model)
         if own is None:
             found["missing"].append(f"no {name!r}")
@@ -79,17 +92,27 @@ def match(first: Source, model: Source, merged: Collection[str], *, casts: bool,
                 continue
         if got.dtype != wanted.dtype and not casts:
             found["dtype"].append(f"{name!r} in {_short(got.dtype)} instead of {_short(wanted.dtype)}")
-        names[name] = own
-    for name in (name for name in first.tensors if name not in merged and name in model.tensors):
-        if not torch.equal(first.tensor(name), model.tensor(name)):
-            found["buffer"].append(f"other values in {name!r} of {_short(first.tensors[name].dtype)}")
+        names[pair.ours] = own
+    for pair in (pair for pair in pairs if not pair.merged and pair.theirs in model.tensors):
+        if not torch.equal(first.tensor(pair.ours), model.tensor(pair.theirs)):
+            found["buffer"].append(f"other values in {pair.theirs!r} of {_short(first.tensors[pair.ours].dtype)}")
         first.release()
         model.release()
-    found["extra"] = [f"{name!r} besides" for name in model.tensors if name not in first.tensors]
+    known = {pair.theirs for pair in pairs}
+    found["extra"] = [f"{name!r} besides" for name in belonging if name not in known]
     return Match(
         names,
         [Difference(kind, model.name, first.name, tuple(details)) for kind, details in found.items() if details],
     )
+
+
+def together(differences: Collection[Difference]) -> list[Difference]:
+    """Those of several slices as one for every kind and pair of models."""
+    details: dict[tuple[str, str, str], list[str]] = {}
+    for difference in differences:
+        key = difference.kind, difference.model, difference.first
+        details[key] = list(dict.fromkeys([*details.get(key, ()), *difference.details]))
+    return [Difference(*key, tuple(found)) for key, found in details.items()]
 
 
 def check_allowed(differences: Collection[Difference], allow: Collection[str]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .memory import Buffers, Scratch
-from .plan import Input, Step
+from .steps import Input, Step
 from .vocabulary.rows import Rows
 
 ROWS_AT_ONCE = 4096  # copied by index, which takes memory

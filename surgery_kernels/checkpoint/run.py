@@ -17,9 +17,10 @@ from ..merging.scope import Scope
 from ..recipes.recipe import Recipe, load_recipe
 from .loader import Loader
 from .memory import Releasing, Scratch, given_back
-from .plan import Plan, Step, plan_merge
+from .plan import Plan, plan_merge
 from .reading.mapped_file import many_files_open
 from .reading.read_ahead import ReadAhead
+from .steps import Step
 from .writing.companions import write_companions
 from .writing.journal import Journal
 from .writing.output import OutputFolder
@@ -121,7 +122,7 @@ def _write_model(
     complete = False
     try:
         releases = [source.release for source in plan.sources.values()]
-        with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(plan, steps), progress):
+        with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(steps), progress):
             decided = _decided(plan, Loader(scratch), journal) if plan.recipe.scope == "model" else None
             offsets, draws = _offsets(plan), _Draws(plan)
             with ReadAhead(step.spans for step in steps) as ahead:
@@ -129,7 +130,7 @@ def _write_model(
                     writer.wait_for_room()
                     ahead.wait_for(number)
                     facts = {"decided": decided, "offset": offsets[step.name], "generator": draws.before(step)}
-                    scope = _scope(plan, step, loader, **facts)
+                    scope = _scope(step, loader, **facts)
                     writer.write(step.name, _merged(step, scope, loader))
         complete = True
     finally:
@@ -147,11 +148,11 @@ def _merged(step: Step, scope: Scope | None, loader: Loader) -> Tensor:
     return scope.out[0].to("cpu", step.out_dtype)
 
 
-def _scope(plan: Plan, step: Step, loader: Loader, **facts: Any) -> Scope | None:
+def _scope(step: Step, loader: Loader, **facts: Any) -> Scope | None:
     """The inputs of one step, with room for its result; None where nothing is merged."""
     if step.method is None:
         return None
-    base = [] if plan.recipe.base is None else [loader.load(step.first, step)]
+    base = [loader.load(step.first, step)] if step.has_base else []
     return Scope([step.name], base, [[loader.load(expert, step) for expert in step.experts]], [], {}, **facts)
 
 
@@ -165,7 +166,7 @@ def _decided(plan: Plan, loader: Loader, journal: Journal) -> Any:
     """What the method decides over the whole model, once per merge."""
     steps = plan.merged
     if steps and journal.decided is None:
-        scopes = [scope for step in steps if (scope := _scope(plan, step, loader))]  # nothing is read yet
+        scopes = [scope for step in steps if (scope := _scope(step, loader))]  # nothing is read yet
         model = Scope(
             [step.name for step in steps],
             [tensor for scope in scopes for tensor in scope.base],
@@ -179,7 +180,7 @@ def _decided(plan: Plan, loader: Loader, journal: Journal) -> Any:
         in_files = [
             tensor
             for step, scope in zip(steps, scopes, strict=True)
-            for wanted, tensor in zip([step.first, *step.experts], [*scope.base, *scope.experts[0]], strict=True)
+            for wanted, tensor in zip(step.inputs, [*scope.base, *scope.experts[0]], strict=True)
             if step.takes_as_it_is(wanted)
         ]
         with (
@@ -221,10 +222,9 @@ def _models_named(step: Step) -> Iterator[None]:
         raise RuntimeError(f"{error} ({names})") from error
 
 
-def _nbytes_through_ops(plan: Plan, steps: Sequence[Step]) -> int:
-    has_base = plan.recipe.base is not None
+def _nbytes_through_ops(steps: Sequence[Step]) -> int:
     return sum(
-        step.method.reads * (len(step.experts) + has_base) * step.numel * step.dtype.itemsize
+        step.method.reads * len(step.inputs) * step.numel * step.dtype.itemsize
         for step in steps
         if step.method is not None
     )

@@ -2,56 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, model_validator
-
-from .settings import check_keys
+from .node import Node
 
 
-class Location(BaseModel):
+@dataclass(frozen=True)
+class Location:
     """A folder, or a repository of the hub at a revision: "path@revision"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     path: str
     revision: str | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _read(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            path, *revisions = value.split("@")
+    def read(cls, node: Node) -> Location:
+        if isinstance(node.value, str):
+            path, *revisions = node.value.split("@")
             if not path or len(revisions) > 1 or revisions == [""]:
-                raise ValueError(f" must be path or path@revision (or {{model: {{path: ...}}}}), got {value!r}")
-            return {"path": path, "revision": revisions[0] if revisions else None}
-        check_keys(value, ("path", "revision"))
-        return value
+                raise node.must("be path or path@revision (or {model: {path: ...}})")
+            return cls(path, revisions[0] if revisions else None)
+        keys = node.given(("path", "revision"), "a location")
+        node.required(keys, "path")
+        for key in keys.values():
+            if not isinstance(key.value, str):
+                raise key.must("be a string")
+        return cls(**{name: key.value for name, key in keys.items()})
 
     def __str__(self) -> str:
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
-class ModelReference(BaseModel):
+@dataclass(frozen=True)
+class ModelReference:
     """A model, or one with an adapter on it: "model+adapter"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     model: Location
     lora: Location | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _read(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            model, *adapters = value.split("+")
+    def read(cls, node: Node) -> ModelReference:
+        if isinstance(node.value, str):
+            model, *adapters = node.value.split("+")
             if len(adapters) > 1:
-                raise ValueError(f" must be model or model+adapter (or {{model: {{path: ...}}}}), got {value!r}")
-            return {"model": model, "lora": adapters[0] if adapters else None}
-        if not isinstance(value, dict):
-            raise ValueError(f" must be a folder or a hub id, got {value!r}")
-        check_keys(value, ("model", "lora"))
-        return value
+                raise node.must("be model or model+adapter (or {model: {path: ...}})")
+            of_text = [Location.read(Node(text, node.at, node.notices)) for text in (model, *adapters)]
+            return cls(*of_text)
+        if not isinstance(node.value, dict):
+            raise node.must("be a folder or a hub id")
+        keys = node.given(("model", "lora"), "a model")
+        node.required(keys, "model")
+        return cls(**{name: Location.read(key) for name, key in keys.items()})
 
     def __str__(self) -> str:
         return f"{self.model}+{self.lora}" if self.lora else str(self.model)

@@ -2,47 +2,112 @@
 
     merge_method: ties
     base_model: org/base
-    models:
+    models:                                               # or slices, or modules: see `slices.py`
       - model: org/expert_a@main
         parameters: {weight: 0.6, density: [0.3, 0.7]}    # over the layers
       - model: ./expert_b
     parameters: {weight: 0.4, density: 0.5, lambda: 0.9, normalize: true}
     dtype: bfloat16
 
-A recipe is refused where mergekit ignores what it says: an unknown key, a parameter that the method does not have.
+What mergekit ignores is ignored, with a notice: an unknown key, a parameter that the method does not have.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError, model_validator
 
 from ..merging import METHODS, Method
-from ..merging.method import count_in_words
 from ..ops import arguments
 from .model_reference import ModelReference
-from .settings import Setting, check_keys, flag, read_setting, reader_of
+from .node import Node
+from .settings import read_settings
+from .slices import Context, Slice, read_slices
 from .strict_yaml import load_yaml
 
 RECIPE_METHODS = {name: method for name, method in METHODS.items() if method.in_recipes}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in arguments.DTYPES}
 SCOPES = ("tensor", "model")
+KEYS = (
+    "base_model",
+    "dtype",
+    "merge_method",
+    "models",
+    "modules",
+    "out_dtype",
+    "parameters",
+    "scope",
+    "slices",
+    "tokenizer_source",
+)
 UNSUPPORTED = {
-    "slices": "a merge of whole models",
-    "modules": "a merge of whole models",
     "tokenizer": "without a tokenizer of its own (tokenizer_source: base keeps that of the base)",
     "chat_template": "without a chat template of its own (that of the base is kept)",
 }
+# What only recipes of mergekit's other commands have.
+OTHER_COMMANDS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genome": "mergekit-evolve"}
 
 
-def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
+@dataclass(frozen=True)
+class Recipe:
+    """A merge: which models, by which method, with which settings."""
+
+    source: str  # the YAML text
+    merge_method: str
+    slices: tuple[Slice, ...]
+    base_model: ModelReference | None = None
+    dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+    tokenizer_source: str | None = None
+    scope: str = "tensor"
+    notices: tuple[str, ...] = ()  # what is ignored or understood in another way than written
+
+    @property
+    def method(self) -> type[Method]:
+        return RECIPE_METHODS[self.merge_method]
+
+    @property
+    def base(self) -> ModelReference | None:
+        """What task vectors are taken from; None for methods to which a base is one model more."""
+        base = self.slices[0].base
+        return base.model if base else None
+
+    @property
+    def experts(self) -> tuple[ModelReference, ...]:
+        """What is merged, each once."""
+        return tuple(dict.fromkeys(source.model for part in self.slices for source in part.experts))
+
+    @property
+    def origins(self) -> list[tuple[ModelReference, int]] | None:
+        """Whose layer, and which, every layer of the result takes after; None for whole models."""
+        if any(part.first.layers is None for part in self.slices):
+            return None
+        return [(part.first.model, layer) for part in self.slices for layer in part.first.layers or ()]
+
+    @property
+    def donor(self) -> ModelReference:
+        """The model whose configuration, tokenizer and other files the merged one gets."""
+        return self.base_model or self.slices[0].first.model
+
+    @property
+    def references(self) -> tuple[ModelReference, ...]:
+        """All models, each once, the donor first."""
+        of_slices = [source.model for part in self.slices for source in part.sources]
+        return tuple(dict.fromkeys([self.donor, *of_slices]))
+
+
+def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False) -> Recipe:
     """The recipe in a YAML file, or given as the mapping that such a file holds.
+
+    Args:
+        source: The file or the mapping.
+        strict: Refuse what would only be noticed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -50,201 +115,77 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     """
     if isinstance(source, Mapping):
         try:
-            return parse_recipe(yaml.safe_dump(dict(source), sort_keys=False))
+            return parse_recipe(yaml.safe_dump(dict(source), sort_keys=False), strict=strict)
         except yaml.representer.RepresenterError as error:
             raise ValueError(f"recipe must hold strings, numbers, lists and mappings, got {error.args[-1]!r}") from None
     if not os.path.isfile(source):
         raise FileNotFoundError(f"recipe must be a YAML file, got {os.fspath(source)}")
     try:
-        return parse_recipe(Path(source).read_text(encoding="utf-8"))
+        return parse_recipe(Path(source).read_text(encoding="utf-8"), strict=strict)
     except UnicodeDecodeError as error:
         raise ValueError(f"recipe must be text in UTF-8, got {error}") from None
 
 
-def parse_recipe(text: str) -> Recipe:
+def parse_recipe(text: str, *, strict: bool = False) -> Recipe:
     """The recipe in a YAML text.
 
     Raises:
         ValueError: it is not YAML or not a recipe; one sentence, which names the line or the key.
     """
-    document = load_yaml(text, "recipe")
-    try:
-        return Recipe.model_validate(document, context=text)
-    except ValidationError as error:
-        raise ValueError(_sentence(error, document)) from None
+    recipe = _read(Node(load_yaml(text, "recipe"), "recipe"), text)
+    if strict and recipe.notices:
+        raise ValueError(f"recipe must have no notices to be strict, got: {'; '.join(recipe.notices)}")
+    return recipe
 
 
-class _Mapping(BaseModel):
-    """The errors of its validators go on from the path of what they read: " must be ..." or ".dtype must be ..."."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, value: Any) -> Any:
-        check_keys(value, cls.keys().values())
-        return value
-
-    @classmethod
-    def keys(cls) -> dict[str, str]:
-        """Of the YAML, by the names of the fields."""
-        return {name: field.alias or name for name, field in cls.model_fields.items()}
-
-
-def _one_of(*choices: str) -> PlainValidator:
-    def read(value: Any) -> Any:
-        arguments.check_one_of("", value, choices)
-        return value
-
-    return PlainValidator(read)
-
-
-def _read_tokenizer_source(value: Any) -> str | None:
-    if value not in ("base", None):
-        raise ValueError(f" must be 'base' or left out, got {value!r}")
-    return value
-
-
-def _read_dtype(value: Any) -> torch.dtype | None:
-    name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name is not None and (not isinstance(name, str) or name not in DTYPES):
-        raise ValueError(f" must be one of {', '.join(DTYPES)}, got {value!r}")
-    return DTYPES[name] if name else None
-
-
-Dtype = Annotated[torch.dtype | None, PlainValidator(_read_dtype)]
-
-
-class Model(_Mapping):
-    """A model to merge."""
-
-    model: ModelReference
-    parameters: Any = None  # as written; `Recipe.settings_of` has read them
-
-
-class Recipe(_Mapping):
-    """A merge: which models, by which method, with which settings."""
-
-    merge_method: Annotated[str, _one_of(*RECIPE_METHODS)]
-    base_model: ModelReference | None = None
-    models: tuple[Model, ...] = Field(strict=False, min_length=1)  # YAML has lists
-    parameters: Any = None  # as written; `settings` has read them
-    dtype: Dtype = None
-    out_dtype: Dtype = None
-    tokenizer_source: Annotated[str | None, PlainValidator(_read_tokenizer_source)] = None
-    scope: Annotated[str, _one_of(*SCOPES)] = "tensor"
-    _source: str = PrivateAttr()
-    _settings: dict[str, Setting] = PrivateAttr()
-    _settings_of: list[dict[str, Setting]] = PrivateAttr()
-
-    @property
-    def source(self) -> str:
-        """The YAML text."""
-        return self._source
-
-    @property
-    def method(self) -> type[Method]:
-        return RECIPE_METHODS[self.merge_method]
-
-    @property
-    def settings(self) -> Mapping[str, Setting]:
-        """Of the merge and of all models, by their keys."""
-        return self._settings
-
-    def settings_of(self, model: ModelReference) -> Mapping[str, Setting]:
-        """Of one model: they come before those for all."""
-        of_models = zip(self.models, self._settings_of, strict=True)
-        return next((settings for entry, settings in of_models if entry.model == model), {})
-
-    @property
-    def base(self) -> ModelReference | None:
-        """What task vectors are taken from; None for methods to which a base is one model more."""
-        return None if self.method.base == "none" else self.base_model
-
-    @property
-    def experts(self) -> tuple[ModelReference, ...]:
-        """What is merged. Where the method has no base, one that is not among the models comes last."""
-        models = [entry.model for entry in self.models if entry.model != self.base]
-        if self.method.base == "none" and self.base_model and self.base_model not in models:
-            models.append(self.base_model)
-        return tuple(models)
-
-    @property
-    def donor(self) -> ModelReference:
-        """The model whose configuration, tokenizer and other files the merged one gets."""
-        return self.base_model or self.models[0].model
-
-    @property
-    def references(self) -> tuple[ModelReference, ...]:
-        """All models, each once, the base first where there is one."""
-        return tuple(dict.fromkeys([self.donor, *self.experts]))
-
-    def model_post_init(self, context: str) -> None:
-        self._source = context
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported_keys(cls, value: Any) -> Any:
+def _read(root: Node, text: str) -> Recipe:
+    if isinstance(root.value, dict):
         for key, requirement in UNSUPPORTED.items():
-            if isinstance(value, dict) and key in value:
-                raise ValueError(f" must be {requirement}, got {key!r}")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
-        if self.method.base == "required" and self.base_model is None:
-            raise ValueError(f".base_model must be given for {self.merge_method}, got none")
-        if self.method.decides != "scope" and self.scope != "tensor":
-            raise ValueError(f".scope must be 'tensor' for {self.merge_method}, got {self.scope!r}")
-        models = [entry.model for entry in self.models]
-        for i, model in enumerate(models):
-            if model in models[:i]:
-                raise ValueError(f".models[{i}].model must be a model that is not listed yet, got {model}")
-        if not self.method.takes(len(self.experts)):
-            besides = " besides the base" if self.base else ""
-            listed = ", ".join(map(str, self.experts)) or "none"
-            number = count_in_words(self.method)
-            raise ValueError(f".models must be {number}{besides} for {self.merge_method}, got {listed}")
-        self._settings = self._read(self.parameters, ".parameters", per_model=False)
-        self._settings_of = [
-            self._read(entry.parameters, f".models[{i}].parameters", per_model=True)
-            for i, entry in enumerate(self.models)
-        ]
-        return self
-
-    def _read(self, written: Any, at: str, *, per_model: bool) -> dict[str, Setting]:
-        """The settings of a mapping, by the parameters that the method has."""
-        known = {
-            parameter.key: reader_of(parameter)
-            for parameter in self.method.parameters()
-            if parameter.key is not None and (parameter.per_model or not per_model)
-        }
-        if not per_model:
-            known |= dict.fromkeys(self.method.ignored, flag)
-        if written is None:
-            return {}
-        check_keys(written, known, at, f" for {self.merge_method}")
-        settings = {}
-        for key, value in written.items():
-            try:
-                settings[key] = read_setting(value, known[key])
-            except ValueError as error:
-                raise ValueError(f"{at}.{key}{error}") from None
-        return settings
+            if key in root.value:
+                raise ValueError(f"{root.at} must be {requirement}, got {key!r}")
+        for key, command in OTHER_COMMANDS.items():
+            if key in root.value and "merge_method" not in root.value:
+                raise ValueError(f"{root.at} must be of a merge, got {key!r} of {command}: run it with that command")
+    keys = root.given(KEYS, "a recipe")
+    merge_method = root.required(keys, "merge_method").one_of(tuple(RECIPE_METHODS))
+    method = RECIPE_METHODS[merge_method]
+    base_model = ModelReference.read(keys["base_model"]) if "base_model" in keys else None
+    settings = read_settings(keys.get("parameters"), method, of_model=False)
+    slices = read_slices(root, keys, Context(method, base_model, (settings,)))
+    return Recipe(
+        text,
+        merge_method,
+        slices,
+        base_model,
+        _read_dtype(keys.get("dtype")),
+        _read_dtype(keys.get("out_dtype")),
+        _read_tokenizer_source(keys.get("tokenizer_source")),
+        _read_scope(keys.get("scope"), method, slices),
+        tuple(root.notices),
+    )
 
 
-def _sentence(error: ValidationError, document: Any) -> str:
-    """The first of what pydantic found, with the path as the document has it."""
-    first = error.errors()[0]
-    path, node = "recipe", document
-    for piece in first["loc"]:
-        if isinstance(node, dict) and piece in node:
-            path, node = f"{path}.{piece}", node[piece]
-        elif isinstance(node, list) and isinstance(piece, int):
-            path, node = f"{path}[{piece}]", node[piece]
-    if first["type"] == "value_error":
-        return f"{path}{first['ctx']['error']}"
-    if first["type"] == "missing":
-        return f"{path}.{first['loc'][-1]} must be given, got none"
-    expected = {"string_type": "a string", "tuple_type": "a list", "too_short": "a list of at least one"}
-    return f"{path} must be {expected[first['type']]}, got {node!r}"
+def _read_scope(node: Node | None, method: type[Method], slices: tuple[Slice, ...]) -> str:
+    scope = "tensor" if node is None else node.one_of(SCOPES)
+    if node is None or scope == "tensor":
+        return scope
+    if method.decides != "scope":
+        raise node.must(f"be 'tensor' for {method.name}")
+    if len({tuple(source.model for source in part.sources) for part in slices}) > 1:
+        raise node.must("be 'tensor' for slices of different models")
+    return scope
+
+
+def _read_tokenizer_source(node: Node | None) -> str | None:
+    if node is not None and node.value != "base":
+        raise node.must("be 'base' or left out")
+    return None if node is None else node.value
+
+
+def _read_dtype(node: Node | None) -> torch.dtype | None:
+    if node is None:
+        return None
+    name = node.value.removeprefix("torch.") if isinstance(node.value, str) else None
+    if name not in DTYPES:
+        raise node.must(f"be one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,27 +1,23 @@
 """Settings as mergekit writes them: a number, a gradient over the layers, or values for tensors by their names.
 
-    weight: 0.5
-    weight: [0, 0.5, 1]                                # from the first layer to the last
-    weight: [{filter: mlp, value: 0.5}, {value: 1}]    # the first whose filter is in the name of the tensor
-
-A reader raises a ValueError that goes on from the path of the setting: " must be ..." or "[1].value must be ...".
+weight: 0.5
+weight: [0, 0.5, 1]                                # from the first layer to the last
+weight: [{filter: mlp, value: 0.5}, {value: 1}]    # the first whose filter is in the name of the tensor
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..merging import Parameter
-from ..ops import arguments
+from ..merging import Method, Parameter
+from .node import Node
 
 Value = float | bool | str
-Reader = Callable[[Any, str], Value]
+Reader = Callable[[Node], Value]
 
 FLAG = TypeAdapter(bool)
 
@@ -48,6 +44,7 @@ class Rule:
 
 
 Setting = tuple[Rule, ...]
+Settings = Mapping[str, Setting]  # by the keys of the recipe
 
 
 def value_of(setting: Setting, name: str, depth: float) -> Value | None:
@@ -58,78 +55,84 @@ def value_of(setting: Setting, name: str, depth: float) -> Value | None:
     return None
 
 
-def read_setting(value: Any, read: Reader) -> Setting:
-    """A setting from what YAML holds, every value by `read`."""
-    if isinstance(value, dict):
-        return (_read_rule(value, "", read),)
-    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-        return tuple(_read_rule(entry, f"[{i}]", read) for i, entry in enumerate(value))
-    return (Rule(_read_values(value, "", read)),)
+def read_settings(node: Node | None, method: type[Method], *, of_model: bool) -> Settings:
+    """Those of a mapping that the method has: for one model its own, else all."""
+    if node is None:
+        return {}
+    known = {
+        parameter.key: reader_of(parameter)
+        for parameter in method.parameters()
+        if parameter.key is not None and (parameter.per_model or not of_model)
+    }
+    if not of_model:
+        known |= dict.fromkeys(method.ignored, flag)
+    found = node.keys(known, f"{method.name}{' for one model' if of_model else ''}")
+    return {name: read_setting(key, known[name]) for name, key in found.items()}
+
+
+def read_setting(node: Node, read: Reader) -> Setting:
+    """A setting, every value by `read`."""
+    if isinstance(node.value, dict):
+        return (_read_rule(node, read),)
+    if isinstance(node.value, list) and any(isinstance(entry, dict) for entry in node.value):
+        return tuple(_read_rule(entry, read) for entry in node.entries())
+    return (Rule(_read_values(node, read)),)
 
 
 def reader_of(parameter: Parameter) -> Reader:
     """What reads one value of a parameter, and refuses what it does not take."""
 
-    def read_number(value: Any, at: str) -> Value:
-        read = number(value, at)
+    def read_number(node: Node) -> Value:
+        read = number(node)
         if read not in parameter.range:
-            raise ValueError(f"{at} must be {parameter.range}, got {value!r}")
+            raise node.must(f"be {parameter.range}")
         if parameter.kind is int and read != int(read):
-            raise ValueError(f"{at} must be a whole number, got {value!r}")
+            raise node.must("be a whole number")
         return read
 
-    def read_choice(value: Any, at: str) -> Value:
-        arguments.check_one_of(at, value, parameter.choices)
-        return value
-
     if parameter.choices:
-        return read_choice
+        return lambda node: node.one_of(parameter.choices)
     return flag if parameter.kind is bool else read_number
 
 
-def number(value: Any, at: str) -> float:
+def number(node: Node) -> float:
     """Any finite number; PyYAML takes one like 1e-3, without a point, for a string."""
     try:
-        read = float(value)
+        read = float(node.value)
     except (OverflowError, TypeError, ValueError):
-        raise ValueError(f"{at} must be a number, got {value!r}") from None
+        raise node.must("be a number") from None
     if not math.isfinite(read):
-        raise ValueError(f"{at} must be finite, got {value!r}")
+        raise node.must("be finite")
     return read
 
 
-def flag(value: Any, at: str) -> bool:
+def whole_number(node: Node) -> int:
+    read = number(node)
+    if read != int(read):
+        raise node.must("be a whole number")
+    return int(read)
+
+
+def flag(node: Node) -> bool:
     """True or false, also as 1 or 0 and as strings like "yes"."""
     try:
-        return FLAG.validate_python(value)
+        return FLAG.validate_python(node.value)
     except ValidationError:
-        raise ValueError(f"{at} must be true or false, got {value!r}") from None
+        raise node.must("be true or false") from None
 
 
-def check_keys(mapping: Any, known: Collection[str], at: str = "", where: str = "") -> None:
-    """A mapping whose keys are all known; where one is not, the error names the nearest."""
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{at} must be a mapping with keys among {', '.join(sorted(known))}{where}, got {mapping!r}")
-    for key in mapping:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f": did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{at} must have keys among {', '.join(sorted(known))}{where}, got {key!r}{hint}")
-
-
-def _read_rule(value: Any, at: str, read: Reader) -> Rule:
-    check_keys(value, ("filter", "value"), at)
-    if "value" not in value:
-        raise ValueError(f"{at}.value must be given, got none")
-    name_part = value.get("filter")
+def _read_rule(node: Node, read: Reader) -> Rule:
+    keys = node.keys(("filter", "value"), "a rule")
+    value = node.required(keys, "value")
+    name_part = keys["filter"].value if "filter" in keys else None
     if name_part is not None and not isinstance(name_part, str):
-        raise ValueError(f"{at}.filter must be a part of tensor names, got {name_part!r}")
-    return Rule(_read_values(value["value"], f"{at}.value", read), name_part)
+        raise keys["filter"].must("be a part of tensor names")
+    return Rule(_read_values(value, read), name_part)
 
 
-def _read_values(value: Any, at: str, read: Reader) -> tuple[Value, ...]:
-    if not isinstance(value, list):
-        return (read(value, at),)
-    if not value:
-        raise ValueError(f"{at} must be a value or a list of at least one, got []")
-    return tuple(read(entry, f"{at}[{i}]") for i, entry in enumerate(value))
+def _read_values(node: Node, read: Reader) -> tuple[Value, ...]:
+    if not isinstance(node.value, list):
+        return (read(node),)
+    if not node.value:
+        raise node.must("be a value or a list of at least one")
+    return tuple(map(read, node.entries()))

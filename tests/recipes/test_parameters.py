@@ -16,7 +16,7 @@ from surgery_kernels.merging import Method, Parameter
 from surgery_kernels.merging.depths import depths, num_layers
 from surgery_kernels.merging.method import NONE_GIVEN
 from surgery_kernels.recipes.parameters import resolve_methods
-from surgery_kernels.recipes.recipe import RECIPE_METHODS, load_recipe
+from surgery_kernels.recipes.recipe import RECIPE_METHODS, Recipe, load_recipe
 
 pytestmark = pytest.mark.any_isa
 
@@ -76,16 +76,34 @@ def plan_of(mergekit: ModuleType, recipe: dict[str, Any], config: SimpleNamespac
     return recorder.plan
 
 
-def check(recipe: dict[str, Any], plan: Plan, resolved: dict[str, Method]) -> None:
-    experts = [str(model) for model in load_recipe(recipe).experts]
-    assert resolved.keys() == plan.keys()
+def resolved(recipe: Recipe, names: list[str], layers: int | None = None) -> dict[str, Method]:
+    """Of all slices; every model has the same names."""
+    return {
+        name: method
+        for part in recipe.slices
+        for name, method in resolve_methods(recipe, part, part.outputs(names, layers)).items()
+    }
+
+
+def experts_of(recipe: Recipe, names: list[str]) -> dict[str, list[str]]:
+    """What is merged into every tensor."""
+    return {
+        output.name: [str(expert.model) for expert in part.experts]
+        for part in recipe.slices
+        for output in part.outputs(names, None)
+    }
+
+
+def check(recipe: dict[str, Any], plan: Plan, methods: dict[str, Method], names: list[str]) -> None:
+    experts = experts_of(load_recipe(recipe), names)
+    assert methods.keys() == plan.keys()
     for name, (shared, of_models) in plan.items():
-        method = resolved[name]
+        method = methods[name]
         for parameter in known_to_mergekit(type(method)):
             actual = getattr(method, parameter.name)
             if parameter.per_model:
-                expected = [of_models[expert][parameter.key] for expert in experts]
-                assert (actual or [None] * len(experts)) == expected, (name, parameter.key)
+                expected = [of_models[expert][parameter.key] for expert in experts[name]]
+                assert (actual or [None] * len(expected)) == expected, (name, parameter.key)
             else:
                 assert actual == shared[parameter.key], (name, parameter.key)
 
@@ -147,12 +165,34 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     optional = {key: of for key, of in parameters.items() if key not in needed | weights}
     ignored = dict.fromkeys(method.ignored, FLAGS)
     recipe["parameters"] = draw(st.fixed_dictionaries(needed | weights, optional=optional | ignored))
+    if not has_base or "base" in names:  # mergekit wants to see it in slices
+        shape = draw(st.sampled_from(["models", "slices", "modules"]))
+        if shape != "models":
+            recipe["slices"] = draw(slices(recipe.pop("models"), st.fixed_dictionaries({}, optional=parameters)))
+        if shape == "modules":
+            module = {"slices": recipe.pop("slices"), "parameters": recipe.pop("parameters")}
+            recipe["modules"] = {"default": module}
     return recipe
 
 
-@settings(max_examples=120)
-@given(recipe=recipes(), layers=st.sampled_from([1, 2, 5]))
+LAYERS = 5  # of every model that slices are cut from
+
+
+@st.composite
+def slices(draw: st.DrawFn, models: list[dict[str, Any]], parameters: st.SearchStrategy[Any]) -> list[Any]:
+    def of_length(length: int) -> dict[str, Any]:
+        starts = [draw(st.integers(0, LAYERS - length)) for _ in models]
+        cut = zip(starts, draw(st.permutations(models)), strict=True)
+        sources = [{**source, "layer_range": [start, start + length]} for start, source in cut]
+        return {"sources": sources, **draw(st.fixed_dictionaries({}, optional={"parameters": parameters}))}
+
+    return [of_length(length) for length in draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))]
+
+
+@settings(max_examples=150)
+@given(recipe=recipes(), layers=st.sampled_from([1, 2, LAYERS]))
 def test_same_numbers_as_mergekit(mergekit: ModuleType, recipe: dict[str, Any], layers: int) -> None:
+    layers = layers if "models" in recipe else LAYERS
     names = llama_names(layers)
     try:
         plan = plan_of(mergekit, recipe, llama(layers))
@@ -160,10 +200,10 @@ def test_same_numbers_as_mergekit(mergekit: ModuleType, recipe: dict[str, Any], 
         missing = re.fullmatch(r"Missing required parameter (\w+) for (?:(\w+)\.)?(.*)", str(error))
         assert missing, error
         with pytest.raises(ValueError, match=f"{missing[1]} must be given .* got none for ") as ours:
-            resolve_methods(load_recipe(recipe), names, layers)
+            resolved(load_recipe(recipe), names, layers)
         assert missing[2] is None or missing[2] in str(ours.value)
     else:
-        check(recipe, plan, resolve_methods(load_recipe(recipe), names, layers))
+        check(recipe, plan, resolved(load_recipe(recipe), names, layers), names)
 
 
 def llama_names(layers: int) -> list[str]:
@@ -236,15 +276,15 @@ def ties(**recipe: Any) -> dict[str, Any]:
 def test_defaults() -> None:
     for name, normalize in (("linear", True), ("task_arithmetic", False), ("ties", True)):
         recipe = ties(merge_method=name, parameters={"weight": 0.5})
-        (method,) = resolve_methods(load_recipe(recipe), ["w"]).values()
+        (method,) = resolved(load_recipe(recipe), ["w"]).values()
         assert (method.name, method.normalize, method.weights) == (name, normalize, [0.5] * (2 + (name == "linear")))
     assert (method.density, method.lam, method.rescale, method.semantics) == ([1.0, 1.0], 1.0, False, "mergekit")
 
 
 def test_order_of_the_tensors() -> None:
     names = ["z", "model.layers.1.a", "b", "model.layers.0.a"]
-    assert list(resolve_methods(load_recipe(ties(parameters={"weight": 1})), names)) == names
-    assert resolve_methods(load_recipe(ties()), []) == {}
+    assert list(resolved(load_recipe(ties(parameters={"weight": 1})), names)) == names
+    assert resolved(load_recipe(ties()), []) == {}
 
 
 def test_missing_weight() -> None:
@@ -254,13 +294,13 @@ def test_missing_weight() -> None:
     ]
     message = r"recipe.models\[1\].parameters.weight must be given for every tensor, got none for norm of b"
     with pytest.raises(ValueError, match=message):
-        resolve_methods(load_recipe(ties(models=models)), ["mlp", "norm"])
+        resolved(load_recipe(ties(models=models)), ["mlp", "norm"])
     message = (
         "recipe.parameters.weight must be given for the base_model base, which linear merges too, got none for norm"
     )
     recipe = ties(merge_method="linear", models=models[:1])
     with pytest.raises(ValueError, match=message):
-        resolve_methods(load_recipe(recipe), ["norm"])
+        resolved(load_recipe(recipe), ["norm"])
 
 
 def test_weights_of_linear_without_a_sum() -> None:
@@ -269,16 +309,16 @@ def test_weights_of_linear_without_a_sum() -> None:
     names = ["model.layers.0.w", "model.layers.1.w"]
     message = "weights must have a sum other than 0 unless normalize is false, got 0.3, -0.3 for model.layers.1.w"
     with pytest.raises(ValueError, match=message):
-        resolve_methods(load_recipe(recipe), names)
-    resolved = resolve_methods(load_recipe({**recipe, "parameters": {"normalize": False}}), names)
-    assert resolved["model.layers.1.w"].weights == [0.3, -0.3]
+        resolved(load_recipe(recipe), names)
+    methods = resolved(load_recipe({**recipe, "parameters": {"normalize": False}}), names)
+    assert methods["model.layers.1.w"].weights == [0.3, -0.3]
 
 
 def test_one_density_where_the_threshold_is_over_the_model() -> None:
     parameters = {"weight": [0, 1], "density": [{"filter": "mlp", "value": 0.5}, {"value": 0.25}]}
     message = "density must be the same for all tensors of a in scope: model, got 0.25 for norm and 0.5 for mlp"
     with pytest.raises(ValueError, match=message):
-        resolve_methods(load_recipe(ties(scope="model", parameters=parameters)), ["norm", "mlp"])
+        resolved(load_recipe(ties(scope="model", parameters=parameters)), ["norm", "mlp"])
     models = [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b", "parameters": {"density": 0.25}}]
-    resolved = resolve_methods(load_recipe(ties(scope="model", models=models, parameters=parameters)), ["norm", "mlp"])
-    assert [method.density for method in resolved.values()] == [[0.5, 0.25]] * 2
+    methods = resolved(load_recipe(ties(scope="model", models=models, parameters=parameters)), ["norm", "mlp"])
+    assert [method.density for method in methods.values()] == [[0.5, 0.25]] * 2

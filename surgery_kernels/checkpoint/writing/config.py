@@ -1,4 +1,4 @@
-"""The config.json of a result."""
+"""The config.json of a result: the donor's, but for what the merge changes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..layer_lists import INNER, followed
 from ..plan import Plan
 from ..reading.files import read_json
 from .durable import copy_file, write_text
 
 
 def write_config(source: Path, target: Path, plan: Plan) -> None:
-    """A copy, but for the dtype and the number of tokens where the merge changes them."""
+    """A copy where nothing changes."""
     config = read_json(source)
+    merged = _merged(plan, config)
+    if merged == config:
+        copy_file(source, target)
+    else:
+        write_text(target, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+
+
+def _merged(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config`, that of the donor, with the dtype, the number of tokens and the layers of the result.
+
+    Only what is there changes, in the configuration of a language model within another too; a dtype may be new.
+    """
     new: dict[str, object] = {}
     dtypes = {step.out_dtype for step in plan.merged}
     if len(dtypes) == 1 and any(step.out_dtype != step.first.info.dtype for step in plan.merged):
@@ -23,15 +36,16 @@ def write_config(source: Path, target: Path, plan: Plan) -> None:
     rows = {step.shape[0] for step in plan.merged if step.shape != step.first.info.shape}
     if len(rows) == 1:
         new["vocab_size"] = rows.pop()
-    if new:
-        write_text(target, json.dumps(_with(config, new), indent=2, ensure_ascii=False) + "\n")
-    else:
-        copy_file(source, target)
-
-
-def _with(config: Mapping[str, Any], new: Mapping[str, object]) -> dict[str, Any]:
-    """Only what is there changes, in the configuration of a language model within another too; a dtype may be new."""
     changed = {key: value for key, value in new.items() if key in config or key == "torch_dtype"}
-    if isinstance(inner := config.get("text_config"), Mapping):
-        changed["text_config"] = {**inner, **{key: value for key, value in new.items() if key in inner}}
+    changed |= _of_layers(plan, config)
+    if isinstance(inner := config.get(INNER), Mapping):
+        of_inner = {key: value for key, value in new.items() if key in inner} | _of_layers(plan, inner)
+        changed[INNER] = {**inner, **of_inner}
     return {**config, **changed}
+
+
+def _of_layers(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    origins = plan.recipe.origins
+    if origins is None:
+        return {}
+    return followed(config, [(plan.sources[model].config or {}, layer) for model, layer in origins])

@@ -1,0 +1,113 @@
+"""What a configuration says of single layers, for a result whose layers are picked from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..merging.depths import NUM_LAYERS_KEYS
+
+INNER = "text_config"  # of a language model within another
+# With one entry for every layer. A string has a letter for each.
+BY_LAYER = (
+    "activation_sparsity_pattern",
+    "attention_layers",
+    "block_configs",
+    "block_types",
+    "ffn_multipliers",
+    "hybrid_override_pattern",
+    "indexer_types",
+    "intermediate_size",
+    "layer_rope_theta",
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+    "num_kv_heads",
+    "num_query_heads",
+    "sliding_window",
+)
+# With the numbers of some layers.
+LAYER_NUMBERS = (
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "global_attention_blocks",
+    "hybrid_layer_ids",
+    "mlp_only_layers",
+    "moe_layers",
+    "ple_layer_ids",
+    "rope_scaling_layers",
+)
+# What tells layers apart by counting them, which those of a result that takes others do not follow.
+COUNTING = (
+    "attn_layer_offset",
+    "attn_layer_period",
+    "attention_types",
+    "decoder_sparse_step",
+    "expert_layer_period",
+    "first_k_dense_replace",
+    "full_attention_interval",
+    "global_attn_every_n_layers",
+    "interleave_moe_layer_step",
+    "max_window_layers",
+    "moe_layer_freq",
+    "moe_layer_frequency",
+    "no_rope_layer_interval",
+    "num_kv_shared_layers",
+    "sliding_window_pattern",
+)
+
+
+def followed(config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+    """The number of layers and the lists over them for other layers.
+
+    Args:
+        config: Of the donor, or the one of a language model within it.
+        origins: For every layer of the result the configuration of the model it is from, and which it is there.
+
+    Returns:
+        What changes; nothing where `config` does not count layers.
+    """
+    key = next((key for key in NUM_LAYERS_KEYS if isinstance(config.get(key), int)), None)
+    if key is None:
+        return {}
+    new: dict[str, Any] = {key: len(origins)}
+    entries = [(_counting_alike(source, config), layer) for source, layer in origins]
+    for name, value in config.items():
+        if name in BY_LAYER and isinstance(value, (list, str)) and len(value) == config[key]:
+            found = [_entry(source.get(name), value, layer) for source, layer in entries]
+            if None not in found:
+                new[name] = "".join(found) if isinstance(value, str) else found
+        elif name in LAYER_NUMBERS and isinstance(value, list):
+            chosen = [layer in source.get(name, value) for source, layer in entries]
+            new[name] = [place for place, among_them in enumerate(chosen) if among_them]
+    return new
+
+
+def uncertain_layers(origins: Sequence[int], config: Mapping[str, Any]) -> list[str]:
+    """The keys by which a configuration tells layers apart by counting them, where `origins` counts others."""
+    if all(layer == place for place, layer in enumerate(origins)):
+        return []
+    inner = config.get(INNER)
+    known = {**config, **(inner if isinstance(inner, Mapping) else {})}
+    if any(key in known for key in ("layer_types", "mlp_layer_types", "layers_block_type")):
+        return []
+    return [key for key in COUNTING if known.get(key) not in (None, 0, 1)]
+
+
+def _counting_alike(other: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of another model, or its inner one, whichever counts layers as `config` does."""
+    inner = other.get(INNER)
+    counts = any(key in other for key in NUM_LAYERS_KEYS if key in config)
+    return inner if isinstance(inner, Mapping) and not counts else other
+
+
+def _entry(own: Any, donors: Sequence[Any], layer: int) -> Any:
+    """Of the model that the layer is from, else of the donor; None where neither says anything."""
+    for entries in (own, donors):
+        if isinstance(entries, (list, str)) and layer < len(entries):
+            return entries[layer]
+    return None

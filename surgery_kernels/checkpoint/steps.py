@@ -1,0 +1,213 @@
+"""What a merge is made of: for every tensor of the result its inputs, method and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from typing import Any
+
+import torch
+
+from ..merging import Method
+from ..merging.depths import num_layers
+from ..ops import arguments
+from ..recipes.model_reference import ModelReference
+from ..recipes.parameters import resolve_methods
+from ..recipes.recipe import Recipe
+from ..recipes.slices import Output, Slice
+from .differences import Difference, Match, Pair, match, together
+from .reading.read_ahead import Span
+from .reading.source import Source, TensorInfo
+from .vocabulary.layers import is_vocabulary
+from .vocabulary.rows import Rows, shared_rows
+from .vocabulary.tokens import ids_by_token
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor of one checkpoint."""
+
+    source: Source
+    name: str
+    rows: Rows | None = None  # of a vocabulary whose tokens have other rows here
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.source.tensors[self.name]
+
+    @property
+    def identity(self) -> list[str | None]:
+        return [self.source.name, self.name, None if self.rows is None else self.rows.identity]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the result."""
+
+    name: str
+    shape: tuple[int, ...]
+    first: Input  # the base where there is one; gives the rows that an expert has not
+    experts: tuple[Input, ...]  # in the order of the recipe
+    method: Method | None  # None: `first` is copied
+    dtype: torch.dtype  # of the inputs of the merge
+    out_dtype: torch.dtype
+    has_base: bool = False  # `first` is what task vectors are taken from
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What goes into the method, the base first."""
+        return (self.first, *self.experts) if self.has_base else self.experts
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_draws(self) -> int:
+        """Numbers of the plan's generator that it takes."""
+        return self.method.num_draws(self.numel, len(self.experts)) if self.method else 0
+
+    @property
+    def order_of_draws(self) -> str:
+        """By what mergekit sorts tensors before it draws their masks: the last of the names of all inputs."""
+        return max(tensor.name for tensor in self.inputs or (self.first,))
+
+    @property
+    def nbytes_scratch(self) -> int:
+        """Of the inputs, and of a result to be cast, that do not lie in a file as the kernels want them."""
+        loaded = [i for i in (self.first, *self.experts) if not self.takes_as_it_is(i)]
+        return (len(loaded) + (self.dtype != self.out_dtype)) * self.numel * self.dtype.itemsize
+
+    def takes_as_it_is(self, tensor: Input) -> bool:
+        info = tensor.info
+        aligned = info.offset is not None and info.offset % info.dtype.itemsize == 0 and info.strides is None
+        return aligned and tensor.rows is None and info.dtype == self.dtype and info.shape == self.shape
+
+    @property
+    def spans(self) -> list[Span]:
+        """What is read from disk."""
+        infos = {id(info): info for info in (self.first.info, *(expert.info for expert in self.experts))}
+        return [Span(info.file, info.offset or 0, info.nbytes) for info in infos.values() if info.file is not None]
+
+    @property
+    def nbytes_read(self) -> int:
+        return sum(span.nbytes for span in self.spans)
+
+
+def plan_steps(
+    recipe: Recipe, sources: Mapping[ModelReference, Source], options: Mapping[str, Any]
+) -> tuple[list[Step], list[Difference]]:
+    """The steps of all slices, and in what their models differ.
+
+    Raises:
+        ValueError: a model has nothing to merge, or not what the recipe asks of it.
+    """
+    vocabularies = _Vocabularies(recipe, sources) if recipe.tokenizer_source is not None else None
+    steps: list[Step] = []
+    differences: list[Difference] = []
+    for part in recipe.slices:
+        of_part = _SliceOf(recipe, part, sources, vocabularies)
+        differences += of_part.differences
+        steps += of_part.steps(options)
+    return steps, together(differences)
+
+
+class _SliceOf:
+    """One slice over the checkpoints that it names."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        part: Slice,
+        sources: Mapping[ModelReference, Source],
+        vocabularies: _Vocabularies | None,
+    ) -> None:
+        self._recipe, self._part, self._vocabularies = recipe, part, vocabularies
+        self._first = sources[part.first.model]
+        self._experts = [sources[expert.model] for expert in part.experts]
+        self._outputs = part.outputs(self._first.tensors, num_layers(self._first.config or {}))
+        self._merged = {output.name for output in self._outputs if self._kept(output).info.dtype.is_floating_point}
+        if not self._merged:
+            raise ValueError(f"{self._first.name} must have floating-point tensors to merge, got none")
+        self._matches = self._matched()
+        self.differences = [difference for found in self._matches for difference in found.differences]
+
+    def steps(self, options: Mapping[str, Any]) -> list[Step]:
+        outputs = [output for output in self._outputs if output.name in self._merged]
+        methods = resolve_methods(self._recipe, self._part, outputs, **options)
+        return [
+            self._merging(output, methods[output.name]) if output.name in methods else self._copying(output)
+            for output in self._outputs
+        ]
+
+    def _kept(self, output: Output) -> Input:
+        return Input(self._first, self._part.first.own_name(output))
+
+    def _matched(self) -> list[Match]:
+        found = []
+        for expert, source in zip(self._part.experts, self._experts, strict=True):
+            pairs = [
+                Pair(self._part.first.own_name(output), expert.own_name(output), output.name in self._merged)
+                for output in self._outputs
+            ]
+            belonging = self._part.names(expert, source.tensors).values()
+            casts, by_token = self._recipe.dtype is not None, self._vocabularies is not None
+            found.append(match(self._first, source, pairs, belonging, casts=casts, by_token=by_token))
+        return found
+
+    def _copying(self, output: Output) -> Step:
+        kept = self._kept(output)
+        return Step(output.name, kept.info.shape, kept, (), None, kept.info.dtype, kept.info.dtype)
+
+    def _merging(self, output: Output, method: Method) -> Step:
+        kept = self._kept(output)
+        shape = kept.info.shape
+        of_tokens = self._vocabularies if is_vocabulary(output.name) and len(shape) == 2 else None
+        if of_tokens:
+            _check_rows(kept, of_tokens.num_rows)
+            shape = (of_tokens.num_rows, *shape[1:])
+        inputs = []
+        for expert, source, matched in zip(self._part.experts, self._experts, self._matches, strict=True):
+            rows = of_tokens.rows[expert.model] if of_tokens else None
+            inputs.append(Input(source, matched.names[kept.name], rows) if kept.name in matched.names else kept)
+            if inputs[-1].rows is not None:
+                _check_rows(inputs[-1], inputs[-1].rows.num_there)
+        has_base = self._part.base is not None
+        dtype = self._recipe.dtype or _common_dtype([kept, *inputs] if has_base else inputs)
+        return Step(
+            output.name, shape, kept, tuple(inputs), method, dtype, self._recipe.out_dtype or dtype, has_base=has_base
+        )
+
+
+class _Vocabularies:
+    """Whose rows are whose, and how many the result has: one for every token of the donor, as in mergekit."""
+
+    def __init__(self, recipe: Recipe, sources: Mapping[ModelReference, Source]) -> None:
+        donor = sources[recipe.donor]
+        tokens = ids_by_token(donor)
+        if not tokens:
+            raise ValueError(
+                f"tokenizer_source must be left out for a model without a tokenizer.json, got 'base' and {donor.name}"
+            )
+        self.num_rows = 1 + max(tokens.values())
+        self.rows = {model: shared_rows(tokens, ids_by_token(sources[model]) or tokens) for model in recipe.references}
+
+
+def _check_rows(tensor: Input, num_rows: int) -> None:
+    if (got := tensor.info.shape[0]) < num_rows:
+        raise ValueError(
+            f"{tensor.name!r} of {tensor.source.name} must have {num_rows} rows for the tokens it has, got {got}"
+        )
+
+
+def _common_dtype(inputs: Sequence[Input]) -> torch.dtype:
+    """What mergekit merges tensors of several dtypes in: the dtype that holds them all."""
+    for tensor in inputs:
+        if tensor.info.dtype not in arguments.DTYPES:
+            raise ValueError(
+                f"{tensor.name!r} of {tensor.source.name} must be float64, float32, float16 or bfloat16 unless the "
+                f"recipe has a dtype to cast to, got {tensor.info.dtype}"
+            )
+    return reduce(torch.promote_types, (tensor.info.dtype for tensor in inputs))

@@ -1,0 +1,260 @@
+"""What a recipe merges, as slices: stretches of layers of some models that become the next layers of the result.
+
+models: [{model: a}, {model: b}]             # one slice of whole models
+slices:
+  - sources: [{model: a, layer_range: [0, 16]}, {model: b, layer_range: [8, 24]}]
+    parameters: {...}                        # before those of the recipe, after those of a source
+modules: {default: {slices: [...]}}          # as mergekit writes recipes of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..merging import Method
+from ..merging.depths import depths
+from ..merging.method import count_in_words
+from .layers import comes_first, in_layer, layers_of
+from .model_reference import ModelReference
+from .node import Node
+from .settings import Settings, number, read_settings, whole_number
+
+KEYS = ("models", "slices", "modules")
+# Between two models either of which may be the base: recipes from before mergekit 0.1 name another one, or none.
+SYMMETRIC = ("slerp",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of a slice."""
+
+    model: ModelReference
+    settings: Settings  # its own
+    layers: range | None = None  # None: all of it
+    at: str | None = None  # in the recipe; None: a base that is not listed
+
+    def own_name(self, output: Output) -> str:
+        """What a tensor of the result is called in this model."""
+        if output.layer is None or self.layers is None:
+            return output.name
+        return in_layer(output.name, self.layers[output.layer])
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of some models that become the next layers of the result, or all there is of whole models."""
+
+    experts: tuple[Source, ...]  # what is merged
+    base: Source | None  # what task vectors are taken from, for methods that have a base
+    first: Source  # whose tensors the result has; one of those above
+    scopes: tuple[Settings, ...]  # of all its models, the nearest first
+    start: int = 0  # layers of the result before it
+    is_first: bool = True  # it has what comes before the layers, the embeddings
+    is_last: bool = True  # it has what comes after them, the final norm and the output layer
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def num_layers(self) -> int | None:
+        return None if self.first.layers is None else len(self.first.layers)
+
+    def names(self, source: Source, names: Collection[str]) -> dict[str, str]:
+        """What the tensors of a model that belong to the slice are called in the result.
+
+        Args:
+            source: One of the slice's.
+            names: Of all tensors of the model.
+
+        Returns:
+            Names of the result to those of the model, in the order of `names`.
+
+        Raises:
+            ValueError: the slice takes layers, and the model has not one stack of them, or not these.
+        """
+        if source.layers is None:
+            return {name: name for name in names}
+        layers = layers_of(names, source.at or str(source.model))
+        beyond = set(source.layers) - {layer for layer in layers.values() if layer is not None}
+        if beyond:
+            there = 1 + max((layer for layer in layers.values() if layer is not None), default=-1)
+            got = [source.layers.start, source.layers.stop]
+            at = f"{source.at}.layer_range" if source.at else "base_model"
+            raise ValueError(f"{at} must be of the {there} layers of {source.model}, got {got}")
+        found = {}
+        for name, layer in layers.items():
+            if layer is None:
+                if self.is_first if comes_first(name) else self.is_last:
+                    found[name] = name
+            elif layer in source.layers:
+                found[in_layer(name, self.start + layer - source.layers.start)] = name
+        return found
+
+    def outputs(self, names: Collection[str], num_layers: int | None) -> list[Output]:
+        """The tensors of the result, by the names of all tensors of the first model, in their order.
+
+        `num_layers` is that of the first model's configuration, see `depths`.
+        """
+        if self.num_layers is None:
+            return [Output(name, depth) for name, depth in depths(names, num_layers).items()]
+        found = []
+        for name, layer in layers_of(self.names(self.first, names), str(self.first.model)).items():
+            place = None if layer is None else layer - self.start
+            depth = 0.0 if place is None else place / (self.num_layers - 1) if self.num_layers > 1 else 1.0
+            found.append(Output(name, depth, place))
+        return found
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the result."""
+
+    name: str
+    depth: float  # where gradients are read; every slice begins again at 0
+    layer: int | None = None  # counted from the first of the slice; None: in none, or of whole models
+
+
+@dataclass(frozen=True)
+class Context:
+    """What slices inherit from the recipe around them."""
+
+    method: type[Method]
+    base_model: ModelReference | None
+    scopes: tuple[Settings, ...]
+
+
+def read_slices(root: Node, keys: dict[str, Node], context: Context) -> tuple[Slice, ...]:
+    """The slices of a recipe, in order."""
+    given = [name for name in KEYS if keys.get(name) is not None and keys[name].value not in ([], {})]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise ValueError(f"{root.at} must have one of models, slices and modules, got {got}")
+    (name,) = given
+    if name == "modules":
+        modules = keys[name].value
+        if not isinstance(modules, dict) or list(modules) != ["default"]:
+            raise keys[name].must("be a mapping with the one key default")
+        return _read_module(keys[name].key("default", modules["default"]), context)
+    return _read_models(keys[name], context) if name == "models" else _read_stack(keys[name], context)
+
+
+def _read_module(node: Node, context: Context) -> tuple[Slice, ...]:
+    keys = node.given(("models", "slices", "parameters"), "a module")
+    settings = read_settings(keys.get("parameters"), context.method, of_model=False)
+    return read_slices(node, keys, replace(context, scopes=(settings, *context.scopes)))
+
+
+def _read_models(node: Node, context: Context) -> tuple[Slice, ...]:
+    """One slice of whole models."""
+    listed = []
+    for entry in node.entries():
+        keys = entry.given(("model", "parameters"), "a model of a merge")
+        listed.append(_read_source(entry, keys, context))
+    return (_slice(node, listed, context),)
+
+
+def _read_stack(node: Node, context: Context) -> tuple[Slice, ...]:
+    slices: list[Slice] = []
+    entries = node.entries()
+    for entry in entries:
+        keys = entry.given(("sources", "parameters", "base_model", "residual_weight"), "a slice")
+        if "residual_weight" in keys:
+            number(keys["residual_weight"])
+            keys["residual_weight"].ignored(", as by mergekit")
+        settings = read_settings(keys.get("parameters"), context.method, of_model=False)
+        base = ModelReference.read(keys["base_model"]) if "base_model" in keys else context.base_model
+        inside = replace(context, base_model=base, scopes=(settings, *context.scopes))
+        sources = entry.required(keys, "sources")
+        listed = []
+        for source in sources.entries():
+            of_source = source.given(("model", "layer_range", "parameters"), "a source")
+            layers = _read_range(source.required(of_source, "layer_range"))
+            listed.append(replace(_read_source(source, of_source, inside), layers=layers))
+        if len({len(source.layers or ()) for source in listed}) > 1:
+            counts = ", ".join(f"{len(source.layers or ())} of {source.model}" for source in listed)
+            raise ValueError(f"{sources.at} must have equally many layers, got {counts}")
+        part = _slice(sources, listed, inside)
+        start = sum(len(before.first.layers or ()) for before in slices)
+        slices.append(replace(part, start=start, is_first=not slices, is_last=len(slices) == len(entries) - 1))
+    return tuple(slices)
+
+
+def _read_source(node: Node, keys: dict[str, Node], context: Context) -> Source:
+    model = ModelReference.read(node.required(keys, "model"))
+    return Source(model, read_settings(keys.get("parameters"), context.method, of_model=True), at=node.at)
+
+
+def _read_range(node: Node) -> range:
+    if not isinstance(node.value, list) or len(node.value) != 2:
+        raise node.must("be [first layer, layer behind the last]")
+    first, end = map(whole_number, node.entries())
+    if not 0 <= first < end:
+        raise node.must("be [first layer, layer behind the last]")
+    return range(first, end)
+
+
+def _slice(node: Node, listed: Sequence[Source], context: Context) -> Slice:
+    """Listed models in their roles: who is the base, and whether one that is not listed takes part."""
+    method, base_model = context.method, context.base_model
+    base = next((source for source in listed if source.model == base_model), None)
+    experts = list(listed)
+    if base_model is not None and base is None and not _names_the_donor(node, listed, context):
+        base = _unlisted(node, base_model, listed, method)
+        experts += [base] if base else []
+    first = base or experts[0]
+    if method.base == "none":
+        return _checked(node, Slice(tuple(experts), None, first, context.scopes), method)
+    if base is None and method.base == "required":
+        if method.name not in SYMMETRIC or len(listed) != 2:
+            raise ValueError(f"{node.at.partition('.')[0]}.base_model must be given for {method.name}, got none")
+        base = first
+        if base_model is None:
+            node.notices.append(f"{node.at} are merged from {base.model} to {listed[1].model}, without a base_model")
+    if base is not None:
+        experts = [source for source in experts if (source.model, source.layers) != (base.model, base.layers)]
+    return _checked(node, Slice(tuple(experts), base, first, context.scopes), method)
+
+
+def _names_the_donor(node: Node, listed: Sequence[Source], context: Context) -> bool:
+    """Whether a base that is not listed has no part in the merge but to name the donor of its files."""
+    method, base_model = context.method, context.base_model
+    if method.name in SYMMETRIC and len(listed) == 2:
+        why = f"are merged from {listed[0].model} to {listed[1].model}: {base_model} gives the files beside the weights"
+    elif method.base == "none" and not method.takes(len(listed) + 1):
+        why = f"are merged without {base_model}, which gives the files beside the weights"
+    else:
+        # mergekit adds the base to whole models, not to slices
+        return method.base == "none" and listed[0].layers is not None
+    node.notices.append(f"{node.at} {why}")
+    return True
+
+
+def _unlisted(node: Node, base_model: ModelReference, listed: Sequence[Source], method: type[Method]) -> Source | None:
+    """The base as one source more: where layers are picked, the same as of all others."""
+    ranges = {source.layers for source in listed}
+    if len(ranges) > 1:
+        raise ValueError(f"{node.at} must list the base_model {base_model} where layers differ, got none of it")
+    (layers,) = ranges
+    if layers is not None:
+        node.notices.append(f"{node.at} are merged over the same layers of {base_model}, which is not listed")
+    return Source(base_model, {}, layers)
+
+
+def _checked(node: Node, part: Slice, method: type[Method]) -> Slice:
+    models = [source.model for source in part.experts]
+    if not method.takes(len(models)):
+        besides = " besides the base" if part.base else ""
+        listed = ", ".join(map(str, models)) or "none"
+        raise ValueError(f"{node.at} must be {count_in_words(method)}{besides} for {method.name}, got {listed}")
+    for model in _repeated(models):
+        node.notices.append(f"{node.at} have {model} more than once: it takes part as often")
+    return part
+
+
+def _repeated(models: Iterable[ModelReference]) -> list[ModelReference]:
+    seen: dict[ModelReference, int] = {}
+    for model in models:
+        seen[model] = seen.get(model, 0) + 1
+    return [model for model, count in seen.items() if count > 1]

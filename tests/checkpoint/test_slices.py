@@ -1,0 +1,196 @@
+"""Slices: layers picked, repeated and merged, beside mergekit's own command; and configurations that follow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from surgery_kernels.checkpoint import merge
+from surgery_kernels.checkpoint.plan import plan_merge
+from surgery_kernels.recipes import load_recipe
+from tests.cases import assert_same
+from tests.checkpoints import save_safetensors
+from tests.llama_checkpoints import EMBEDDING, HEAD, LAYERS, Merges, gaussians, loaded, models, save, written
+
+pytestmark = pytest.mark.any_isa
+
+Sources = list[tuple[int, int, int]]  # number of the model, first layer, layer behind the last
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    return save(tmp_path, models(gaussians, torch.bfloat16))
+
+
+def slices(folders: list[str], *given: Sources, **keys: Any) -> list[dict[str, Any]]:
+    return [
+        {"sources": [{"model": folders[m], "layer_range": [first, end]} for m, first, end in sources], **keys}
+        for sources in given
+    ]
+
+
+def same_sorted(merges: Merges, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    stock, ours = merges(given)
+    assert ours.keys() == stock.keys()
+    for name, tensor in ours.items():
+        assert_same(tensor, stock[name], name)
+    return ours
+
+
+FRANKENMERGES: list[list[Sources]] = [
+    [[(0, 0, 2)], [(0, 1, 3)]],
+    [[(1, 0, 3)], [(2, 1, 2)], [(2, 1, 2)], [(1, 2, 3)]],
+    [[(3, 2, 3)]],
+    [[(0, 0, 3)] for _ in range(5)],  # more than ten layers
+]
+
+
+@pytest.mark.parametrize("given", FRANKENMERGES)
+def test_passthrough(merges: Merges, tmp_path: Path, folders: list[str], given: list[Sources]) -> None:
+    ours = same_sorted(merges, {"merge_method": "passthrough", "slices": slices(folders, *given), "dtype": "float16"})
+    count = sum(end - first for ((_, first, end),) in given)
+    assert len({name.split(".")[2] for name in ours if ".layers." in name}) == count
+    theirs, config = written(tmp_path, "config.json")
+    assert config["num_hidden_layers"] == theirs["num_hidden_layers"] == count
+    first, last = (loaded(Path(folders[part[0][0]])) for part in (given[0], given[-1]))
+    assert_same(ours[EMBEDDING], first[EMBEDDING].half())
+    assert_same(ours[HEAD], last[HEAD].half())
+
+
+def test_scales(merges: Merges, folders: list[str]) -> None:
+    """Of sources, slices and the recipe, the nearest; filters see the names of the input."""
+    given = slices(folders, [(0, 0, 2)], [(1, 0, 2)], [(2, 1, 2)])
+    given[0]["sources"][0]["parameters"] = {"scale": [{"filter": "o_proj", "value": 0}, {"filter": "down", "value": 2}]}
+    given[1]["parameters"] = {
+        "scale": [{"filter": "layers.1.", "value": "5e-1"}, {"filter": "q_proj", "value": [1, 3]}]
+    }
+    same_sorted(
+        merges, {"merge_method": "passthrough", "slices": given, "parameters": {"scale": {"filter": "k_", "value": 4}}}
+    )
+
+
+def test_gradients_start_again(merges: Merges, folders: list[str]) -> None:
+    given = slices(folders, [(0, 0, 3), (1, 0, 3)], [(1, 1, 3), (0, 0, 2)], [(0, 1, 2), (1, 2, 3)])
+    given[1]["parameters"] = {"t": [{"filter": "mlp", "value": [0.2, 1]}]}
+    recipe = {"merge_method": "nearswap", "base_model": folders[0], "parameters": {"t": [0, 0.125, 0.5]}}
+    ours = same_sorted(merges, {**recipe, "slices": given})
+    assert_same(
+        ours["model.layers.0.mlp.up_proj.weight"], loaded(Path(folders[0]))["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("form", ["slices", "modules", "models"])
+def test_modules(merges: Merges, folders: list[str], form: str) -> None:
+    """The settings of a module come between those of its slices and those of the recipe."""
+    whole = slices(folders, [(0, 0, LAYERS), (1, 0, LAYERS), (2, 0, LAYERS)])
+    whole[0]["sources"][1]["parameters"] = {"weight": [0.5, 1]}
+    recipe: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": folders[0]}
+    weight = {"weight": [{"filter": "mlp", "value": 0.25}], "lambda": 0.5}
+    if form == "slices":
+        recipe |= {"slices": whole, "parameters": {"weight": 0.75, **weight}}
+    else:
+        listed = [{key: source[key] for key in source if key != "layer_range"} for source in whole[0]["sources"]]
+        module = {"slices": whole} if form == "modules" else {"models": listed}
+        recipe |= {"modules": {"default": {**module, "parameters": weight}}, "parameters": {"weight": 0.75}}
+    if form == "slices":
+        recipe["parameters"]["weight"] = [*weight["weight"], {"value": 0.75}]
+    same_sorted(merges, recipe)
+
+
+def test_a_base_for_one_slice(merges: Merges, folders: list[str]) -> None:
+    given = slices(folders, [(0, 0, 2), (1, 0, 2)], [(2, 1, 3), (3, 0, 2)])
+    given[1]["base_model"] = folders[3]
+    same_sorted(
+        merges,
+        {"merge_method": "task_arithmetic", "base_model": folders[0], "slices": given, "parameters": {"weight": 0.5}},
+    )
+
+
+def test_a_base_that_no_slice_lists(folders: list[str], tmp_path: Path) -> None:
+    """The same layers of it; mergekit has none."""
+    recipe = {"merge_method": "task_arithmetic", "base_model": folders[0], "parameters": {"weight": 0.5}}
+    merge({**recipe, "slices": slices(folders, [(1, 1, 3), (2, 1, 3)])}, tmp_path / "unlisted")
+    merge({**recipe, "slices": slices(folders, [(0, 1, 3), (1, 1, 3), (2, 1, 3)])}, tmp_path / "listed")
+    unlisted, listed = loaded(tmp_path / "unlisted"), loaded(tmp_path / "listed")
+    for name, tensor in listed.items():
+        assert_same(unlisted[name], tensor, name)
+    different = {**recipe, "slices": slices(folders, [(1, 0, 2), (2, 1, 3)])}
+    with pytest.raises(ValueError, match=r"recipe.slices\[0\].sources must list the base_model .* where layers differ"):
+        load_recipe(different)
+
+
+LISTS = {
+    "layer_types": ["full_attention", "sliding_attention", "linear_attention"],
+    "mlp_only_layers": [0, 2],
+    "hybrid_override_pattern": "M-*",
+    "eos_token_id": [1, 2, 3],
+}
+
+
+def test_lists_of_a_configuration_follow_the_layers(tmp_path: Path) -> None:
+    state_dicts = models(gaussians, torch.float32, 1)
+    base, other = save(tmp_path, state_dicts, **LISTS)
+    config = json.loads((tmp_path / "expert0" / "config.json").read_text())
+    (tmp_path / "expert0" / "config.json").write_text(
+        json.dumps({**config, "layer_types": ["a", "b", "c"], "mlp_only_layers": []})
+    )
+    given = slices([base, other], [(0, 0, 3)], [(1, 1, 2)], [(0, 2, 3)])
+    merge({"merge_method": "passthrough", "slices": given}, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_hidden_layers"] == 5
+    assert written["layer_types"] == [*LISTS["layer_types"], "b", "linear_attention"]
+    assert written["mlp_only_layers"] == [0, 2, 4]
+    assert written["hybrid_override_pattern"] == "M-*-*"
+    assert written["eos_token_id"] == [1, 2, 3]
+
+
+def test_a_configuration_within_another(tmp_path: Path) -> None:
+    tensors = models(gaussians, torch.float32, 0)[0]
+    inner = {"num_hidden_layers": LAYERS, "layer_types": ["a", "b", "c"]}
+    folder = str(save_safetensors(tmp_path / "base", tensors, config={"model_type": "x", "text_config": inner}))
+    merge({"merge_method": "passthrough", "slices": slices([folder], [(0, 2, 3)])}, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"model_type": "x", "text_config": {"num_hidden_layers": 1, "layer_types": ["c"]}}
+
+
+def test_a_configuration_that_counts_layers(tmp_path: Path) -> None:
+    """What cannot follow the layers is said, where they are others."""
+    (folder,) = save(tmp_path, models(gaussians, torch.float32, 0), sliding_window_pattern=2, decoder_sparse_step=1)
+
+    def notices(*given: Sources) -> list[str]:
+        with plan_merge(load_recipe({"merge_method": "passthrough", "slices": slices([folder], *given)})) as plan:
+            return plan.notices
+
+    assert notices([(0, 0, 2)]) == []
+    said = f"config.json of {folder} tells layers apart by sliding_window_pattern, which does not follow them"
+    assert notices([(0, 0, 2)], [(0, 1, 3)]) == [said]
+    save(tmp_path, models(gaussians, torch.float32, 0), sliding_window_pattern=2, layer_types=["a", "b", "c"])
+    assert notices([(0, 0, 2)], [(0, 1, 3)]) == []
+
+
+def test_errors(folders: list[str], tmp_path: Path) -> None:
+    def refused(given: list[dict[str, Any]], message: str, method: str = "passthrough") -> None:
+        with pytest.raises(ValueError, match=message):
+            plan_merge(load_recipe({"merge_method": method, "slices": given, "parameters": {"weight": 1}}))
+
+    at = r"recipe.slices\[0\].sources"
+    refused(slices(folders, [(0, 1, 4)]), rf"{at}\[0\].layer_range must be of the 3 layers of .*base, got \[1, 4\]")
+    refused(slices(folders, [(0, 2, 2)]), rf"{at}\[0\].layer_range must be \[first layer, layer behind the last\], got")
+    refused(slices(folders, [(0, -1, 2)]), rf"{at}\[0\].layer_range must be \[first layer, layer behind the last\]")
+    refused([{"sources": [{"model": "a"}]}], rf"{at}\[0\].layer_range must be given, got none")
+    refused([{}], r"recipe.slices\[0\].sources must be given, got none")
+    two = slices(folders, [(0, 0, 2), (1, 0, 3)])
+    refused(two, f"{at} must have equally many layers, got 2 of .*base, 3 of .*expert0", "linear")
+    refused(slices(folders, [(0, 0, 2), (1, 0, 2)]), f"{at} must be exactly 1 for passthrough, got .*base, .*expert0")
+    stacks = {"encoder.0.w": torch.ones(2), "decoder.0.w": torch.ones(2)}
+    several = str(save_safetensors(tmp_path / "several", stacks))
+    refused(
+        slices([several], [(0, 0, 1)]),
+        r".* must be of a model with one stack of layers to pick layers from, got (en|de)coder, (en|de)coder",
+    )
+    with pytest.raises(ValueError, match="recipe.modules must be a mapping with the one key default, got"):
+        load_recipe({"merge_method": "linear", "modules": {"vision": {"models": [{"model": "a"}]}}})
