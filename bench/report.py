@@ -61,7 +61,7 @@ LEARNING = Section(
     "learning",
     "forward and backward",
     {"eager": "eager", "batched": "eager, batched", "compiled": "torch.compile", "ours": "ours"},
-    ["combine", "surgery_adapter", "surgery_train", "representation_loss"],
+    ["combine", "surgery_adapter", "surgery_train", "representation_loss", "gram_cross"],
     """\
 Bound: what goes in read and what comes out written once each way, at the bandwidth of a copy, or where that takes
 longer the multiplications at the rate of a large product of torch's in the same run: more than 100 % is faster than

@@ -72,6 +72,14 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "gram(Tensor[] base, Tensor[] experts, int num_tasks, str axis=\"tensor\", bool rounded=False, "
       "str nonfinite=\"error\", str[]? names=None) -> Tensor");
 
+  // x^T W x, x^T W y and the sums of the rows of W x and W y of every task, W the diagonal of weights: [num_tasks, dim,
+  // dim], [num_tasks, dim, y_dim], [num_tasks, dim], [num_tasks, y_dim]; y_dim is 0 without y. x, y: [num_tasks, rows,
+  // dim], or [rows, dim], of which task t has the rows from offsets[t] to offsets[t + 1]. wide: in float64, else in the
+  // compute type.
+  m.def(
+      "gram_cross(Tensor x, Tensor? y=None, Tensor? weights=None, int[]? offsets=None, bool wide=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+
   // features - relu(features down^T) up^T, each task with its own adapter: corrected, like features; the means over
   // tokens, or an empty tensor; what the backward reads again, or an empty tensor. features: [num_tasks, samples,
   // (tokens,) dim], or [samples, (tokens,) dim] with a task_index.

@@ -17,6 +17,7 @@ from .merging import merge_state_dicts
 from .ops import (
     combine,
     gram,
+    gram_cross,
     masks,
     mix,
     representation_loss,
@@ -35,6 +36,7 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "combine",
     "gram",
+    "gram_cross",
     "masks",
     "merge_state_dicts",
     "mix",

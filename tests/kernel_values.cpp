@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/gram_cross_kernel.h"
 #include "cpu/surgery_train_kernel.h"
 #include "random_bits.h"
 
@@ -113,6 +114,17 @@ void run(const Format& format) {
   losses.print(format, "losses");
   down.print(format, "trained_down");
   up.print(format, "trained_up");
+
+  const sk::GramCrossKernels& products = sk::SK_ISA::gram_cross_kernels;
+  Values<C> strip(kRows * sk::kStrip), weighted(kRows * sk::kStrip), weights(kRows, 1), sums_of_rows(kDim);
+  products.pack(format.dtype, C())({features.bytes.data(), kDim, kRows, kDim, weights.data(), strip.data(),
+                                    weighted.data(), sums_of_rows.data(), /*add=*/false});
+  Values<C> tile(sk::kStrip * sk::kStrip), gram(kDim * kDim);
+  for (const bool upper : {true, false})
+    products.products(C())({weighted.data(), strip.data(), kRows, kDim, kDim, upper, tile.data(), gram.data(), kDim,
+                            /*add=*/!upper});
+  sums_of_rows.print(format, "sums_of_rows");
+  gram.print(format, "gram_cross");
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from .combine import combine
 from .gram import gram
+from .gram_cross import GramCross, gram_cross
 from .masks import masks
 from .mix import mix
 from .representation_loss import representation_loss
@@ -11,8 +12,10 @@ from .ties_merge import ties_merge, ties_split
 from .trim import trim_thresholds
 
 __all__ = [
+    "GramCross",
     "combine",
     "gram",
+    "gram_cross",
     "mix",
     "masks",
     "representation_loss",

@@ -8,6 +8,7 @@ everything in float64, rounds nothing and returns float64: what a backend's erro
 
 from .combine import combine
 from .gram import gram, scope_gram
+from .gram_cross import gram_cross
 from .masks import masks, philox, scope_masks
 from .mix import mix
 from .representation_loss import representation_loss
@@ -22,6 +23,7 @@ __all__ = [
     "block_sum",
     "combine",
     "gram",
+    "gram_cross",
     "keep_count",
     "kept_entries",
     "load_scope",

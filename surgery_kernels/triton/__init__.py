@@ -22,6 +22,7 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
     "masks": "masks",
     "mix_out": "mix",
     "gram": "gram",
+    "gram_cross": "gram_cross",
     "surgery_adapter": "surgery_adapter",
     "surgery_adapter_backward": "surgery_adapter",
     "surgery_train": "surgery_train",

@@ -46,4 +46,4 @@ def test_kernels(compiled: dict[str, subprocess.CompletedProcess[str]], target: 
 def test_every_stem_is_compiled() -> None:
     kernels = SCRIPT.parents[1] / "surgery_kernels/triton"
     hosts = {path.stem for path in kernels.glob("*.py") if "def " + path.stem in path.read_text()}
-    assert hosts <= {*STEMS}
+    assert hosts - {"gram_cross"} <= {*STEMS}  # that is made of torch's products alone

@@ -24,7 +24,8 @@ from tests.guards import Counted
 
 pytestmark = pytest.mark.any_isa
 
-OPS = [op for op, stem in MODULES.items() if stem in ("trim", "ties_merge", "masks", "mix", "gram", "combine")]
+STEMS = ("trim", "ties_merge", "masks", "mix", "gram", "gram_cross", "combine")
+OPS = [op for op, stem in MODULES.items() if stem in STEMS]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 _ops = torch.ops.surgery_kernels
@@ -39,9 +40,7 @@ def test_every_op_has_an_implementation() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(
-    "op", [op for op, module in MODULES.items() if module in ("trim", "ties_merge", "masks", "mix", "gram", "combine")]
-)
+@pytest.mark.parametrize("op", OPS)
 def test_host_functions_have_the_signature_of_the_schema(op: str) -> None:
     parameters = inspect.signature(host_function(op)).parameters.values()
     schema = getattr(_ops, op).default._schema.arguments
@@ -142,6 +141,7 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(_ops.trim_thresholds, (base, experts, [0.2] * 2))
     torch.library.opcheck(_ops.trim_limits, ([base], experts, [0.2] * 2))
     torch.library.opcheck(_ops.gram, ([base], experts, 2, "row"))
+    torch.library.opcheck(_ops.gram_cross, (torch.stack(experts)[..., None].mT, torch.stack(experts)[..., None].mT))
     torch.library.opcheck(_ops.ties_merge, (base, experts, [0.2] * 2))
     torch.library.opcheck(_ops.ties_split, (base, experts, [0.2] * 2))
     torch.library.opcheck(_ops.ties_merge_out, ([base], experts, [0.2] * 2), {"out": out})
