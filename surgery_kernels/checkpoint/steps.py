@@ -18,6 +18,7 @@ from ..recipes.parameters import resolve_methods
 from ..recipes.recipe import Recipe
 from ..recipes.slices import Output, Slice
 from .differences import Difference, Match, Pair, match, together
+from .one_model import check_one_model
 from .reading.read_ahead import Span
 from .reading.source import Source, TensorInfo
 from .vocabulary.layers import is_vocabulary
@@ -105,6 +106,7 @@ def plan_steps(
         ValueError: a model has nothing to merge, or not what the recipe asks of it.
     """
     vocabularies = _Vocabularies(recipe, sources) if recipe.tokenizer_source is not None else None
+    check_one_model(recipe, sources)
     steps: list[Step] = []
     differences: list[Difference] = []
     for part in recipe.slices:

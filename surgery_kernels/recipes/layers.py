@@ -25,7 +25,7 @@ def layers_of(names: Iterable[str], model: str) -> dict[str, int | None]:
     return {name: int(at[1]) if at else None for name, at in found.items()}
 
 
-def in_layer(name: str, layer: int) -> str:
+def in_layer(name: str, layer: int | str) -> str:
     """The name of the same tensor of another layer."""
     return LAYER.sub(f".{layer}.", name, count=1)
 

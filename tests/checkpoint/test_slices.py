@@ -194,3 +194,72 @@ def test_errors(folders: list[str], tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="recipe.modules must be a mapping with the one key default, got"):
         load_recipe({"merge_method": "linear", "modules": {"vision": {"models": [{"model": "a"}]}}})
+
+
+def test_slices_that_make_no_model(folders: list[str], tmp_path: Path) -> None:
+    tensors = loaded(Path(folders[0]))
+
+    def refused(changed: dict[str, torch.Tensor], message: str) -> None:
+        other = str(save_safetensors(tmp_path / "other", changed))
+        given = {"merge_method": "passthrough", "slices": slices([folders[0], other], [(0, 0, 2)], [(1, 1, 3)])}
+        with pytest.raises(ValueError, match=f"^recipe.slices must be of models {message}$"):
+            plan_merge(load_recipe(given))
+
+    untied = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    refused(untied, f"with the same tensors, got '{HEAD}' in .*base alone")
+    bias = "model.layers.{}.mlp.up_proj.bias"
+    biases = {bias.format(layer): torch.ones(16) for layer in range(LAYERS)}
+    refused({**tensors, **biases}, f"with the same tensors, got '{bias.format('[*]')}' in .*other alone")
+    rows = tensors[EMBEDDING][:-1].clone()
+    refused(
+        {**tensors, EMBEDDING: rows},
+        rf"whose tensors have the same shapes, got \[40, 8\] of '{EMBEDDING}' in .*base and \[39, 8\] in .*other",
+    )
+
+
+@pytest.mark.parametrize("base", ["third", "none"])
+def test_slerp_between_two_that_are_not_the_base(folders: list[str], tmp_path: Path, base: str) -> None:
+    """Recipes from before mergekit 0.1; it refuses them since."""
+    first, second, third = folders[:3]
+    recipe = {
+        "merge_method": "slerp",
+        "parameters": {"t": [0.25, 0.5]},
+        "models": [{"model": first}, {"model": second}],
+    }
+    merge({**recipe, "base_model": first}, tmp_path / "expected")
+    (Path(third) / "generation_config.json").write_text("{}")
+    given = {**recipe, "base_model": third} if base == "third" else recipe
+    merge(given, tmp_path / "out")
+    (notice,) = load_recipe(given).notices
+    why = f": {third} gives the files beside the weights" if base == "third" else ", without a base_model"
+    assert notice == f"recipe.models are merged from {first} to {second}{why}"
+    assert (tmp_path / "out" / "generation_config.json").exists() == (base == "third")
+    expected = loaded(tmp_path / "expected")
+    for name, tensor in loaded(tmp_path / "out").items():
+        assert_same(tensor, expected[name], name)
+    with pytest.raises(ValueError, match="recipe.models must be exactly 1 besides the base for nearswap, got "):
+        load_recipe({**recipe, "merge_method": "nearswap", "base_model": third})
+    with pytest.raises(ValueError, match="recipe.base_model must be given for nearswap, got none"):
+        load_recipe({**recipe, "merge_method": "nearswap"})
+
+
+def test_passthrough_with_a_base_that_names_the_donor(folders: list[str], tmp_path: Path) -> None:
+    first, second = folders[:2]
+    given = {"merge_method": "passthrough", "base_model": first, "models": [{"model": second}]}
+    (notice,) = load_recipe(given).notices
+    assert notice == f"recipe.models are merged without {first}, which gives the files beside the weights"
+    merge(given, tmp_path / "out")
+    for name, tensor in loaded(Path(second)).items():
+        assert_same(loaded(tmp_path / "out")[name], tensor, name)
+
+
+def test_a_model_twice(folders: list[str], tmp_path: Path) -> None:
+    """Each time with its own parameters."""
+    twice = [{"model": folders[m], "parameters": {"weight": w}} for m, w in ((1, 0.25), (2, 1.0), (1, 0.75))]
+    once = [{"model": folders[m], "parameters": {"weight": 1.0}} for m in (1, 2)]
+    recipe = {"merge_method": "linear", "dtype": "float32"}
+    merge({**recipe, "models": twice}, tmp_path / "twice")
+    merge({**recipe, "models": once}, tmp_path / "once")
+    expected = loaded(tmp_path / "once")
+    for name, tensor in loaded(tmp_path / "twice").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)

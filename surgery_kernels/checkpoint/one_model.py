@@ -1,0 +1,52 @@
+"""Whether slices of several models make one model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from ..recipes.layers import in_layer, layers_of
+from ..recipes.model_reference import ModelReference
+from ..recipes.recipe import Recipe
+from .reading.source import Source
+from .vocabulary.layers import is_vocabulary
+
+Shapes = dict[str, set[tuple[int, ...]]]
+
+
+def check_one_model(recipe: Recipe, sources: Mapping[ModelReference, Source]) -> None:
+    """Raises ValueError where the slices take after models of other tensors or widths than the first one's."""
+    models = list(dict.fromkeys(part.first.model for part in recipe.slices))
+    if recipe.origins is None or len(models) == 1:
+        return
+    first, *others = (sources[model] for model in models)
+    by_token = recipe.tokenizer_source is not None
+    wanted = _shapes(first, by_token)
+    for other in others:
+        got = _shapes(other, by_token)
+        for name in sorted(wanted.keys() ^ got.keys()):
+            owner = first if name in wanted else other
+            raise ValueError(
+                f"recipe.slices must be of models with the same tensors, got {name!r} in {owner.name} alone"
+            )
+        for name, shapes in wanted.items():
+            if not shapes & got[name]:
+                ours, theirs = (list(min(of)) for of in (shapes, got[name]))
+                raise ValueError(
+                    f"recipe.slices must be of models whose tensors have the same shapes, got {ours} of {name!r} in "
+                    f"{first.name} and {theirs} in {other.name}"
+                )
+
+
+def _shapes(source: Source, by_token: bool) -> Shapes:
+    """Of the vocabulary and the tensors in layers, by names that leave the layer open; some models have several.
+
+    Where rows follow the tokens (`by_token`) vocabularies have the shape of the result.
+    """
+    shapes: Shapes = defaultdict(set)
+    for name, layer in layers_of(source.tensors, source.name).items():
+        if layer is not None:
+            shapes[in_layer(name, "*")].add(source.tensors[name].shape)
+        elif is_vocabulary(name):
+            shapes[name].add(source.tensors[name].shape[by_token:])
+    return shapes
