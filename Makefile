@@ -1,4 +1,4 @@
-# make demo, test, bench, lint, format, build, clean. The first call makes .venv; later calls install only what changed.
+# make demo, test, bench, lint, format, build, build-oldest, clean. The first call makes .venv; later calls install only what changed.
 # TORCH=2.12.0 (or any pip requirement) and PYTHON=python3.12 choose what .venv is made of; ARGS goes to the program.
 
 TORCH ?= 2.13.0
@@ -15,7 +15,7 @@ REQUIREMENT := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TO
 
 CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: demo test bench lint ruff clang-format mypy format build clean
+.PHONY: demo test bench lint ruff clang-format mypy format build build-oldest clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -55,6 +55,19 @@ format: $(VENV)/lint.txt
 
 build: $(VENV)/dev.txt
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) setup.py --quiet build_ext --inplace
+
+# Against the oldest torch that is promised, of which the build takes headers and one library (a download of 0.9 GB);
+# what comes out has to merge on the installed torch.
+OLDEST_TORCH := 2.10.0
+OLDEST := $(CURDIR)/build/torch-$(OLDEST_TORCH)
+
+build-oldest: build $(OLDEST)/torch/version.py
+	PYTHONPATH="$(OLDEST)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" SK_CUDA_ARCHS=90-real \
+		$(RUN) setup.py --quiet build --build-lib $(OLDEST)/built
+	cd $(OLDEST)/built && $(CURDIR)/$(RUN) $(CURDIR)/.ci/oldest_torch.py $(OLDEST_TORCH) $(OLDEST)/torch/lib/libtorch_cpu.so
+
+$(OLDEST)/torch/version.py:
+	$(PIP) --no-deps --no-compile --target $(OLDEST) torch==$(OLDEST_TORCH)
 
 clean:
 	rm -rf build dist *.egg-info surgery_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache
