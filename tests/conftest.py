@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -43,6 +44,29 @@ def gpu() -> torch.device:
 
     interpreter.repair()
     return torch.device("cpu")
+
+
+def merging_ops() -> list[str]:
+    from surgery_kernels.triton import MODULES
+
+    stems = ("trim", "ties_merge", "masks", "mix", "gram", "gram_cross", "combine")
+    return [op for op, stem in MODULES.items() if stem in stems]
+
+
+@pytest.fixture
+def device(gpu: torch.device) -> Iterator[torch.device]:
+    """Where the merging ops run the Triton kernels; without a GPU these take CPU tensors while the test lasts."""
+    if gpu.type == "cuda":
+        yield gpu
+        return
+    from surgery_kernels.triton import _implementation
+
+    with torch.library._scoped_library("surgery_kernels", "IMPL") as library:
+        with warnings.catch_warnings():  # of the override
+            warnings.simplefilter("ignore", UserWarning)
+            for op in merging_ops():
+                library.impl(op, _implementation(op), "CPU", allow_override=True)
+        yield gpu
 
 
 @pytest.fixture

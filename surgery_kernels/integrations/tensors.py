@@ -14,6 +14,11 @@ from ..ops import arguments
 NONFINITE = "propagate"
 
 
+def next_seed() -> int:
+    """Of a counter, from torch's own generator: `torch.manual_seed` decides it."""
+    return int(torch.randint((1 << 63) - 1, ()))
+
+
 def mergeable(tensors: Sequence[Tensor]) -> bool:
     """Whether the ops take them; where not, the toolkit's own code runs and says what it has to say."""
     if not tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from types import ModuleType
 from typing import Any
@@ -160,6 +161,162 @@ def test_errors(integration: ModuleType) -> None:
         ValueError, match=r"^reduce must be one of 'mean', 'sum', 'max', 'magmax', 'unique', got 'median'$"
     ):
         merged(integration.TiesMerging, pool(), **{**options, "threshold": 20, "merge_func": "median"})
+
+
+# of every algorithm that install() takes over: the module, the class, and options
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "TiesMergingAlgorithm": (
+        "ties_merging", {"scaling_factor": 0.3, "threshold": 20, "remove_keys": [], "merge_func": "sum"}
+    ),
+    "TaskArithmeticAlgorithm": ("task_arithmetic", {"scaling_factor": 0.3}),
+    "SimpleAverageAlgorithm": ("simple_average", {}),
+    "WeightedAverageAlgorithm": ("weighted_average", {"normalize": True, "weights": [0.2, 0.5, 0.6]}),
+    "ExPOAlgorithm": ("linear", {"extrapolation_factor": 0.3}),
+    "MagMaxAlgorithm": ("magmax", {"scaling_factor": 0.5}),
+    "SlerpMergeAlgorithm": ("slerp", {"t": 0.3}),
+    "ModelStock": ("model_stock", {}),
+    "DareTaskArithmetic": (
+        "dare", {"scaling_factor": 0.3, "sparsity_ratio": 0.4, "only_on_linear_weights": False}
+    ),
+    "DareSimpleAverage": ("dare", {"sparsity_ratio": 0.4, "only_on_linear_weights": True}),
+    "DareTiesMerging": (
+        "dare",
+        {
+            "scaling_factor": 0.3, "sparsity_ratio": 0.4, "only_on_linear_weights": True, "rescale": True,
+            "threshold": 30, "remove_keys": [], "merge_func": "mean",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def installed(integration: ModuleType) -> Iterator[Callable[..., None]]:
+    """`install`; FusionBench is as before afterwards."""
+    yield integration.install
+    for algorithm, run in integration.STOCK.items():
+        algorithm.run = run
+    integration.dare_ties.ties_merging = importlib.import_module(
+        "fusion_bench.method.ties_merging.ties_merging_utils"
+    ).ties_merging
+    integration.slerp.slerp_on_state_dicts = integration.STOCK_SLERP
+    integration.model_stock.compute_angle = integration.STOCK_ANGLES
+
+
+class Untied(nn.Module):
+    """Without buffers and shared weights, which DARE and ModelStock of FusionBench do not manage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 7)
+
+
+def of_untied(num_tasks: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    pretrained = Untied().to(dtype)
+    models = {"_pretrained_": pretrained} | {f"task_{t}": deepcopy(pretrained) for t in range(num_tasks)}
+    for name in pretrained.state_dict():
+        base, experts = untied(pretrained.state_dict()[name].shape, num_tasks, dtype)
+        for model, value in zip(models.values(), (base, *experts), strict=True):
+            model.state_dict()[name].copy_(value)
+    return models
+
+
+def pool_for(name: str, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    if name == "SlerpMergeAlgorithm":
+        models = pool(1, dtype)
+    else:
+        models = (of_untied if name.startswith(("Dare", "ModelStock")) else pool)(3, dtype)
+    if name == "WeightedAverageAlgorithm":  # which takes no integer buffer but 0
+        for model in models.values():
+            model.norm = nn.Identity()
+    return models
+
+
+def merged_by(name: str, models: dict[str, nn.Module], **more: Any) -> dict[str, Tensor]:
+    module, options = ALGORITHMS[name]
+    algorithm = getattr(importlib.import_module(f"fusion_bench.method.{module}"), name)
+    torch.manual_seed(7)
+    return merged(algorithm, models, **{**options, **more})
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_install(installed: Callable[..., None], name: str) -> None:
+    models = pool_for(name)
+    before = _C.bytes_read()
+    expected = merged_by(name, models)
+    assert _C.bytes_read() == before
+    installed(exact_draws=True)
+    installed(exact_draws=True)
+    actual = merged_by(name, models)
+    assert _C.bytes_read() > before
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, rtol=2e-6, atol=2e-6)
+        if name not in ("SlerpMergeAlgorithm", "ModelStock", "DareTaskArithmetic", "DareSimpleAverage"):
+            assert_same(actual[key], tensor, key)
+
+
+@pytest.mark.parametrize("name", ["SimpleAverageAlgorithm", "ExPOAlgorithm", "MagMaxAlgorithm", "SlerpMergeAlgorithm"])
+def test_install_rounds_less(installed: Callable[..., None], name: str) -> None:
+    models = pool_for(name, torch.bfloat16)
+    exact = merged_by(name, {key: model.double() for key, model in deepcopy(models).items()})
+    stock = merged_by(name, models)
+    installed()
+    for key, tensor in merged_by(name, models).items():
+        assert (tensor - exact[key]).abs().max() <= (stock[key] - exact[key]).abs().max()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_gpu_tensors_take_the_triton_kernels(installed: Callable[..., None], device: torch.device, name: str) -> None:
+    installed(exact_draws=True)
+    expected = merged_by(name, pool_for(name))
+    before = _C.bytes_read()
+    actual = merged_by(name, {key: model.to(device) for key, model in pool_for(name).items()})
+    assert _C.bytes_read() == before
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key].cpu(), tensor, rtol=2e-6, atol=2e-6)
+
+
+def test_language_models_build_on_them(installed: Callable[..., None]) -> None:
+    from fusion_bench.method.linear import SimpleAverageForCausalLM, TaskArithmeticForCausalLM
+
+    installed()
+    for algorithm, options in ((SimpleAverageForCausalLM, {}), (TaskArithmeticForCausalLM, {"scaling_factor": 0.3})):
+        before = _C.bytes_read()
+        merged(algorithm, pool(), **options)
+        assert _C.bytes_read() > before
+
+
+@pytest.mark.parametrize("only_on_linear_weights", [False, True])
+def test_own_draws(installed: Callable[..., None], only_on_linear_weights: bool) -> None:
+    models = of_untied(1, torch.float32)
+    options = {"only_on_linear_weights": only_on_linear_weights, "scaling_factor": 1.0}
+    changes = {key: models["task_0"].state_dict()[key] - x for key, x in models["_pretrained_"].state_dict().items()}
+    installed()
+    kept = {}
+    for share in (0.4, 1.0):
+        actual = merged_by("DareTaskArithmetic", models, sparsity_ratio=share, **options)
+        for key, x in models["_pretrained_"].state_dict().items():
+            whole = only_on_linear_weights and "bias" in key
+            factor = (actual[key] - x) / changes[key]
+            scale = torch.full_like(factor, 1 if whole else 1 / 0.6) * (factor != 0)
+            torch.testing.assert_close(factor, scale, rtol=1e-3, atol=0)
+            kept[key, share] = (factor != 0).float().mean().item()
+            assert whole <= (kept[key, share] == 1)
+    assert abs(kept["first.weight", 0.4] - 0.6) < 5 * (0.24 / 576) ** 0.5
+    assert kept["first.weight", 1.0] == 0
+
+
+def test_leaves_the_rest_of_an_installation_to_fusion_bench(installed: Callable[..., None]) -> None:
+    weighted = {"normalize": False, "weights": [0.2, 0.5, 0.6]}
+    models = pool_for("WeightedAverageAlgorithm")
+    installed()
+    before = _C.bytes_read()
+    with pytest.raises(ValueError, match="Number of weights"):
+        merged_by("WeightedAverageAlgorithm", models, normalize=False, weights=[1.0])
+    assert merged_by("WeightedAverageAlgorithm", pool(), **weighted)["norm.num_batches_tracked"].item() == 52
+    with pytest.raises(AssertionError, match="pretrained"):
+        merged_by("ExPOAlgorithm", {key: model for key, model in models.items() if key != "_pretrained_"})
+    assert _C.bytes_read() == before
 
 
 def test_without_fusion_bench(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,16 +164,83 @@ def test_other_methods(pair: Any, name: str, num_tasks: int, has_base: bool, par
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=option_id)
-def test_api_in_memory(pair: Any, dtype: torch.dtype) -> None:
-    from mergekit.merge_methods.api import merge_state_dicts
+ALL = OTHERS + [
+    (name, 2, True, {"weight": [0.5, 0.25]} | ({} if name == "task_arithmetic" else {"density": 0.3}))
+    for name in METHODS
+]
 
-    base, experts = untied((40, 37), 2, dtype)
-    models = [{"w": x, "steps": torch.tensor(3)} for x in (base, *experts)]
-    parameters = {"weight": [0.5, 0.25], "density": 0.3}
-    expected, actual = (merge_state_dicts(models, method, parameters=parameters, base=0) for method in pair("ties"))
-    assert_same(actual["w"], expected["w"])
-    assert actual["steps"].item() == 3
+
+@pytest.fixture
+def left_to_mergekit(integration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the methods that our ops do not take from here on, once for every tensor."""
+    left = []
+    method = integration.Fused._method
+
+    def recorded(self: Any, *arguments: Any) -> Any:
+        taken = method(self, *arguments)
+        left.extend([] if taken else [self.spec.name])
+        return taken
+
+    monkeypatch.setattr(integration.Fused, "_method", recorded)
+    return left
+
+
+@pytest.mark.parametrize(("name", "num_tasks", "has_base", "parameters"), ALL)
+def test_api_in_memory(
+    pair: Any, left_to_mergekit: list[str], name: str, num_tasks: int, has_base: bool, parameters: dict[str, Any]
+) -> None:
+    """mergekit's own functions for tensors and state dicts, where tensors of one shape may be merged at once."""
+    from mergekit.merge_methods import api
+
+    shapes = {"a": (40, 37), "b": (40, 37), "c": (63,)}
+    drawn = {key: untied(shape, num_tasks, torch.float64) for key, shape in shapes.items()}
+    drawn["b"] = drawn["a"][0], [expert + 0.25 for expert in drawn["a"][1]]
+    models = [
+        {key: ([base] * has_base + experts)[i] for key, (base, experts) in drawn.items()} | {"steps": torch.tensor(3)}
+        for i in range(has_base + num_tasks)
+    ]
+    results = []
+    stock, _ = pair(name)
+    for method in (stock, name):  # a name is what install() replaces
+        torch.manual_seed(7)
+        options = {"parameters": parameters}
+        merged = api.merge_state_dicts(models, method, base=0 if has_base else None, **options)
+        tensors = [model["c"] for model in models]
+        alone = api.merge_tensors(tensors, method, base_index=0 if has_base else None, **options)
+        results.append(merged | {"alone": alone})
+    expected, actual = results
+    assert list(actual) == ["a", "b", "c", "steps", "alone"] == list(expected)
+    # mergekit's random methods and ramplus_tl divide in float32
+    tolerance = 1e-6 if name == "ramplus_tl" or name.startswith(("dare", "della")) else 1e-9
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, rtol=tolerance, atol=tolerance)
+    assert not left_to_mergekit
+
+
+@pytest.mark.parametrize(("name", "num_tasks", "has_base", "parameters"), ALL)
+def test_gpu_tensors_take_the_triton_kernels(
+    pair: Any,
+    left_to_mergekit: list[str],
+    device: torch.device,
+    name: str,
+    num_tasks: int,
+    has_base: bool,
+    parameters: dict[str, Any],
+) -> None:
+    from mergekit.merge_methods.api import merge_tensors
+
+    base, experts = untied((20, 17), num_tasks, torch.float32)
+    tensors = [base, *experts] if has_base else experts
+    options = {"parameters": parameters, "base_index": 0 if has_base else None}
+    torch.manual_seed(7)
+    expected = merge_tensors(tensors, pair(name)[0], **options)
+    before = _C.bytes_read()
+    torch.manual_seed(7)
+    merged = merge_tensors([x.to(device) for x in tensors], name, **options)
+    assert merged.device.type == device.type
+    assert _C.bytes_read() == before
+    assert not left_to_mergekit
+    torch.testing.assert_close(merged.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nan_stays_where_it_is(pair: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery_kernels import _C
+from surgery_kernels import _C, masks
+from surgery_kernels.integrations.tensors import next_seed
+from surgery_kernels.ops.masks import unpack
 from tests.cases import assert_same, gaussian, grid, inputs, option_id, weights_of
 from tests.untied import untied
 
@@ -36,12 +39,12 @@ def adapters(num_tasks: int, dtype: torch.dtype = torch.float32) -> list[Tensor]
 
 
 def both(integration: ModuleType, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """PEFT's result and ours, from one state of torch's random numbers."""
-    results = []
-    for module in (integration.merge_utils, integration):
-        torch.manual_seed(7)
-        results.append(getattr(module, name)(*arguments))
-    return results[0], results[1]
+    """PEFT's result and ours, from one state of torch's random numbers and with PEFT's draws."""
+    torch.manual_seed(7)
+    expected = getattr(integration.merge_utils, name)(*arguments)
+    torch.manual_seed(7)
+    options = {"exact_draws": True} if name.startswith("dare") else {}
+    return expected, getattr(integration, name)(*arguments, **options)
 
 
 def options_of(name: str, density: float = 0.3) -> list[tuple[Any, ...]]:
@@ -164,10 +167,10 @@ def model(integration: ModuleType) -> Any:
     return adapted
 
 
-def combined(model: Any, combination: str, name: str) -> dict[str, Tensor]:
+def combined(model: Any, combination: str, name: str, density: float = 0.4) -> dict[str, Tensor]:
     """The tensors of the merged adapter, which is removed again."""
     torch.manual_seed(7)
-    options = {"density": 0.4} if combination not in ("linear", "svd") else {}
+    options = {"density": density} if combination not in ("linear", "svd") else {}
     model.add_weighted_adapter(["first", "second", "third"], [1.0, 0.5, -0.75], name, combination, **options)
     tensors = {key: x.detach().clone() for key, x in model.named_parameters() if f".{name}." in f"{key}."}
     model.delete_adapter(name)
@@ -179,7 +182,7 @@ def test_add_weighted_adapter(integration: ModuleType, model: Any, combination: 
     before = _C.bytes_read()
     expected = combined(model, combination, "stock")
     assert _C.bytes_read() == before
-    with integration.accelerated():
+    with integration.accelerated(exact_draws=True):
         actual = combined(model, combination, "ours")
     assert _C.bytes_read() > before
     assert len(expected) == 6
@@ -188,8 +191,59 @@ def test_add_weighted_adapter(integration: ModuleType, model: Any, combination: 
         assert_same(actual[key], expected[key], key)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=option_id)
+@pytest.mark.parametrize("elect", ["total", "frequency"])
+def test_own_draws(integration: ModuleType, elect: str, dtype: torch.dtype) -> None:
+    """PEFT's formula for the masks of the op, whose seed is torch's next number."""
+    _, tensors = inputs(gaussian, (67, 61), 3, dtype)
+    weights, density = torch.tensor([0.7, -0.3, 1.1]), 0.3
+    for name, majority in (("dare_linear", []), ("dare_ties", [elect])):
+        torch.manual_seed(7)
+        actual = getattr(integration, name)(tensors, weights, density, *majority)
+        torch.manual_seed(7)
+        packed, sums = masks(None, tensors, density=density, seed=next_seed())
+        assert ((sums[:, 0] / tensors[0].numel() - density).abs() < 5 * (0.21 / tensors[0].numel()) ** 0.5).all()
+        kept = [x.double() * mask / density for x, mask in zip(tensors, unpack(packed, (67, 61)), strict=True)]
+        plain = integration.merge_utils.task_arithmetic if name == "dare_linear" else integration.merge_utils.ties
+        with warnings.catch_warnings(action="ignore"):  # PEFT's, of density 1
+            expected = plain(kept, weights.double(), *([1.0, elect] if name == "dare_ties" else []))
+        assert actual.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.manual_seed(8)
+        assert not torch.equal(getattr(integration, name)(tensors, weights, density, *majority), actual)
+
+
+@pytest.mark.parametrize("combination", ["dare_linear", "dare_ties", "ties", "magnitude_prune"])
+def test_density_0_keeps_nothing(integration: ModuleType, model: Any, combination: str) -> None:
+    for exact_draws in (False, True):
+        with integration.accelerated(exact_draws=exact_draws):
+            merged = combined(model, combination, "ours", density=0.0)
+        assert all(torch.equal(x, torch.zeros_like(x)) for x in merged.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu_tensors_take_the_triton_kernels(
+    integration: ModuleType, monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str
+) -> None:
+    tensors, weights = adapters(3), torch.tensor(weights_of(3))
+    expected = [ours_of(integration, name, tensors, weights, options) for options in options_of(name)]
+    monkeypatch.delattr(integration.merge_utils, name)  # nothing is left to PEFT
+    on_gpu = [tensor.to(device) for tensor in tensors], weights.to(device)
+    before = _C.bytes_read()
+    actual = [ours_of(integration, name, *on_gpu, options) for options in options_of(name)]
+    assert _C.bytes_read() == before  # nor to the kernels of the CPU
+    for x, y in zip(actual, expected, strict=True):
+        assert x.device.type == device.type
+        assert_same(x.cpu(), y, name)
+
+
+def ours_of(integration: ModuleType, name: str, tensors: list[Tensor], weights: Tensor, options: Any) -> Tensor:
+    torch.manual_seed(7)
+    return getattr(integration, name)(tensors, weights, *options)
+
+
 def swapped(integration: ModuleType) -> list[bool]:
-    return [getattr(integration.lora, name).__module__ == integration.__name__ for name in NAMES]
+    return [getattr(integration.lora, name) is not getattr(integration.merge_utils, name) for name in NAMES]
 
 
 def test_swaps_and_restores(integration: ModuleType) -> None:
@@ -203,6 +257,16 @@ def test_swaps_and_restores(integration: ModuleType) -> None:
     with pytest.raises(ZeroDivisionError), integration.accelerated():
         1 / 0  # noqa: B018
     assert {name: getattr(integration.lora, name) for name in NAMES} == stock
+
+
+def test_blocks_agree_about_draws(integration: ModuleType) -> None:
+    with integration.accelerated(exact_draws=True):
+        message = "^exact_draws must be True as in the block around, got False$"
+        with pytest.raises(ValueError, match=message), integration.accelerated():
+            pass
+        assert all(swapped(integration))
+    with integration.accelerated():
+        pass
 
 
 def test_blocks_may_overlap(integration: ModuleType) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +17,14 @@ from torch import Tensor
 
 import surgery_kernels as sk
 from surgery_kernels import merge_state_dicts
-from surgery_kernels.triton import MODULES, _implementation, host_function
+from surgery_kernels.triton import MODULES, host_function
 from tests.cases import assert_same, densities_of, gaussian, grid, inputs, weights_of
+from tests.conftest import merging_ops
 from tests.guards import Counted
 
 pytestmark = pytest.mark.any_isa
 
-STEMS = ("trim", "ties_merge", "masks", "mix", "gram", "gram_cross", "combine")
-OPS = [op for op, stem in MODULES.items() if stem in STEMS]
+OPS = merging_ops()
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 _ops = torch.ops.surgery_kernels
@@ -63,20 +62,6 @@ def test_without_triton_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ImportError, match=r"^triton must be installed for CUDA tensors, got none: pip install triton$"):
         host_function("combine")
     host_function.cache_clear()
-
-
-@pytest.fixture
-def device(gpu: torch.device) -> Iterator[torch.device]:
-    """Where the ops run the Triton kernels."""
-    if gpu.type == "cuda":
-        yield gpu
-        return
-    with torch.library._scoped_library("surgery_kernels", "IMPL") as library:
-        with warnings.catch_warnings():  # of the override
-            warnings.simplefilter("ignore", UserWarning)
-            for op in OPS:
-                library.impl(op, _implementation(op), "CPU", allow_override=True)
-        yield gpu
 
 
 def on_gpu(*tensors: Tensor) -> list[Tensor]:
