@@ -16,6 +16,7 @@ from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import merge
+from surgery_kernels.merging import METHODS
 from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same
 from tests.checkpoints import files_in
@@ -92,12 +93,19 @@ def test_as_mergekit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
         assert differing / total < (0.0005 if dtype == torch.float32 else 0.25), f"{differing} of {total}"
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_as_in_memory(tmp_path: Path, name: str) -> None:
+ROUNDING = [name for name in RECIPES if any(p.key == "arithmetic" for p in METHODS[name].parameters())]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [*((name, {}) for name in RECIPES), *((name, {"arithmetic": "exact"}) for name in ROUNDING)],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_as_in_memory(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
     """From disk with numbers that are the same in all tensors: what `merge_state_dicts` gives."""
     state_dicts = models(gaussians, torch.bfloat16)
     count, has_base, parameters = RECIPES[name]
-    plain = {key: value for key, value in parameters.items() if not isinstance(value, list)}
+    plain = {key: value for key, value in parameters.items() if not isinstance(value, list)} | more
     plain |= {"t": 0.3} if name == "slerp" else {}
     plain |= {"weight": 0.4} if "weight" in parameters else {}
     plain |= {"density": 0.6} if "density" in parameters else {}

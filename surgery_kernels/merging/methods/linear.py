@@ -136,9 +136,14 @@ class TaskArithmetic(Method):
                 scope.base, scope.flat_experts, **options, names=scope.names, out=scope.out
             )
             return
-        total = math.fsum(weights)
-        scale = self.lam / total if self.normalize and abs(total) >= SMALLEST_SUM else self.lam
+        scale = scaled_by_sum(self.lam, weights) if self.normalize else self.lam
         scope.mix([scale * weight for weight in weights], nonfinite=self.nonfinite)
+
+
+def scaled_by_sum(lam: float, weights: list[float]) -> float:
+    """lam over the sum of the weights, unless these cancel."""
+    total = math.fsum(weights)
+    return lam / total if abs(total) >= SMALLEST_SUM else lam
 
 
 @dataclass(frozen=True)

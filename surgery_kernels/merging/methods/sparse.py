@@ -1,6 +1,6 @@
 """Methods that keep a part of every task vector: at random (DARE, DELLA) or without its extremes (breadcrumbs).
 
-What is kept goes into the merge of TIES, with mergekit's rounding: each with an election of signs and without.
+What is kept goes into the merge of TIES: each with an election of signs and without, rounded once or as mergekit does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from ...ops import arguments
 from ...ops.arguments import PerExpert
 from ...ops.masks import check_epsilon, check_seed
 from ...ops.torch_masks import torch_masks
-from ..method import SHARE, Method, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
+from ..method import SHARE, Method, arithmetic_of, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
 from ..scope import Scope
+from .linear import scaled_by_sum
 
 NEXT_TO_NONE = 1e-300  # a probability that no number is below
 SMALLEST_NORM = 1e-7  # below it nothing is rescaled
@@ -35,18 +36,24 @@ class Sparse(Method):
     lam: float = task_vector_scale()
     weights: PerExpert | None = model_weights()
     normalize: bool = shared(False, kind=bool, meaning="divide by the sum of the weights (that agree)")
+    arithmetic: str = arithmetic_of()
     nonfinite: str = nonfinite_policy()
 
     def _merge(self, scope: Scope, **kept: Any) -> None:
+        weights = arguments.check_weights(self.weights, scope.num_tasks)
+        lam, normalize = self.lam, self.normalize
+        if self.arithmetic == "exact" and self.elect == "none" and normalize:
+            # by the weights of all, kept or not: the op's exact mean divides by those of what is kept
+            lam, normalize = scaled_by_sum(lam, weights), False
         torch.ops.surgery_kernels.ties_merge_out(
             scope.base,
             scope.flat_experts,
             [1.0] * scope.num_tasks,
-            lam=self.lam,
-            weights=arguments.check_weights(self.weights, scope.num_tasks),
-            semantics="mergekit",
+            lam=lam,
+            weights=weights,
+            semantics=self.arithmetic,
             elect=self.elect,
-            normalize=self.normalize,
+            normalize=normalize,
             nonfinite=self.nonfinite,
             names=scope.names,
             out=scope.out,
@@ -136,11 +143,12 @@ class Random(Sparse):
         )
 
     def _scales(self, scope: Scope, sums: Tensor) -> Tensor:
-        """[num_tensors, num_tasks], rounded as mergekit does: in bfloat16 for bfloat16, else in float32 or wider."""
+        """[num_tensors, num_tasks]; mergekit rounds in bfloat16 for bfloat16, else in float32 or wider."""
         scales = torch.ones(sums.shape[:2], dtype=torch.float64)
         for part, experts in enumerate(scope.experts):
             dtype = experts[0].dtype
             work = dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
+            work = work if self.arithmetic == "mergekit" else torch.float64
             before, after = sums[part, :, 1].to(work), sums[part, :, 2].to(work)
             kept = (before >= SMALLEST_NORM) & (after >= SMALLEST_NORM)
             scales[part] = torch.where(kept, before / after, 1.0).double().cpu()

@@ -9,7 +9,7 @@ import torch
 
 from ...ops import arguments
 from ...ops.arguments import ELECT, REDUCE, SEMANTICS, PerExpert
-from ...ops.ties_merge import check_options
+from ...ops.ties_merge import SCALED, check_options
 from ..method import SHARE, Method, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
 from ..scope import Scope
 
@@ -18,7 +18,7 @@ from ..scope import Scope
 class Ties(Method):
     """Keeps the largest changes of every expert, elects a sign for each entry, and averages what agrees with it.
 
-    Options as in `surgery_kernels.ties_merge`. An expert with density 0 ("mergekit") takes no part.
+    Options as in `surgery_kernels.ties_merge`. An expert with density 0 ("mergekit", "exact") takes no part.
     """
 
     name = "ties"
@@ -33,7 +33,11 @@ class Ties(Method):
     lam: float = task_vector_scale()
     weights: PerExpert | None = model_weights()
     semantics: str = shared(
-        "paper", choices=SEMANTICS, key=None, recipe_default="mergekit", meaning="whose TIES, bit for bit"
+        "paper",
+        choices=SEMANTICS,
+        key="arithmetic",
+        recipe_default="mergekit",
+        meaning="whose TIES, bit for bit; exact: mergekit's in float32 or wider, rounded once",
     )
     elect: str = shared("sum", choices=ELECT, key=None, meaning="what elects a sign: mass, number, or nothing")
     reduce: str = shared("mean", choices=REDUCE, key=None, meaning="what is done with the entries that agree")
@@ -81,7 +85,7 @@ class Ties(Method):
     def _present(self, num_tasks: int) -> tuple[list[int], dict[str, Any]]:
         """The experts that keep anything, and the options for them alone."""
         options = {parameter.name: getattr(self, parameter.name) for parameter in self.parameters()}
-        if self.semantics != "mergekit":
+        if self.semantics not in SCALED:
             return list(range(num_tasks)), options
         of_all = {
             "density": arguments.per_expert("density", self.density, num_tasks),

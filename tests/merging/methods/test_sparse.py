@@ -11,7 +11,7 @@ import torch
 from mergekit.merge_methods.api import merge_state_dicts as mergekits
 from torch import Tensor
 
-from surgery_kernels import masks, merge_state_dicts
+from surgery_kernels import masks, merge_state_dicts, reference
 from surgery_kernels.ops.masks import unpack
 from tests.cases import assert_same, bits, gaussian, inputs
 from tests.untied import untied
@@ -49,7 +49,9 @@ def test_masks_of_a_seed_are_mergekits(name: str, numbers: dict[str, Any], dtype
     torch.manual_seed(42)
     expected = mergekits(ordered, name, parameters=parameters, base=0)
     options = {"lam" if key == "lambda" else key: value for key, value in numbers.items()}
-    actual = merge_state_dicts(base, experts, method=name, weights=WEIGHTS, random_seed=42, **options)
+    actual = merge_state_dicts(
+        base, experts, method=name, weights=WEIGHTS, random_seed=42, arithmetic="mergekit", **options
+    )
     for key, tensor in expected.items():
         # a norm that lies between two float32 rounds as the order of its sum has it
         assert (bits(actual[key]) != bits(tensor)).float().mean() < (0.02 if "linear" in name else 0.05), key
@@ -124,6 +126,70 @@ def test_breadcrumbs_by_hand() -> None:
     assert kept.tolist() == [0, 0, 3, 0, -4]
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("name", [*RANDOM, *CRUMBS])
+def test_exact_arithmetic_rounds_once(name: str, dtype: torch.dtype, rescale: bool) -> None:
+    base, experts = inputs(gaussian, (40, 37), 3, dtype)
+    for weights, normalize in ((WEIGHTS, True), (WEIGHTS, False), ([0.5, -0.25, -0.25], True)):
+        options: dict[str, Any] = {"density": [0.3, 1.0, 0.6], "weights": weights, "lam": 0.7, "rescale": rescale}
+        merged = merge_state_dicts(
+            {"w": base}, [{"w": x} for x in experts], method=name, normalize=normalize, **options
+        )
+        keep, scales = kept_by_oracle(name, base, experts, options["density"])
+        if "linear" in name or name == "breadcrumbs":  # divides by the weights of all, unless they cancel
+            total = sum(weights)
+            elect, lam, divide = "none", 0.7 / total if normalize and total else 0.7, False
+        else:
+            elect, lam, divide = "sum", 0.7, normalize
+        expected = reference.ties_merge(
+            base,
+            experts,
+            density=1.0,
+            lam=lam,
+            weights=weights,
+            semantics="exact",
+            elect=elect,
+            normalize=divide,
+            keep=[keep],
+            **({"scales": scales} if rescale and name in RANDOM else {"rescale": rescale}),
+        )
+        if dtype == torch.float64:  # in which sums of magnitudes are not exact
+            torch.testing.assert_close(merged["w"], expected, rtol=1e-13, atol=1e-13)
+        else:
+            assert_same(merged["w"], expected)
+
+
+def kept_by_oracle(name: str, base: Tensor, experts: list[Tensor], densities: list[float]) -> tuple[Tensor, Tensor]:
+    """What every expert keeps, and the factors that restore its norm."""
+    if name in RANDOM:
+        rule = {"rule": "della", "epsilon": 0.15} if name.startswith("della") else {}
+        keep, sums = reference.masks(base, experts, density=densities, tensor_ids=[zlib.crc32(b"w")], **rule)
+        return keep, (sums[:, 1] / sums[:, 2])[None]
+    keep = torch.zeros(len(experts), base.numel(), dtype=torch.bool)
+    for kept, expert, density in zip(keep, experts, densities, strict=True):
+        order = (expert - base).abs().flatten().sort(descending=True, stable=True).indices
+        count, of_largest = int(density * base.numel()), int(0.01 * base.numel())
+        largest = 0 if density == 1 else min(of_largest, base.numel() - count)
+        kept[order[largest : largest + count]] = True
+    return keep.reshape(len(experts), *base.shape), torch.ones(1, len(experts))
+
+
+def test_exact_arithmetic_is_closer() -> None:
+    """In 16 bits, where mergekit rounds at every step."""
+    for name in ("dare_linear", "breadcrumbs_ties"):
+        base, experts = inputs(gaussian, 4096, 5, torch.float32)
+        states = [{"w": (0.01 * base + (x - base)).bfloat16()} for x in (base, *experts)]
+        wide = [{"w": state["w"].double()} for state in states]
+        options: dict[str, Any] = {"method": name, "density": 1.0, "weights": 0.3}
+        truth = merge_state_dicts(wide[0], wide[1:], **options)["w"]
+        errors = [
+            (merge_state_dicts(states[0], states[1:], arithmetic=arithmetic, **options)["w"] - truth).abs().mean()
+            for arithmetic in ("exact", "mergekit")
+        ]
+        assert errors[0] < 0.95 * errors[1]
+
+
 @pytest.mark.parametrize("name", [*RANDOM, *CRUMBS])
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 def test_edges(name: str, dtype: torch.dtype) -> None:
@@ -139,7 +205,8 @@ def test_edges(name: str, dtype: torch.dtype) -> None:
     assert merged(base[:0], [{"w": base[:0]}], density=0.5).shape == (0,)
     assert merged(base[0], [{"w": experts[0][0]}], density=0.5).shape == ()
     many = merged(base, [{"w": base}] * 63 + states[:1], density=1.0, weights=1.0)
-    assert_same(many, (base + (experts[0] - base)))
+    wide, expert = (x.to(torch.promote_types(dtype, torch.float32)) for x in (base, experts[0]))
+    assert_same(many, (wide + (expert - wide)).to(dtype))
 
 
 @pytest.mark.parametrize(
