@@ -6,8 +6,10 @@ import errno
 import inspect
 import math
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from typing import Any
 
 import click
 import torch
@@ -17,14 +19,18 @@ from .checkpoint.diff import TensorDifference
 from .checkpoint.diff import diff as diff_checkpoints
 from .checkpoint.differences import ALLOWABLE
 from .checkpoint.estimate import estimate_seconds
-from .checkpoint.plan import Plan, plan_merge
-from .checkpoint.run import check, run
-from .checkpoint.sizes import format_size, parse_size
+from .checkpoint.plan import plan_merge
+from .checkpoint.run import check as check_run
+from .checkpoint.run import run
+from .checkpoint.sizes import parse_size
+from .checkpoint.stages import stages
+from .checkpoint.summary import in_columns, plan_lines, recipe_rows, result_line
 from .merging import METHODS, Method, Parameter
 from .merging.method import NONE_GIVEN, count_in_words
 from .merging.methods.sparse import STREAMS
 from .ops.arguments import NONFINITE, check_one_of
-from .recipes.recipe import load_recipe
+from .recipes import load_recipes
+from .recipes.parameters import check_given
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 DECIDES = {
@@ -46,17 +52,20 @@ Exit codes:
 
 
 @contextmanager
-def _errors_as_exit_codes(*, writing: bool = False) -> Iterator[None]:
-    """One sentence on stderr instead of a traceback. An OSError is a wrong input until the `writing` has begun."""
+def _errors_as_exit_codes(*, writing: bool = False, written: bool = False) -> Iterator[None]:
+    """One sentence on stderr instead of a traceback.
+
+    An OSError is a wrong input until the `writing` has begun, and nothing is once an earlier document was `written`.
+    """
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        _stop(str(error), WRONG_INPUT)
+        _stop(str(error), FAILED if written else WRONG_INPUT)
     except BrokenPipeError:  # nobody reads on, as behind `| head`: click ends quietly, with 1
         raise
     except OSError as error:
         hint = ": make room and run it again with --resume" if writing and error.errno == errno.ENOSPC else ""
-        _stop(f"{error}{hint}", FAILED if writing else WRONG_INPUT)
+        _stop(f"{error}{hint}", FAILED if writing or written else WRONG_INPUT)
     except RuntimeError as error:
         _stop(str(error), FAILED)
     except KeyboardInterrupt:
@@ -88,15 +97,16 @@ def main() -> None:
 
 @main.command(epilog=EXIT_CODES)
 @click.argument("recipe", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("out", type=click.Path(), required=False)
 @click.option(
     "--allow", multiple=True, type=click.Choice(list(ALLOWABLE)), help="Accept such a difference; repeatable."
 )
 @click.option("--nonfinite", type=click.Choice(NONFINITE), default="error", show_default=True, help="NaN and infinity.")
 @click.option("--random-seed", type=int, help="Of random masks, which are mergekit's then; none: 0, drawn by counter.")
 @click.option("--stream", type=click.Choice(STREAMS), help="How random masks are drawn, whatever the seed.")
-@click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
 @click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
+@click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
+@click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="On the CPU; all cores unless given.")
@@ -104,13 +114,14 @@ def main() -> None:
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 def merge(
     recipe: str,
-    out: str,
+    out: str | None,
     allow: tuple[str, ...],
     nonfinite: str,
     random_seed: int | None,
     stream: str | None,
-    resume: bool,
     strict: bool,
+    intermediate_dir: str | None,
+    resume: bool,
     dry_run: bool,
     device: str,
     threads: int | None,
@@ -122,53 +133,66 @@ def merge(
     RECIPE is mergekit's YAML; `surgery-kernels methods` lists its methods, `scope: model` takes the thresholds of ties
     over the whole model. Models are folders with safetensors or pytorch_model.bin, .safetensors files, PEFT LoRA
     folders or ids of the Hugging Face hub.
+
+    Of several documents those with a `name` are merged first, into OUT.partial or --intermediate-dir, and others name
+    their results as models; the one without a name becomes OUT.
     """
+    options: dict[str, Any] = {
+        "allow": allow,
+        "nonfinite": nonfinite,
+        "random_seed": random_seed,
+        "stream": stream,
+        "max_shard_bytes": max_shard_size,
+    }
+    say = (lambda _: None) if quiet else click.echo
     with (
         _errors_as_exit_codes(),
-        plan_merge(
-            load_recipe(recipe, strict=strict),
-            allow=allow,
-            nonfinite=nonfinite,
-            random_seed=random_seed,
-            stream=stream,
-            max_shard_bytes=max_shard_size,
-        ) as plan,
+        closing(stages(load_recipes(recipe, strict=strict), out, intermediate_dir, resume=resume)) as merges,
     ):
-        if not quiet:
-            _print_plan(plan)
-        check(plan, out, resume=resume, device=device)
-        if dry_run:
-            seconds = estimate_seconds(plan, out)
-            click.echo(f"would take about {seconds:.0f} s" if seconds >= 1 else "would take about a second")
-            return
-        with _errors_as_exit_codes(writing=True):
-            run(plan, out, resume=resume, device=device, threads=threads, progress=not quiet and sys.stderr.isatty())
-        if not quiet:
-            click.echo(f"wrote {out}")
+        written = False
+        for stage in merges:
+            if stage.recipe.name is not None and not stage.is_last:
+                say(f"{stage.recipe.name}:")
+            if dry_run and not stage.is_ready:
+                say("\n".join(in_columns(recipe_rows(stage.recipe))))
+                continue
+            with (
+                _errors_as_exit_codes(written=written),
+                plan_merge(stage.recipe, results=stage.results, **options) as plan,
+            ):
+                say("\n".join(plan_lines(plan)))
+                if stage.is_done(plan):
+                    say(f"{stage.out} is there already")
+                elif dry_run:
+                    if stage.is_last or stage.out.parent.is_dir():
+                        check_run(plan, stage.out, resume=stage.resume, device=device)
+                    seconds = estimate_seconds(plan, stage.out)
+                    click.echo(f"would take about {seconds:.0f} s" if seconds >= 1 else "would take about a second")
+                else:
+                    stage.begin(plan)
+                    check_run(plan, stage.out, resume=stage.resume, device=device)
+                    started = time.perf_counter()
+                    with _errors_as_exit_codes(writing=True):
+                        shown = not quiet and sys.stderr.isatty()
+                        run(plan, stage.out, resume=stage.resume, device=device, threads=threads, progress=shown)
+                    where = out if stage.is_last and out else str(stage.out)
+                    say(result_line(plan, where, time.perf_counter() - started))
+                    written = True
 
 
-def _print_plan(plan: Plan) -> None:
-    recipe = plan.recipe
-    base = f" over {plan.sources[recipe.base].name}" if recipe.base else ""
-    click.echo(f"{recipe.merge_method} of {_counted(len(recipe.experts), 'model')}{base}, scope {recipe.scope}")
-    click.echo(
-        f"{_counted(len(plan.merged), 'tensor')} to merge, {len(plan.steps) - len(plan.merged)} to copy, "
-        f"{sum(step.numel for step in plan.merged) / 1e6:.1f}M parameters"
-    )
-    click.echo(
-        f"{format_size(plan.nbytes_read)} to read, {format_size(plan.layout.nbytes)} to write "
-        f"in {_counted(len(plan.layout.shards), 'file')}"
-    )
-    if plan.merged and plan.merged[0].method and (drawn := plan.merged[0].method.randomness):
-        click.echo(drawn)
-    for difference in plan.differences:
-        click.echo(f"{difference.kind}: {difference.sentence}: {difference.consequence}")
-    for notice in plan.notices:
-        click.echo(f"notice: {notice}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
+@main.command()
+@click.argument("recipe", type=click.Path())
+@click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
+def check(recipe: str, strict: bool) -> None:
+    """Say what RECIPE merges, and whether it is right as far as that can be seen without its models."""
+    with _errors_as_exit_codes():
+        for each in load_recipes(recipe, strict=strict):
+            check_given(each)
+            if each.name is not None:
+                click.echo(f"{each.name}:")
+            click.echo("\n".join(in_columns(recipe_rows(each))))
+            for notice in each.notices:
+                click.echo(f"notice: {notice}")
 
 
 @main.command()

@@ -61,16 +61,21 @@ def stopped(code: int, message: str, *arguments: object) -> None:
 
 
 PLAN = """\
-ties of 2 models over {base}, scope tensor
-4 tensors to merge, 1 to copy, 0.0M parameters
-1.36 KB to read, {nbytes} bytes to write in 1 file
+method   ties over {0}, scope tensor
+models   {1}
+         {2}
+tensors  4 tensors to merge, 1 to copy, 0.0M parameters
+read     1.36 KB
+write    {nbytes} bytes in 1 file
 """
+RESULT = r"wrote {out}: {nbytes} bytes in 1 file, \d+\.\d s, [\d.]+ ([KMG]B|bytes)/s read and written\n"
 
 
 def test_merge(recipe: str, folders: list[str], out: Path) -> None:
     result = run("merge", recipe, out)
-    plan = PLAN.format(base=folders[0], nbytes=(out / "model.safetensors").stat().st_size)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{plan}wrote {out}\n", "")
+    nbytes = (out / "model.safetensors").stat().st_size
+    expected = re.escape(PLAN.format(*folders, nbytes=nbytes)) + RESULT.format(out=out, nbytes=nbytes)
+    assert (result.exit_code, result.stderr) == (0, "") and re.fullmatch(expected, result.stdout), result.stdout
 
 
 def test_notices(recipe: str, out: Path) -> None:
@@ -93,8 +98,8 @@ def test_dry_run(recipe: str, out: Path, monkeypatch: pytest.MonkeyPatch, second
     monkeypatch.setattr(estimate, "_seconds_to_write", lambda *_: seconds)
     result = run("merge", recipe, out, "--dry-run")
     lines = result.stdout.splitlines()
-    assert result.exit_code == 0 and len(lines) == 4 and "to read" in lines[2] and "to write" in lines[2]
-    assert lines[3] == ("would take about a second" if seconds < 1 else "would take about 100 s")
+    assert result.exit_code == 0 and [line.split()[0] for line in lines[-3:-1]] == ["read", "write"]
+    assert lines[-1] == ("would take about a second" if seconds < 1 else "would take about 100 s")
     assert files_in(out.parent) == {}
 
 
@@ -209,13 +214,13 @@ def test_disk_full_and_resume(
 
 def test_an_input_that_goes_away(recipe: str, folders: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the writing has begun it is a failure on the way, although no file is there."""
-    check = cli.check
+    check = cli.check_run
 
     def and_remove(*arguments: Any, **options: Any) -> None:
         check(*arguments, **options)
         (Path(folders[2]) / "model.safetensors").unlink()
 
-    monkeypatch.setattr(cli, "check", and_remove)
+    monkeypatch.setattr(cli, "check_run", and_remove)
     stopped(1, ".*No such file.*", "merge", recipe, out)
     assert not out.exists()
 
@@ -297,7 +302,7 @@ def test_help() -> None:
 def test_silent_where_nobody_watches(recipe: str, out: Path) -> None:
     command = [sys.executable, "-m", "surgery_kernels.cli", "merge", recipe, str(out)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "") and result.stdout.endswith(f"wrote {out}\n")
+    assert (result.returncode, result.stderr) == (0, "") and f"\nwrote {out}: " in result.stdout
 
 
 def test_a_bar_on_a_terminal(recipe: str, out: Path) -> None:

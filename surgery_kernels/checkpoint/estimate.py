@@ -15,13 +15,14 @@ PROBE_BYTES = 64 << 20
 def estimate_seconds(plan: Plan, out: str | os.PathLike[str]) -> float:
     """Seconds for the reading and the writing of a plan, at the rates of a short read and a short write.
 
-    Reads the beginning of the largest input and writes a temporary file of 64 MiB beside `out`. Files that are in the
-    page cache read fast here and in the merge.
+    Reads the beginning of the largest input and writes a temporary file of 64 MiB where `out` will be. Files that are
+    in the page cache read fast here and in the merge.
     """
     largest = max((file for source in plan.sources.values() for file in source.files), key=lambda file: file.size)
     read, written = min(PROBE_BYTES, largest.size), min(PROBE_BYTES, plan.layout.nbytes)
     reading = _seconds_to_read(largest.path, read) / read
-    writing = _seconds_to_write(Path(os.path.abspath(out)).parent, written) / written
+    folder = next(folder for folder in Path(os.path.abspath(out)).parents if folder.is_dir())
+    writing = _seconds_to_write(folder, written) / written
     return reading * plan.nbytes_read + writing * plan.layout.nbytes
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
+from ..recipes import Recipe
 from ..recipes.layers import in_layer, layers_of
 from ..recipes.model_reference import ModelReference
-from ..recipes.recipe import Recipe
 from .reading.source import Source
 from .vocabulary.layers import is_vocabulary
 

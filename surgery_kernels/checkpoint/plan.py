@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import _C
 from ..ops import arguments
-from ..recipes.model_reference import ModelReference
-from ..recipes.recipe import Recipe
+from ..recipes import Recipe
+from ..recipes.model_reference import Location, ModelReference
 from .differences import ALLOWABLE, Difference, check_allowed
 from .layer_lists import uncertain_layers
 from .reading.opening import open_checkpoint
@@ -102,6 +103,7 @@ class Plan:
 def plan_merge(
     recipe: Recipe,
     *,
+    results: Mapping[str, Path] | None = None,
     allow: Collection[str] = (),
     nonfinite: str = "error",
     random_seed: int | None = None,
@@ -112,6 +114,7 @@ def plan_merge(
 
     Args:
         recipe: From `load_recipe`.
+        results: Folders of models that the recipe names otherwise: those of earlier documents.
         allow: Which differences between the checkpoints are accepted: "missing" tensors and those of another "shape"
             are stood in for by the base's, "extra" ones are left out, of a "vocabulary" of another size the common rows
             are merged, of a "buffer" (integers) that differs the base's is kept.
@@ -133,7 +136,7 @@ def plan_merge(
         raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_bytes}")
     sources: dict[ModelReference, Source] = {}
     try:
-        for reference, source in _opened(recipe):
+        for reference, source in _opened(recipe, results or {}):
             sources[reference] = source
         options = {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream}
         return _plan(recipe, sources, frozenset(allow), options, max_shard_bytes)
@@ -143,19 +146,23 @@ def plan_merge(
         raise
 
 
-def _opened(recipe: Recipe) -> Iterator[tuple[ModelReference, Source]]:
+def _opened(recipe: Recipe, results: Mapping[str, Path]) -> Iterator[tuple[ModelReference, Source]]:
     """Every checkpoint once: the base first, adapters over the model they name or else over the base."""
+
+    def place(at: Location) -> str:
+        return str(results.get(at.path, at))
+
     base: Source | None = None
     models: dict[str, Source] = {}
     for reference in sorted(recipe.references, key=lambda reference: reference != recipe.base_model):
         if reference.lora is None:
-            source = models.get(str(reference)) or open_checkpoint(str(reference.model), base=base)
+            source = models.get(str(reference)) or open_checkpoint(place(reference.model), base=base)
         else:
             below = models.get(str(reference.model))
             if below is None:
-                below = models[str(reference.model)] = open_checkpoint(str(reference.model))
+                below = models[str(reference.model)] = open_checkpoint(place(reference.model))
                 yield replace(reference, lora=None), below  # to be closed with the others
-            source = open_checkpoint(str(reference.lora), base=below)
+            source = open_checkpoint(place(reference.lora), base=below)
         models.setdefault(str(reference), source)
         if reference == recipe.base_model:
             base = source

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from ..merging.progress import progress_bar
 from ..merging.scope import Scope
-from ..recipes.recipe import Recipe, load_recipe
+from ..recipes import Recipe, load_recipes
 from .loader import Loader
 from .memory import Releasing, Scratch, given_back
 from .plan import Plan, plan_merge
 from .reading.mapped_file import many_files_open
 from .reading.read_ahead import ReadAhead
+from .stages import stages
 from .steps import Step
 from .writing.companions import write_companions
 from .writing.journal import Journal
@@ -31,8 +33,10 @@ DRAWS_AT_ONCE = 1 << 20
 
 def merge(
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
     *,
+    strict: bool = False,
+    intermediate_dir: str | os.PathLike[str] | None = None,
     allow: Collection[str] = (),
     nonfinite: str = "error",
     random_seed: int | None = None,
@@ -50,8 +54,10 @@ def merge(
     written to `<out>.partial`, which a killed merge leaves behind, and renamed at the end.
 
     Args:
-        recipe: mergekit's YAML as a file, a mapping, or from `load_recipe`; see `Recipe` for what is supported.
-        out: Folder to make.
+        recipe: mergekit's YAML as a file, which may hold several documents, a mapping, or from `load_recipe`.
+        out: Folder to make; None for documents that all have names.
+        strict: Refuse what the recipe says without effect; else it is warned of.
+        intermediate_dir: Folder of the results of documents that have names; None: they go when `out` is finished.
         allow, nonfinite, random_seed, stream, max_shard_bytes: As in `plan_merge`.
         resume: Go on with the `<out>.partial` of the same merge, if there is one. The files come out the same.
         device: Where tensors are merged: "cpu", or "cuda" with or without an index.
@@ -63,17 +69,23 @@ def merge(
         RuntimeError: NaN or infinity under ``nonfinite="error"``; names tensor, model and count.
         OSError: something cannot be read or written, such as on a full disk. `resume` goes on from there.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    with plan_merge(
-        recipe,
-        allow=allow,
-        nonfinite=nonfinite,
-        random_seed=random_seed,
-        stream=stream,
-        max_shard_bytes=max_shard_bytes,
-    ) as plan:
-        run(plan, out, resume=resume, device=device, threads=threads, progress=progress)
+    recipes = [recipe] if isinstance(recipe, Recipe) else load_recipes(recipe, strict=strict)
+    with closing(stages(recipes, out, intermediate_dir, resume=resume)) as merges:
+        for stage in merges:
+            with plan_merge(
+                stage.recipe,
+                results=stage.results,
+                allow=allow,
+                nonfinite=nonfinite,
+                random_seed=random_seed,
+                stream=stream,
+                max_shard_bytes=max_shard_bytes,
+            ) as plan:
+                for notice in plan.notices:
+                    warnings.warn(notice, stacklevel=2)
+                if not stage.is_done(plan):
+                    stage.begin(plan)
+                    run(plan, stage.out, resume=stage.resume, device=device, threads=threads, progress=progress)
 
 
 def run(
@@ -96,7 +108,7 @@ def run(
             folder.discard()
         except BaseException:
             if not journal.done and journal.decided is None:
-                folder.discard()  # nothing in it is worth going on with
+                folder.abandon()  # nothing in it is worth going on with
             raise
         finally:
             journal.close()  # and with it the lock

@@ -13,9 +13,9 @@ import torch
 from ..merging import Method
 from ..merging.depths import num_layers
 from ..ops import arguments
+from ..recipes import Recipe
 from ..recipes.model_reference import ModelReference
 from ..recipes.parameters import resolve_methods
-from ..recipes.recipe import Recipe
 from ..recipes.slices import Output, Slice
 from .differences import Difference, Match, Pair, match, together
 from .one_model import check_one_model

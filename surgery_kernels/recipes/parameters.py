@@ -39,6 +39,16 @@ def resolve_methods(recipe: Recipe, part: Slice, outputs: Iterable[Output], **op
     return resolved
 
 
+def check_given(recipe: Recipe) -> None:
+    """Raises ValueError for a number that the method needs and no tensor of any model would get."""
+    for part in recipe.slices:
+        for parameter in (each for each in recipe.method.parameters() if each.recipe_default is NONE_GIVEN):
+            for expert in part.experts if parameter.per_model else (None,):
+                scopes = part.scopes if expert is None else (expert.settings, *part.scopes)
+                if parameter.key and not any(parameter.key in settings for settings in scopes):
+                    raise ValueError(_missing(recipe, parameter.key, expert, "any"))
+
+
 def _method(recipe: Recipe, part: Slice, output: Output, options: Mapping[str, Any]) -> Method:
     values: dict[str, Any] = {}
     for parameter in recipe.method.parameters():

@@ -14,14 +14,9 @@ What mergekit ignores is ignored, with a notice: an unknown key, a parameter tha
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 from ..merging import METHODS, Method
 from ..ops import arguments
@@ -29,7 +24,6 @@ from .model_reference import ModelReference
 from .node import Node
 from .settings import read_settings
 from .slices import Context, Slice, read_slices
-from .strict_yaml import load_yaml
 
 RECIPE_METHODS = {name: method for name, method in METHODS.items() if method.in_recipes}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in arguments.DTYPES}
@@ -40,6 +34,7 @@ KEYS = (
     "merge_method",
     "models",
     "modules",
+    "name",
     "out_dtype",
     "parameters",
     "scope",
@@ -66,6 +61,7 @@ class Recipe:
     out_dtype: torch.dtype | None = None
     tokenizer_source: str | None = None
     scope: str = "tensor"
+    name: str | None = None  # by which other documents call the result
     notices: tuple[str, ...] = ()  # what is ignored or understood in another way than written
 
     @property
@@ -102,43 +98,8 @@ class Recipe:
         return tuple(dict.fromkeys([self.donor, *of_slices]))
 
 
-def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False) -> Recipe:
-    """The recipe in a YAML file, or given as the mapping that such a file holds.
-
-    Args:
-        source: The file or the mapping.
-        strict: Refuse what would only be noticed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML or not a recipe; one sentence, which names the line or the key.
-    """
-    if isinstance(source, Mapping):
-        try:
-            return parse_recipe(yaml.safe_dump(dict(source), sort_keys=False), strict=strict)
-        except yaml.representer.RepresenterError as error:
-            raise ValueError(f"recipe must hold strings, numbers, lists and mappings, got {error.args[-1]!r}") from None
-    if not os.path.isfile(source):
-        raise FileNotFoundError(f"recipe must be a YAML file, got {os.fspath(source)}")
-    try:
-        return parse_recipe(Path(source).read_text(encoding="utf-8"), strict=strict)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe must be text in UTF-8, got {error}") from None
-
-
-def parse_recipe(text: str, *, strict: bool = False) -> Recipe:
-    """The recipe in a YAML text.
-
-    Raises:
-        ValueError: it is not YAML or not a recipe; one sentence, which names the line or the key.
-    """
-    recipe = _read(Node(load_yaml(text, "recipe"), "recipe"), text)
-    if strict and recipe.notices:
-        raise ValueError(f"recipe must have no notices to be strict, got: {'; '.join(recipe.notices)}")
-    return recipe
-
-
-def _read(root: Node, text: str) -> Recipe:
+def read_recipe(root: Node, text: str) -> Recipe:
+    """The recipe in a document of a YAML text."""
     if isinstance(root.value, dict):
         for key, requirement in UNSUPPORTED.items():
             if key in root.value:
@@ -161,6 +122,7 @@ def _read(root: Node, text: str) -> Recipe:
         _read_dtype(keys.get("out_dtype")),
         _read_tokenizer_source(keys.get("tokenizer_source")),
         _read_scope(keys.get("scope"), method, slices),
+        str(keys["name"].value) if "name" in keys else None,
         tuple(root.notices),
     )
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import yaml
+
+BETWEEN = re.compile(r"^---(?=\s|$)", re.MULTILINE)  # documents; YAML has it nowhere else at the start of a line
 
 
 class _Loader(yaml.SafeLoader):
@@ -21,21 +27,51 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def load_yaml(text: str, name: str) -> Any:
-    """What a YAML document holds.
+@dataclass(frozen=True)
+class Document:
+    """What a document holds, and its text."""
+
+    value: Any
+    text: str
+
+
+def load_documents(text: str, name: str) -> list[Document]:
+    """The documents of a YAML text; of several those that hold nothing are left out.
 
     Args:
-        text: One document.
-        name: Of the document, for errors.
+        text: Documents, apart by lines of ---.
+        name: Of the text, for errors.
 
     Raises:
         ValueError: it is not YAML, or a mapping has a key twice; names the line.
     """
     try:
-        return yaml.load(text, _Loader)
+        found = list(_documents(text))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = (error.problem or "").removeprefix("but ")
         raise ValueError(f"{name} must be valid YAML, got an error in line {line}: {problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character, a month 13, lists without end
         raise ValueError(f"{name} must be valid YAML, got {' '.join(str(error).split())}") from None
+    if len(found) < 2:
+        return [Document(found[0][0] if found else None, text)]
+    marks = [0, *(mark.end() for mark in BETWEEN.finditer(text)), len(text) + 1]
+    return [
+        Document(value, BETWEEN.sub("", text[begin:end]).strip() + "\n")
+        for value, start in found
+        for begin, end in pairwise(marks)
+        if begin <= start < end
+    ]
+
+
+def _documents(text: str) -> Iterator[tuple[Any, int]]:
+    """What each holds that holds anything, and where in the text that begins."""
+    loader = _Loader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            value = loader.construct_document(node)
+            if value is not None:
+                yield value, node.start_mark.index
+    finally:
+        loader.dispose()

@@ -19,7 +19,7 @@ from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.checkpoint.run import run
-from surgery_kernels.recipes.recipe import load_recipe
+from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same
 from tests.checkpoints import TIES, files_in, save_models, save_torch, ties_recipe
 

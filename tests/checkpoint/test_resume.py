@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.checkpoint.reading import read_ahead
 from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.checkpoint.writing.journal import Journal
-from surgery_kernels.recipes.recipe import load_recipe
+from surgery_kernels.recipes import load_recipe
 from tests.checkpoints import files_in, save_lora, save_models, state_dict, ties_recipe
 
 pytestmark = pytest.mark.any_isa
@@ -90,14 +91,34 @@ def done(out: Path) -> list[str]:
     return [name for line in lines for name in line.get("done", ())]
 
 
+def of_the_model(given: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**given, "scope": "model"}]
+
+
+def of_wide_tensors(given: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**given, "dtype": "float64", "out_dtype": "float32"}]
+
+
+def of_documents_and_slices(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The second takes a layer of what the first has made, twice."""
+    sources = [{"model": model, "layer_range": [0, 1]} for model in ("first", given["base_model"])]
+    slices = [{"sources": sources}, {"sources": sources[::-1]}]
+    last = {"merge_method": "slerp", "base_model": "first", "slices": slices, "parameters": {"t": 0.25}}
+    return [{**given, "name": "first"}, last]
+
+
 @pytest.mark.parametrize(
-    ("how", "keys"),
-    [("everywhere", {"scope": "model"}), ("anytime", {"dtype": "float64", "out_dtype": "float32"})],
+    ("how", "recipes"),
+    [
+        ("everywhere", of_the_model),
+        ("anytime", of_wide_tensors),
+        ("everywhere", of_documents_and_slices),
+    ],
 )
 def test_killed(
-    run_python: Callable[..., str], given: dict[str, Any], out: Path, tmp_path: Path, how: str, keys: dict[str, str]
+    run_python: Callable[..., str], given: dict[str, Any], out: Path, tmp_path: Path, how: str, recipes: Any
 ) -> None:
-    (tmp_path / "recipe.yml").write_text(json.dumps({**given, **keys}))
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all(recipes(given)))
     counts = json.loads(run_python("-m", "tests.killed_merges", how, str(tmp_path / "recipe.yml"), str(out)))
     assert counts["killed"] >= 20 and counts["resumed"] > 0 and counts["different"] == 0
 

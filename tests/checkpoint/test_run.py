@@ -20,7 +20,7 @@ from surgery_kernels.checkpoint import plan as plan_module
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.checkpoint.reading.opening import open_checkpoint
 from surgery_kernels.checkpoint.writing.layout import ALIGNMENT
-from surgery_kernels.recipes.recipe import load_recipe
+from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same, gaussian, grid, inputs, option_id
 from tests.checkpoints import save_lora, save_safetensors, save_torch
 

@@ -16,7 +16,7 @@ from tests.cases import assert_same
 from tests.checkpoints import save_safetensors
 from tests.llama_checkpoints import EMBEDDING, HEAD, LAYERS, Merges, gaussians, loaded, models, save, written
 
-pytestmark = pytest.mark.any_isa
+pytestmark = [pytest.mark.any_isa, pytest.mark.filterwarnings("ignore:recipe")]
 
 Sources = list[tuple[int, int, int]]  # number of the model, first layer, layer behind the last
 

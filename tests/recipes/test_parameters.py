@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from surgery_kernels.merging import Method, Parameter
 from surgery_kernels.merging.depths import depths, num_layers
 from surgery_kernels.merging.method import NONE_GIVEN
+from surgery_kernels.recipes import Recipe, load_recipe
 from surgery_kernels.recipes.parameters import resolve_methods
-from surgery_kernels.recipes.recipe import RECIPE_METHODS, Recipe, load_recipe
+from surgery_kernels.recipes.recipe import RECIPE_METHODS
 
 pytestmark = pytest.mark.any_isa
 

@@ -18,6 +18,7 @@ class OutputFolder:
         self.out = Path(os.path.abspath(out))
         self.partial = self.out.parent / f"{self.out.name}.partial"
         self.model = self.partial / "model"
+        self.intermediates = self.partial / "intermediates"  # results of other merges that this one needs
 
     def check(self, nbytes: int, *, resume: bool) -> None:
         """Raises before anything is read or made.
@@ -64,6 +65,11 @@ class OutputFolder:
         fsync_folder(self.model)
         os.rename(self.model, self.out)
         fsync_folder(self.out.parent)
+
+    def abandon(self) -> None:
+        """Removes a merge that nothing was done of, but not what others have done for it."""
+        if not self.intermediates.exists():
+            self.discard()
 
     def discard(self) -> None:
         """Removes what lies beside the result: its name at once, so that a crash leaves no half of it to resume."""

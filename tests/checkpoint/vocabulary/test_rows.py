@@ -16,7 +16,7 @@ from torch import Tensor
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import loader, merge
 from surgery_kernels.checkpoint.plan import plan_merge
-from surgery_kernels.recipes.recipe import load_recipe
+from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same
 from tests.checkpoints import TIES, save_lora, save_models, ties_recipe
 

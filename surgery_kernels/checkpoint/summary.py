@@ -1,0 +1,56 @@
+"""A plan in a few lines, and what came of it."""
+
+from __future__ import annotations
+
+from ..recipes import Recipe
+from .plan import Plan
+from .sizes import format_size
+
+MODELS_SHOWN = 8
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Two columns, then what the user should know before the merge begins."""
+    recipe = plan.recipe
+    rows = recipe_rows(recipe)
+    counts = f"{counted(len(plan.merged), 'tensor')} to merge, {len(plan.steps) - len(plan.merged)} to copy"
+    rows.append(("tensors", f"{counts}, {sum(step.numel for step in plan.merged) / 1e6:.1f}M parameters"))
+    rows.append(("read", format_size(plan.nbytes_read)))
+    rows.append(("write", f"{format_size(plan.layout.nbytes)} in {counted(len(plan.layout.shards), 'file')}"))
+    if plan.merged and plan.merged[0].method and (drawn := plan.merged[0].method.randomness):
+        rows.append(("masks", drawn))
+    return [
+        *in_columns(rows),
+        *(f"{found.kind}: {found.sentence}: {found.consequence}" for found in plan.differences),
+        *(f"notice: {notice}" for notice in plan.notices),
+    ]
+
+
+def recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a recipe says without any model at hand."""
+    base = f" over {recipe.base}" if recipe.base else ""
+    rows = [("method", f"{recipe.merge_method}{base}, scope {recipe.scope}")]
+    shown = [str(model) for model in recipe.experts[:MODELS_SHOWN]]
+    more = len(recipe.experts) - len(shown)
+    rows += [
+        ("" if i else "models", model) for i, model in enumerate([*shown, *([f"and {more} more"] if more else [])])
+    ]
+    if recipe.origins is not None:
+        rows.append(("slices", f"{len(recipe.slices)}, {counted(len(recipe.origins), 'layer')}"))
+    return rows
+
+
+def in_columns(rows: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}}  {value}" for name, value in rows]
+
+
+def result_line(plan: Plan, where: str, seconds: float) -> str:
+    """Where a finished merge is, how large, how long it took, and what went through the disks in that time."""
+    rate = format_size((plan.nbytes_read + plan.layout.nbytes) / max(seconds, 1e-9))
+    files = counted(len(plan.layout.shards), "file")
+    return f"wrote {where}: {format_size(plan.layout.nbytes)} in {files}, {seconds:.1f} s, {rate}/s read and written"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
