@@ -73,7 +73,10 @@ class Linear(Average):
 
 @dataclass(frozen=True)
 class Passthrough(Method):
-    """One model as it is, scaled where a scale is given."""
+    """One model as it is, scaled where a scale is given.
+
+    Without a scale NaN and infinity are copied like the rest.
+    """
 
     name = "passthrough"
     title = "passthrough"
@@ -97,7 +100,7 @@ class Passthrough(Method):
             scope.check_finite(task_vectors=False)
         (scale,) = arguments.per_expert("scale", self.scale, 1)
         for model, out in zip(scope.flat_experts, scope.out, strict=True):
-            torch.mul(model, scale, out=out)
+            torch.mul(model.nan_to_num(0, 0, 0) if self.nonfinite == "drop" else model, scale, out=out)
 
 
 @dataclass(frozen=True)
