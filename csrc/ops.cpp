@@ -80,17 +80,19 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "gram_cross(Tensor x, Tensor? y=None, Tensor? weights=None, int[]? offsets=None, bool wide=False) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
-  // features - relu(features down^T) up^T, each task with its own adapter: corrected, like features; the means over
-  // tokens, or an empty tensor; what the backward reads again, or an empty tensor. features: [num_tasks, samples,
-  // (tokens,) dim], or [samples, (tokens,) dim] with a task_index.
+  // features - relu(features down^T) up^T - bias, each task with its own adapter: corrected, like features; the means
+  // over tokens, or an empty tensor; what the backward reads again, or an empty tensor. features: [num_tasks, samples,
+  // (tokens,) dim], or [samples, (tokens,) dim] with a task_index; bias: [num_tasks, dim]. activation "none": without
+  // relu.
   m.def(
       "surgery_adapter(Tensor features, Tensor down, Tensor up, Tensor? task_index=None, bool token_mean=False, "
-      "bool keep_hidden=False) -> (Tensor, Tensor, Tensor)");
+      "bool keep_hidden=False, Tensor? bias=None, str activation=\"relu\") -> (Tensor, Tensor, Tensor)");
 
-  // The gradients of features, down and up; empty where not needed.
+  // The gradients of features, down, up and bias; empty where not needed.
   m.def(
       "surgery_adapter_backward(Tensor? grad, Tensor? grad_means, Tensor features, Tensor down, Tensor up, "
-      "Tensor? task_index, Tensor hidden, bool need_features, bool need_adapter) -> (Tensor, Tensor, Tensor)");
+      "Tensor? task_index, Tensor hidden, bool need_features, bool need_adapter, bool need_bias=False, "
+      "str activation=\"relu\") -> (Tensor, Tensor, Tensor, Tensor)");
 
   // Many steps of gather, forward, L1 loss, backward and Adam for each task's adapter on cached features: the losses
   // [steps, num_tasks]. features, targets: one [images, dim] per task; indices [steps, num_tasks, batch].

@@ -44,10 +44,24 @@ def weights_like(x: Tensor) -> Tensor:
     return ((torch.arange(x.numel(), device=x.device) * 7 % 33 - 16) / 16).reshape(x.shape).to(x.dtype)
 
 
-def results_of(adapter: Adapter, features: Tensor, down: Tensor, up: Tensor, **options: Any) -> list[Tensor]:
-    """Corrected features, means where asked for, and the gradients of features, down and up."""
-    leaves = [x.detach().requires_grad_() for x in (features, down, up)]
-    results = adapter(*leaves, **options)
+def bias_for(down: Tensor) -> Tensor:
+    """One for the adapters of `problem`."""
+    num_tasks, _, dim = down.shape
+    return torch.randn(num_tasks, dim, generator=generator(down.shape), dtype=torch.float64).to(down.dtype)
+
+
+LINEAR = [{"activation": "none"}, {"bias": True}, {"bias": True, "activation": "none"}]  # bias: that of `bias_for`
+
+
+def results_of(
+    adapter: Adapter, features: Tensor, down: Tensor, up: Tensor, bias: bool = False, **options: Any
+) -> list[Tensor]:
+    """Corrected features, means where asked for, and the gradients of features, down and up, and of the bias."""
+    given = (features, down, up, bias_for(down)) if bias else (features, down, up)
+    leaves = [x.detach().requires_grad_() for x in given]
+    if bias:
+        options["bias"] = leaves[3]
+    results = adapter(*leaves[:3], **options)
     results = list(results) if options.get("token_mean") else [results]
     gradients = torch.autograd.grad(results, leaves, [weights_like(x) for x in results])
     return [*(x.detach() for x in results), *gradients]

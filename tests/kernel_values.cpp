@@ -81,17 +81,17 @@ void run(const Format& format) {
 
   const std::vector<void*> sums(kRows, means.data());
   kernels.pack_forward.get<Key>(format.dtype)(down.data(), up.data(), adapter);
-  kernels.forward.get<Key>(format.dtype)(
-      {adapter, kRows, features.rows().data(), corrected.rows().data(), sums.data(), hidden.data(), scratch.data()});
+  kernels.forward.get<Key>(format.dtype)({adapter, nullptr, /*relu=*/true, kRows, features.rows().data(),
+                                          corrected.rows().data(), sums.data(), hidden.data(), scratch.data()});
   corrected.print("corrected");
   means.print(format, "means");
   hidden.print(format, "hidden");
 
   Values<C> d_down(kRank * sk::padded(kDim)), minus_d_up_t(kRank * sk::padded(kDim));
   kernels.pack_backward.get<Key>(format.dtype)(down.data(), up.data(), adapter);
-  kernels.backward.get<Key>(format.dtype)({adapter, kRows, grad.rows().data(), sums.data(), C(kRows),
+  kernels.backward.get<Key>(format.dtype)({adapter, /*relu=*/true, kRows, grad.rows().data(), sums.data(), C(kRows),
                                            features.rows().data(), hidden.data(), d_features.rows().data(),
-                                           d_down.data(), minus_d_up_t.data(), scratch.data()});
+                                           d_down.data(), minus_d_up_t.data(), nullptr, scratch.data()});
   d_features.print("d_features");
   d_down.print(format, "d_down");
   minus_d_up_t.print(format, "d_up");

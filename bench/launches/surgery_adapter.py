@@ -23,6 +23,7 @@ def launches() -> Iterator[Launch]:
         (torch.bfloat16, torch.float32, 256),
     ):
         yield Launch(f"{name(features)}, {name(adapter)}, rank {rank}", both(features, adapter, rank), KERNELS)
+    yield Launch("float32, linear with a bias", linear)
     yield Launch("float64", both(torch.float64, torch.float64, 16))
     yield Launch("float16, task_index", by_task_index)
 
@@ -39,6 +40,15 @@ def both(features_dtype: torch.dtype, adapter_dtype: torch.dtype, rank: int) -> 
         surgery_adapter.surgery_adapter_backward(corrected, means, features, down, up, None, hidden, True, True)
 
     return call
+
+
+def linear() -> None:
+    features, bias = torch.zeros(8, 2, 50, 768), torch.zeros(8, 768)
+    down, up = torch.zeros(8, 16, 768), torch.zeros(8, 768, 16)
+    corrected, means, hidden = surgery_adapter.surgery_adapter(features, down, up, None, True, True, bias, "none")
+    surgery_adapter.surgery_adapter_backward(
+        corrected, means, features, down, up, None, hidden, True, True, True, "none"
+    )
 
 
 def by_task_index() -> None:

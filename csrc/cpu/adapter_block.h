@@ -114,22 +114,26 @@ inline void store_row(const C* from, int64_t dim, S* row) {
   }
 }
 
-// hidden = relu(features in), NaN kept
+// hidden = relu(features in), NaN kept, or features in
 template <class C>
-inline void forward_hidden(PackedAdapter<C> adapter, Panel<C> features, Panel<C> hidden, int64_t rows) {
+inline void forward_hidden(PackedAdapter<C> adapter, Panel<C> features, Panel<C> hidden, int64_t rows,
+                           bool relu = true) {
   using V = Vec<C>;
   multiply(scalars(features), {adapter.in, padded(adapter.rank)}, hidden, rows, adapter.rank, adapter.dim, false);
+  if (!relu) return;
   for (int64_t i = 0; i < rows * hidden.row; i += V::N) {
     const V x = load(hidden.at + i);
     store(select<C>(greater(V::set(0), x), V::set(0), x), hidden.at + i);
   }
 }
 
-// d_hidden = grad in, where hidden is not 0: where it is NaN too, as in torch
+// d_hidden = grad in; with relu where hidden is not 0: where it is NaN too, as in torch
 template <class C>
-inline void backward_hidden(PackedAdapter<C> adapter, Panel<C> grad, Panel<C> hidden, Panel<C> d_hidden, int64_t rows) {
+inline void backward_hidden(PackedAdapter<C> adapter, Panel<C> grad, Panel<C> hidden, Panel<C> d_hidden, int64_t rows,
+                            bool relu = true) {
   using V = Vec<C>;
   multiply(scalars(grad), {adapter.in, padded(adapter.rank)}, d_hidden, rows, adapter.rank, adapter.dim, false);
+  if (!relu) return;
   for (int64_t i = 0; i < rows * hidden.row; i += V::N) {
     const V x = load(d_hidden.at + i);
     store(select<C>(equal(load(hidden.at + i), V::set(0)), V::set(0), x), d_hidden.at + i);

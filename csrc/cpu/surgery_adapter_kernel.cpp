@@ -11,6 +11,11 @@ inline void add_row(const C* row, int64_t dim, C* sum) {
   for (int64_t i = 0; i < dim; ++i) sum[i] += row[i];
 }
 
+template <class C>
+inline void subtract_row(const C* row, int64_t dim, C* from) {
+  for (int64_t i = 0; i < dim; ++i) from[i] -= row[i];
+}
+
 template <class S>
 void forward(const AdapterForward<typename Compute<S>::Key>& args) {
   using C = typename Compute<S>::type;
@@ -18,10 +23,11 @@ void forward(const AdapterForward<typename Compute<S>::Key>& args) {
   const BlockScratch<C> scratch = {dim, rank, args.scratch};
   const Panel<C> panel = scratch.features(), hidden = scratch.hidden();
   for (int64_t i = 0; i < args.rows; ++i) load_row(static_cast<const S*>(args.features[i]), dim, panel.below(i).at);
-  forward_hidden(args.adapter, panel, hidden, args.rows);
+  forward_hidden(args.adapter, panel, hidden, args.rows, args.relu);
   add_out(args.adapter, hidden, panel, args.rows);
   for (int64_t i = 0; i < args.rows; ++i) {
-    const C* row = panel.below(i).at;
+    C* const row = panel.below(i).at;
+    if (args.bias) subtract_row(args.bias, dim, row);
     if (args.hidden) memcpy(args.hidden + i * rank, hidden.below(i).at, size_t(rank) * sizeof(C));
     if (args.sums) add_row(row, dim, static_cast<C*>(args.sums[i]));
     store_row(row, dim, static_cast<S*>(args.corrected[i]));
@@ -57,7 +63,8 @@ void backward(const AdapterBackward<typename Compute<S>::Key>& args) {
     load_grad<S>(args, i, grad.below(i).at);
     load_row(args.hidden + i * rank, rank, hidden.below(i).at);
   }
-  backward_hidden(adapter, grad, hidden, d_hidden, args.rows);
+  for (int64_t i = 0; args.minus_d_bias && i < args.rows; ++i) add_row(grad.below(i).at, dim, args.minus_d_bias);
+  backward_hidden(adapter, grad, hidden, d_hidden, args.rows, args.relu);
   if (args.d_down) {
     for (int64_t i = 0; i < args.rows; ++i)
       load_row(static_cast<const S*>(args.features[i]), dim, features.below(i).at);

@@ -1,7 +1,7 @@
-// features - relu(features down^T) up^T on a block of rows of one task, forward and backward: each row is read once
-// and written once; panels of the block and the packed adapter stay in the second-level cache. Bound: 4 rank dim FLOPs
-// a row forward, 8 backward. Products use fused multiply-adds where the instruction set has them: unlike merges, the
-// results of two instruction sets differ by rounding.
+// features - relu(features down^T) up^T - bias on a block of rows of one task, forward and backward: each row is read
+// once and written once; panels of the block and the packed adapter stay in the second-level cache. Bound: 4 rank dim
+// FLOPs a row forward, 8 backward. Products use fused multiply-adds where the instruction set has them: unlike merges,
+// the results of two instruction sets differ by rounding.
 #pragma once
 #include <cstdint>
 
@@ -36,6 +36,8 @@ struct AdapterForward {
   using C = ComputeOf<Key>;
 
   PackedAdapter<C> adapter;
+  const C* bias;                // null, or [dim]: taken off too
+  bool relu;                    // else hidden = features in
   int64_t rows;                 // at most kBlockRows
   const void* const* features;  // [rows], each [dim]
   void* const* corrected;       // [rows], each [dim]
@@ -51,6 +53,7 @@ struct AdapterBackward {
   using C = ComputeOf<Key>;
 
   PackedAdapter<C> adapter;
+  bool relu;
   int64_t rows;                   // at most kBlockRows
   const void* const* grad;        // null, or [rows], each [dim]
   const void* const* grad_means;  // null, or [rows], each [dim] of C: of the mean over `tokens` rows
@@ -59,6 +62,7 @@ struct AdapterBackward {
   const C* hidden;              // [rows, rank]
   void* const* d_features;      // null, or [rows], each [dim]
   C *d_down, *minus_d_up_t;     // null, or [rank, padded(dim)]: added to
+  C* minus_d_bias;              // null, or [dim]: added to
   C* scratch;                   // block_scratch(dim, rank) elements
 };
 template <class Key>

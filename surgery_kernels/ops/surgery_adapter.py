@@ -12,20 +12,44 @@ from . import arguments
 _ops = torch.ops.surgery_kernels
 
 
+ACTIVATIONS = ("relu", "none")
+
+
 @overload
 def surgery_adapter(
-    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = ..., token_mean: Literal[False] = ...
+    features: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    task_index: Tensor | None = ...,
+    token_mean: Literal[False] = ...,
+    bias: Tensor | None = ...,
+    activation: str = ...,
 ) -> Tensor: ...
 @overload
 def surgery_adapter(
-    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = ..., token_mean: Literal[True]
+    features: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    task_index: Tensor | None = ...,
+    token_mean: Literal[True],
+    bias: Tensor | None = ...,
+    activation: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def surgery_adapter(
-    features: Tensor, down: Tensor, up: Tensor, *, task_index: Tensor | None = None, token_mean: bool = False
+    features: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    task_index: Tensor | None = None,
+    token_mean: bool = False,
+    bias: Tensor | None = None,
+    activation: str = "relu",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``features - relu(features @ down.T) @ up.T``, every task with its own adapter, in one call.
+    """``features - relu(features @ down.T) @ up.T - bias``, every task with its own adapter, in one call.
 
     Products and sums run in float32 (float64 for float64 features), relu has gradient 0 at 0. Results do not depend on
     the number of threads; those of two instruction sets differ by rounding.
@@ -44,12 +68,14 @@ def surgery_adapter(
         up: [num_tasks, dim, rank], as `down`.
         task_index: int64 [rows]: the task of each row, in any order.
         token_mean: Also return the mean of the corrected features over the tokens, taken before they are rounded.
+        bias: [num_tasks, dim], in the dtype of `down`; None: there is none.
+        activation: "relu", or "none": a linear map.
 
     Returns:
         Corrected features with the shape, dtype and strides of `features`, contiguous where those overlap; with
         `token_mean` also the means, [num_tasks, batch, dim] or [rows, dim], NaN where there are no tokens.
-        Differentiable once, in `features`, `down` and `up`. NaN in a row reaches that row alone, its mean, and the
-        gradients of its task's adapter.
+        Differentiable once, in `features`, `down`, `up` and `bias`. NaN in a row reaches that row alone, its mean, and
+        the gradients of its task's adapter.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
@@ -58,13 +84,22 @@ def surgery_adapter(
 
     Source: Representation Surgery (arXiv 2402.02705), equation 4; SurgeryV2 (arXiv 2410.14389), section 4.
     """
-    _check(features, down, up, task_index, token_mean)
+    _check(features, down, up, task_index, token_mean, bias)
+    arguments.check_one_of("activation", activation, ACTIVATIONS)
     if features.stride(-1) != 1:
         features = features.contiguous()
-    keep_hidden = torch.is_grad_enabled() and (features.requires_grad or down.requires_grad or up.requires_grad)
+    differentiated = (features, down, up) if bias is None else (features, down, up, bias)
+    keep_hidden = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiated)
     dtype = _adapter_dtype(features, down)
     corrected, means, _ = _ops.surgery_adapter(
-        features, down.to(dtype), up.to(dtype), task_index, token_mean, keep_hidden
+        features,
+        down.to(dtype),
+        up.to(dtype),
+        task_index,
+        token_mean,
+        keep_hidden,
+        None if bias is None else bias.to(torch.promote_types(features.dtype, torch.float32)),
+        activation,
     )
     return (corrected, means.to(features.dtype)) if token_mean else corrected
 
@@ -79,8 +114,11 @@ def _adapter_dtype(features: Tensor, down: Tensor) -> torch.dtype:
     return down.dtype
 
 
-def _check(features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, token_mean: bool) -> None:
-    for name, tensor in {"features": features, "down": down, "up": up}.items():
+def _check(
+    features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, token_mean: bool, bias: Tensor | None
+) -> None:
+    given = {"features": features, "down": down, "up": up}
+    for name, tensor in (given if bias is None else {**given, "bias": bias}).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.device != features.device:
@@ -92,7 +130,9 @@ def _check(features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None
     num_tasks, rank, dim = down.shape
     if up.shape != (num_tasks, dim, rank):
         raise ValueError(f"up must have shape {(num_tasks, dim, rank)}, got {tuple(up.shape)}")
-    for name, tensor in {"down": down, "up": up}.items():
+    if bias is not None and bias.shape != (num_tasks, dim):
+        raise ValueError(f"bias must have shape {(num_tasks, dim)}, got {tuple(bias.shape)}")
+    for name, tensor in ({"down": down, "up": up} if bias is None else {"down": down, "up": up, "bias": bias}).items():
         if tensor.dtype not in (features.dtype, torch.float32) or tensor.dtype != down.dtype:
             raise ValueError(f"{name} must be {features.dtype} like features, or float32, got {tensor.dtype}")
     if task_index is not None and not isinstance(task_index, Tensor):
@@ -129,6 +169,8 @@ def _(
     task_index: Tensor | None = None,
     token_mean: bool = False,
     keep_hidden: bool = False,
+    bias: Tensor | None = None,
+    activation: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     means = (*features.shape[:-2], features.shape[-1]) if token_mean else (0,)
     hidden = (features.shape[:-1].numel(), down.shape[1]) if keep_hidden else (0,)
@@ -151,32 +193,48 @@ def _(
     hidden: Tensor,
     need_features: bool,
     need_adapter: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_bias: bool = False,
+    activation: str = "relu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = torch.promote_types(features.dtype, torch.float32)
     return (
         _empty_like_rows(features) if need_features else features.new_empty(0),
         torch.empty_like(down, memory_format=torch.contiguous_format) if need_adapter else down.new_empty(0),
         torch.empty_like(up, memory_format=torch.contiguous_format) if need_adapter else up.new_empty(0),
+        down.new_empty((len(down), down.shape[2]) if need_bias else 0, dtype=compute),
     )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, down, up, task_index, token_mean, _ = inputs
+    features, down, up, task_index, token_mean, _, _, activation = inputs
     ctx.save_for_backward(features, down, up, task_index, output[2])
-    ctx.token_mean = token_mean
+    ctx.token_mean, ctx.activation = token_mean, activation
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_means: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_means = grad_means if ctx.token_mean else None
     if grad is None and grad_means is None:
-        return (None,) * 6
-    need_features, need_down, need_up, *_ = ctx.needs_input_grad
+        return (None,) * 8
+    need_features, need_down, need_up, *others = ctx.needs_input_grad
+    need_bias = any(others)  # the one tensor among them; torch leaves out arguments with their defaults
     features, down, up, task_index, hidden = ctx.saved_tensors
-    d_features, d_down, d_up = _ops.surgery_adapter_backward(
-        grad, grad_means, features, down, up, task_index, hidden, need_features, need_down or need_up
+    d_features, d_down, d_up, d_bias = _ops.surgery_adapter_backward(
+        grad,
+        grad_means,
+        features,
+        down,
+        up,
+        task_index,
+        hidden,
+        need_features,
+        need_down or need_up,
+        need_bias,
+        ctx.activation,
     )
     needed = zip((d_features, d_down, d_up), (need_features, need_down, need_up), strict=True)
-    return *(gradient if need else None for gradient, need in needed), None, None, None
+    of_three = (gradient if need else None for gradient, need in needed)
+    return *of_three, None, None, None, d_bias if need_bias else None, None
 
 
 def _refuse_twice(*_: object) -> None:

@@ -89,13 +89,13 @@ def _load_gradient(grad, grad_means, rows, mean_rows, d, mask, mean_mask, share,
 
 @triton.jit
 def forward_kernel(
-    features, down, up, corrected, means, hidden, features_strides, corrected_strides,
+    features, down, up, bias, corrected, means, hidden, features_strides, corrected_strides,
     task_index, order, bounds, num_tasks, samples, tokens, dim, rank, blocks,
-    BY_SAMPLE: tl.constexpr, TASKS: tl.constexpr, THROUGH_MEMORY: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, TASKS: tl.constexpr, THROUGH_MEMORY: tl.constexpr, RELU: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RANK: tl.constexpr,
     OPERAND: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """corrected = features - relu(features down^T) up^T of some rows of one task, and their part of the mean.
+    """corrected = features - relu(features down^T) up^T - bias of some rows of one task, and their part of the mean.
 
     Bound: 2 rows dim s bytes of memory and 4 rows dim rank FLOPs. Out of the cache come rows dim s bytes more, where a
     row is read the second time, and 2 rank dim numbers of its adapter for each program.
@@ -118,7 +118,8 @@ def forward_kernel(
             x = tl.load(rows[:, None] + start + d[None, :], mask=mask, other=0.0).to(OPERAND)
             factor = _load_factor(down + adapter, start + d, r, 1, dim, dim, rank, known, OPERAND)
             activation = tl.dot(x, factor, activation, input_precision=PRECISION, out_dtype=ACCUMULATE)
-        activation = tl.where(activation <= 0, 0.0, activation)  # NaN stays
+        if RELU:
+            activation = tl.where(activation <= 0, 0.0, activation)  # NaN stays
         activation = tl.where(known, activation, float("nan"))
         if hidden is not None:
             mask = there[:, None] & (r[None, :] < rank)
@@ -140,6 +141,9 @@ def forward_kernel(
             )
         mask = there[:, None] & (start + d[None, :] < dim)
         x = tl.load(rows[:, None] + start + d[None, :], mask=mask, other=0.0).to(ACCUMULATE)
+        if bias is not None:
+            of_task = bias + task.to(tl.int64) * dim
+            x -= tl.load(of_task + start + d, mask=(start + d < dim) & known, other=0.0)[None, :]
         tl.store(results[:, None] + start + d[None, :], x - correction, mask=mask)
         if means is not None:
             part = tl.sum(tl.where(mask, x - correction, 0.0), axis=0) / tokens
@@ -151,7 +155,7 @@ def forward_kernel(
 def backward_rows_kernel(
     grad, grad_means, down, up, hidden, d_hidden, d_features, grad_strides, d_features_strides,
     task_index, order, bounds, num_tasks, samples, tokens, dim, rank, blocks,
-    BY_SAMPLE: tl.constexpr, TASKS: tl.constexpr, THROUGH_MEMORY: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, TASKS: tl.constexpr, THROUGH_MEMORY: tl.constexpr, RELU: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RANK: tl.constexpr,
     OPERAND: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +187,7 @@ def backward_rows_kernel(
             product = tl.dot(gradient.to(OPERAND), factor, product, input_precision=PRECISION, out_dtype=ACCUMULATE)
         mask = there[:, None] & (r[None, :] < rank)
         activation = tl.load(hidden + hidden_rows[:, None] + r[None, :], mask=mask, other=0.0)
-        change = tl.where(activation <= 0, 0.0, -product)
+        change = tl.where(activation <= 0, 0.0, -product) if RELU else -product
         change = tl.where(known, change, float("nan"))
         if d_hidden is not None:
             tl.store(d_hidden + hidden_rows[:, None] + r[None, :], change, mask=mask)
@@ -211,7 +215,7 @@ def backward_rows_kernel(
 
 @triton.jit
 def backward_adapter_kernel(
-    grad, grad_means, features, hidden, d_hidden, d_down, d_up, grad_strides, features_strides,
+    grad, grad_means, features, hidden, d_hidden, d_down, d_up, d_bias, grad_strides, features_strides,
     order, bounds, num_tasks, samples, tokens, dim, rank, parts,
     BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_RANK: tl.constexpr,
     OPERAND: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -224,7 +228,7 @@ def backward_adapter_kernel(
     """
     tile = tl.program_id(0)
     d_blocks = tl.cdiv(dim, BLOCK_DIM)
-    r_blocks = tl.cdiv(rank, BLOCK_RANK)
+    r_blocks = tl.maximum(1, tl.cdiv(rank, BLOCK_RANK))  # of rank 0 too there is a tile, for the bias
     d = tile % d_blocks * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     r = tile // d_blocks % r_blocks * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     task = tile // (d_blocks * r_blocks)
@@ -238,6 +242,7 @@ def backward_adapter_kernel(
     share = tl.full((1, 1), 1, ACCUMULATE) / tokens
     of_down = tl.zeros((BLOCK_RANK, BLOCK_DIM), dtype=ACCUMULATE)
     of_up = tl.zeros((BLOCK_RANK, BLOCK_DIM), dtype=ACCUMULATE)
+    of_bias = tl.zeros((BLOCK_DIM,), dtype=ACCUMULATE)
     for start in range(first, last, BLOCK):
         row = start + tl.arange(0, BLOCK)
         there = row < last
@@ -254,6 +259,8 @@ def backward_adapter_kernel(
         grad_rows = row_offset(sample, token, samples, grad_strides)
         mean_rows = sample.to(tl.int64)[:, None] * dim
         gradient = _load_gradient(grad, grad_means, grad_rows, mean_rows, d, mask, mask, share, ACCUMULATE)
+        if d_bias is not None:
+            of_bias += tl.sum(gradient, axis=0)
         activation = tl.trans(activation).to(OPERAND)
         of_up = tl.dot(activation, gradient.to(OPERAND), of_up, input_precision=PRECISION, out_dtype=ACCUMULATE)
 
@@ -261,3 +268,5 @@ def backward_adapter_kernel(
     mask = (r[:, None] < rank) & (d[None, :] < dim)
     tl.store(d_down + adapter + r[:, None] * dim + d[None, :], of_down, mask=mask)
     tl.store(d_up + adapter + d[:, None] * rank + r[None, :], -tl.trans(of_up), mask=tl.trans(mask))
+    if d_bias is not None and tile // d_blocks % r_blocks == 0:
+        tl.store(d_bias + (part.to(tl.int64) * num_tasks + task) * dim + d, -of_bias, mask=d < dim)

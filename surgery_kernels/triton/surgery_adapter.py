@@ -34,10 +34,19 @@ PROGRAMS = 160  # that keep a GPU busy: sums over rows are cut while that gives 
 class Operands:
     """The checked operands of both directions, and which program takes which rows."""
 
-    def __init__(self, features: Tensor, down: Tensor, up: Tensor, task_index: Tensor | None, by_sample: bool) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        down: Tensor,
+        up: Tensor,
+        task_index: Tensor | None,
+        activation: str,
+        by_sample: bool,
+    ) -> None:
         self.features, self.down, self.up = features, down.contiguous(), up.contiguous()
         self.layout = RowLayout.of(features, down.shape[0], task_index)
         self.num_tasks, self.rank, self.dim = down.shape
+        self.relu = activation == "relu"
         self._check()
         self.compute = torch.promote_types(features.dtype, torch.float32)
         self.products = products_of(features, down)
@@ -93,6 +102,7 @@ class Operands:
             "BY_SAMPLE": self.by_sample,
             "TASKS": triton.next_power_of_2(self.num_tasks + 1),
             "THROUGH_MEMORY": self.through_memory,
+            "RELU": self.relu,
             **self._options(self.tile),
         }
 
@@ -144,12 +154,17 @@ def surgery_adapter(
     task_index: Tensor | None = None,
     token_mean: bool = False,
     keep_hidden: bool = False,
+    bias: Tensor | None = None,
+    activation: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Corrected features, their means over tokens and the hidden values; empty tensors for what is not wanted.
 
     Rows of a sample whose task_index is outside [0, num_tasks) become NaN: to refuse them would wait for the device.
     """
-    operands = Operands(features, down, up, task_index, by_sample=token_mean)
+    operands = Operands(features, down, up, task_index, activation, by_sample=token_mean)
+    if bias is not None:
+        _check_shape("bias", bias, (operands.num_tasks, operands.dim))
+        bias = bias.contiguous()
     layout, nothing = operands.layout, operands.empty(0)
     corrected = empty_like_rows(features)
     needs_hidden = keep_hidden or operands.through_memory
@@ -160,6 +175,7 @@ def surgery_adapter(
             features=features,
             down=operands.down,
             up=operands.up,
+            bias=bias,
             corrected=corrected,
             means=parts,
             hidden=hidden,
@@ -186,9 +202,11 @@ def surgery_adapter_backward(
     hidden: Tensor,
     need_features: bool,
     need_adapter: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of features, down and up; empty where not needed."""
-    operands = Operands(features, down, up, task_index, by_sample=grad_means is not None)
+    need_bias: bool = False,
+    activation: str = "relu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of features, down, up and bias; empty where not needed."""
+    operands = Operands(features, down, up, task_index, activation, by_sample=grad_means is not None)
     layout = operands.layout
     if grad is not None:
         _check_shape("grad", grad, features.shape)
@@ -198,8 +216,9 @@ def surgery_adapter_backward(
         grad_means = grad_means.contiguous()
     _check_shape("hidden", hidden, (layout.rows, operands.rank))
     hidden = hidden.contiguous()
-    order = SampleOrder.of(layout) if need_adapter or not operands.by_sample else None
-    needs_d_hidden = need_adapter or operands.through_memory
+    need_sums = need_adapter or need_bias
+    order = SampleOrder.of(layout) if need_sums or not operands.by_sample else None
+    needs_d_hidden = need_sums or operands.through_memory
     d_hidden = operands.empty(layout.rows, operands.rank) if needs_d_hidden else None
     d_features = empty_like_rows(features) if need_features else None
     grad_strides = (0, 0, 0) if grad is None else layout.strides(grad)
@@ -218,19 +237,22 @@ def surgery_adapter_backward(
         )
     if d_features is None:
         d_features = features.new_empty(0)
-    if d_hidden is None or not need_adapter:
-        return d_features, down.new_empty(0), up.new_empty(0)
+    d_bias = operands.empty(operands.num_tasks, operands.dim) if need_bias else operands.empty(0)
+    if d_hidden is None or not need_sums:
+        return d_features, down.new_empty(0), up.new_empty(0), d_bias
 
     d_down, d_up = torch.empty_like(operands.down), torch.empty_like(operands.up)
-    if d_down.numel() == 0:
-        return d_features, d_down, d_up
+    if d_bias.numel() == 0 and d_down.numel() == 0:
+        return d_features, d_down, d_up, d_bias
     tile = operands.tile_of(ADAPTER_TILES)
-    tiles = operands.num_tasks * triton.cdiv(operands.dim, tile.dim) * triton.cdiv(operands.rank, operands.block_rank)
+    # Of rank 0 too there is a tile, for the bias.
+    of_ranks = max(1, triton.cdiv(operands.rank, operands.block_rank))
+    tiles = operands.num_tasks * triton.cdiv(operands.dim, tile.dim) * of_ranks
     blocks = triton.cdiv(layout.rows, operands.num_tasks * tile.rows)  # of an average task
     parts = max(1, min(blocks, PROGRAMS // tiles))
-    of_down, of_up = d_down, d_up
+    of_down, of_up, of_bias = d_down, d_up, d_bias
     if parts > 1:
-        of_down, of_up = (operands.empty(parts, *x.shape) for x in (d_down, d_up))
+        of_down, of_up, of_bias = (operands.empty(parts, *x.shape) for x in (d_down, d_up, d_bias))
     backward_adapter_kernel[tiles, parts](
         grad=grad,
         grad_means=grad_means,
@@ -239,6 +261,7 @@ def surgery_adapter_backward(
         d_hidden=d_hidden,
         d_down=of_down,
         d_up=of_up,
+        d_bias=of_bias if need_bias else None,
         grad_strides=grad_strides,
         features_strides=layout.strides(features),
         **operands.by_tiles(order, tile, parts),
@@ -246,7 +269,11 @@ def surgery_adapter_backward(
     if parts > 1:
         torch.sum(of_down, dim=0, dtype=d_down.dtype, out=d_down)
         torch.sum(of_up, dim=0, dtype=d_up.dtype, out=d_up)
-    return d_features, d_down, d_up
+        if need_bias:
+            torch.sum(of_bias, dim=0, out=d_bias)
+    if not need_adapter:
+        d_down, d_up = down.new_empty(0), up.new_empty(0)
+    return d_features, d_down, d_up, d_bias
 
 
 def _check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:

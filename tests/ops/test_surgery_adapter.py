@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import _C, reference, surgery_adapter
-from tests.adapter_cases import calls_of, problem, results_of, token_major, weights_like, wide
+from tests.adapter_cases import LINEAR, calls_of, problem, results_of, token_major, weights_like, wide
 from tests.cases import DTYPES, bits, generator, option_id
 
 BLOCK = 96  # rows that the kernel takes at a time
@@ -48,6 +48,23 @@ def test_every_dim_and_rank(dim: int, dtype: torch.dtype) -> None:
     for rank in RANKS:
         assert_close_to_reference(*problem((3, 7, dim), rank, dtype))
         assert_close_to_reference(*problem((2, 3, 5, dim), rank, dtype), token_mean=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+@pytest.mark.parametrize("options", LINEAR, ids=str)
+def test_bias_and_activation(options: dict[str, Any], dtype: torch.dtype) -> None:
+    for dim, rank in ((5, 3), (33, 16), (64, 0), (70, 33)):
+        assert_close_to_reference(*problem((3, 7, dim), rank, dtype), **options)
+        assert_close_to_reference(*problem((2, 3, 65, dim), rank, dtype), token_mean=True, **options)
+    index = torch.tensor([4, 0, 0, 2, 1, 4, 2])
+    assert_close_to_reference(*problem((7, 50, 33), 6, dtype, 5), task_index=index, token_mean=True, **options)
+    assert_close_to_reference(*problem((7, 33), 6, dtype, 5), task_index=index, **options)
+
+
+def test_a_linear_adapter_is_a_relu_adapter_of_twice_the_rank() -> None:
+    features, down, up = problem((2, 30, 33), 5, torch.float64)
+    pair = surgery_adapter(features, torch.cat([down, -down], dim=1), torch.cat([up, -up], dim=2))
+    torch.testing.assert_close(surgery_adapter(features, down, up, activation="none"), pair)
 
 
 @pytest.mark.parametrize("rank", [2, 4, 5, 6, 7, 8, 15, 17, 31, 32, 47, 48, 49, 63, 64, 65, 79])
@@ -282,8 +299,8 @@ def test_threads(dtype: torch.dtype) -> None:
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        grouped = results_of(surgery_adapter, features, down, up, token_mean=True)
-        indexed = results_of(surgery_adapter, features[0], down, up, task_index=index, token_mean=True)
+        grouped = results_of(surgery_adapter, features, down, up, token_mean=True, bias=True)
+        indexed = results_of(surgery_adapter, features[0], down, up, task_index=index, token_mean=True, bias=True)
         results.append([bits(x) for x in (*grouped, *indexed)])
     for other in results[1:]:
         for x, y in zip(other, results[0], strict=True):

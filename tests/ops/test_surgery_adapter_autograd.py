@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import surgery_adapter
-from tests.adapter_cases import calls_of, problem, results_of, token_major
+from tests.adapter_cases import bias_for, calls_of, problem, results_of, token_major
 from tests.cases import DTYPES, generator, option_id
 
 OPS = torch.ops.surgery_kernels
@@ -27,6 +27,32 @@ def test_gradcheck(indexed: bool, token_mean: bool) -> None:
     assert (hidden.abs() > 1e-4).all()  # a difference quotient must not cross the corner of relu
     leaves = [x.requires_grad_() for x in (features, down, up)]
     assert torch.autograd.gradcheck(lambda *x: surgery_adapter(*x, task_index=index, token_mean=token_mean), leaves)
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("indexed", [False, True], ids=["groups", "indexed"])
+def test_gradcheck_of_a_linear_adapter(indexed: bool) -> None:
+    features, down, up = problem((2, 3, 4, 5), 3, torch.float64)
+    index = torch.tensor([1, 0, 1, 1, 0, 1]) if indexed else None
+    features = features.flatten(0, 1) if indexed else features
+    leaves = [x.requires_grad_() for x in (features, down, up, bias_for(down))]
+    assert torch.autograd.gradcheck(
+        lambda features, down, up, bias: surgery_adapter(
+            features, down, up, bias=bias, activation="none", task_index=index, token_mean=True
+        ),
+        leaves,
+    )
+
+
+@pytest.mark.any_isa
+def test_the_gradient_of_the_bias_alone() -> None:
+    features, down, up = problem((2, 3, 5), 3)
+    bias = bias_for(down).requires_grad_()
+    with calls_of("surgery_adapter_backward") as calls:
+        surgery_adapter(features, down, up, bias=bias).sum().backward()
+    ((_, (*others, d_bias)),) = calls
+    assert [x.numel() for x in others] == [0, 0, 0]
+    assert bias.grad is not None and torch.equal(bias.grad, d_bias) and torch.equal(d_bias, torch.full((2, 5), -3.0))
 
 
 @pytest.mark.any_isa
@@ -48,7 +74,7 @@ def test_only_what_is_needed(needed: tuple[bool, ...]) -> None:
     with calls_of("surgery_adapter_backward") as calls:
         surgery_adapter(*leaves).sum().backward()
     assert [x.grad is not None for x in leaves] == list(needed)
-    ((_, (d_features, d_down, d_up)),) = calls
+    ((_, (d_features, d_down, d_up, _)),) = calls
     adapter = needed[1] or needed[2]
     assert (d_features.numel() > 0, d_down.numel() > 0, d_up.numel() > 0) == (needed[0], adapter, adapter)
     everything = [x.detach().requires_grad_() for x in arguments]
@@ -83,8 +109,14 @@ def test_opcheck(indexed: bool, token_mean: bool) -> None:
     for grad, grad_means in grads:
         for need in ((True, True), (False, True), (True, False)):
             torch.library.opcheck(OPS.surgery_adapter_backward, (grad, grad_means, *inputs, index, hidden, *need))
+    linear = {"bias": bias_for(down), "activation": "none"}
+    torch.library.opcheck(OPS.surgery_adapter, (*inputs, index, token_mean, True), linear)
+    given = (corrected, None, *inputs, index, hidden, False, False, True, "none")
+    torch.library.opcheck(OPS.surgery_adapter_backward, given)
     leaves = [x.requires_grad_() for x in inputs]
     torch.library.opcheck(OPS.surgery_adapter, (*leaves, index, token_mean, True))
+    linear["bias"].requires_grad_()
+    torch.library.opcheck(OPS.surgery_adapter, (*leaves, index, token_mean, True), linear)
 
 
 @pytest.mark.any_isa

@@ -14,6 +14,7 @@ from surgery_kernels import surgery_adapter
 
 OPS = torch.ops.surgery_kernels
 FEATURES, DOWN, UP = torch.zeros(2, 3, 5), torch.zeros(2, 4, 5), torch.zeros(2, 5, 4)
+BIAS = torch.zeros(2, 5)
 INDEX = torch.zeros(3, dtype=torch.int64)
 
 
@@ -60,6 +61,15 @@ INDEX = torch.zeros(3, dtype=torch.int64)
             "features must be [rows, tokens, dim], got (3, 5)",
         ),
         ((FEATURES[..., :4], DOWN, UP), {}, "features must have the dim of down, 5, got 4"),
+        ((FEATURES, DOWN, UP), {"bias": 1.0}, "bias must be a tensor, got float"),
+        ((FEATURES, DOWN, UP), {"bias": BIAS.to("meta")}, "bias must be on the device of features, cpu, got meta"),
+        ((FEATURES, DOWN, UP), {"bias": BIAS[0]}, "bias must have shape (2, 5), got (5,)"),
+        (
+            (FEATURES, DOWN, UP),
+            {"bias": BIAS.double()},
+            "bias must be torch.float32 like features, or float32, got torch.float64",
+        ),
+        ((FEATURES, DOWN, UP), {"activation": "gelu"}, "activation must be one of 'relu', 'none', got 'gelu'"),
         ((FEATURES[:1], DOWN, UP), {}, "features must have the num_tasks of down, 2, got 1"),
         ((FEATURES[0], DOWN, UP), {"task_index": [0, 1, 0]}, "task_index must be a tensor, got list"),
         ((FEATURES[0], DOWN, UP), {"task_index": INDEX.int()}, "task_index must be int64 [3], got torch.int32 [3]"),
@@ -125,6 +135,18 @@ def test_ops_refuse_what_would_corrupt_memory() -> None:
         ("up must have shape (2, 5, 4), got another", lambda: forward(FEATURES, up=UP.mT)),
         ("up must have shape (2, 5, 4), got another", lambda: forward(FEATURES, up=UP[0])),
         ("features must have the num_tasks of down, 2, got 1", lambda: forward(FEATURES[:1])),
+        (
+            "bias must be (2, 5) on the CPU in the dtype of down, got another tensor",
+            lambda: OPS.surgery_adapter(FEATURES, DOWN, UP, bias=BIAS[:1]),
+        ),
+        (
+            "bias must be (2, 5) on the CPU in the dtype of down, got another tensor",
+            lambda: OPS.surgery_adapter(FEATURES, DOWN, UP, bias=BIAS.double()),
+        ),
+        (
+            "activation must be one of 'relu', 'none', got 'gelu'",
+            lambda: OPS.surgery_adapter(FEATURES, DOWN, UP, activation="gelu"),
+        ),
         (
             "task_index must be int64 [3] on the CPU, got another tensor",
             lambda: forward(FEATURES[0], index=INDEX.int()),

