@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .reading.source import Source, TensorInfo
-from .vocabulary.layers import is_vocabulary, tied_to
+from .vocabulary.layers import Vocabulary, tied_to
 
 # What a user may allow, with what then happens.
 ALLOWABLE = {
@@ -75,6 +75,7 @@ def match(
         by_token: The recipe says that vocabularies follow the tokens.
     """
     names: dict[str, str] = {}
+    axes = Vocabulary(first).axes
     found: dict[str, list[str]] = {kind: [] for kind in (*ALLOWABLE, *NOTED)}
     for pair in (pair for pair in pairs if pair.merged):
         wanted, name = first.tensors[pair.ours], pair.theirs
@@ -86,7 +87,13 @@ def match(
             found["tied"].append(f"{name!r} tied to {own!r}")
         got = model.tensors[own]
         if got.shape != wanted.shape:
-            kind = "shape" if not _differ_in_rows(name, got, wanted) else "tokens" if by_token else "vocabulary"
+            kind = (
+                "shape"
+                if not _differ_in_rows(axes.get(pair.ours), got, wanted)
+                else "tokens"
+                if by_token
+                else "vocabulary"
+            )
             found[kind].append(f"{name!r} of shape {list(got.shape)} instead of {list(wanted.shape)}")
             if kind == "shape":
                 continue
@@ -127,8 +134,13 @@ def check_allowed(differences: Collection[Difference], allow: Collection[str]) -
         )
 
 
-def _differ_in_rows(name: str, got: TensorInfo, wanted: TensorInfo) -> bool:
-    return is_vocabulary(name) and len(got.shape) == 2 and got.shape[1:] == wanted.shape[1:]
+def _differ_in_rows(axis: int | None, got: TensorInfo, wanted: TensorInfo) -> bool:
+    """Whether the models have different numbers of tokens, and nothing else."""
+    if axis is None or len(got.shape) != len(wanted.shape):
+        return False
+    return all(
+        i == axis or ours == theirs for i, (ours, theirs) in enumerate(zip(wanted.shape, got.shape, strict=True))
+    )
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from .memory import Buffers, Scratch
 from .steps import Input, Step
-from .vocabulary.rows import Rows
-
-ROWS_AT_ONCE = 4096  # copied by index, which takes memory
 
 
 class Loader:
@@ -21,10 +18,7 @@ class Loader:
         self._device = torch.device(device)
 
     def load(self, wanted: Input, step: Step) -> Tensor:
-        tensor = wanted.source.tensor(wanted.name)
-        if not step.takes_as_it_is(wanted):
-            tensor = self._fitted(tensor, wanted.rows, step)
-        return tensor.to(self._device)
+        return self._on_cpu(wanted, step).to(self._device)
 
     def empty(self, step: Step) -> Tensor:
         """Memory for the merged tensor."""
@@ -33,17 +27,10 @@ class Loader:
         memory = self._buffers if step.dtype == step.out_dtype else self._scratch
         return memory.empty(step.shape, step.dtype)
 
-    def _fitted(self, tensor: Tensor, rows: Rows | None, step: Step) -> Tensor:
-        fitted = self._scratch.empty(step.shape, step.dtype)
-        if tensor.shape == fitted.shape and rows is None:
-            return fitted.copy_(tensor)
-        num_rows = min(len(tensor), len(fitted))
-        if rows is not None or num_rows < len(fitted):
-            first = step.first.source.tensor(step.first.name)
-            fitted.copy_(first[: len(fitted)])
-        if rows is None:
-            fitted[:num_rows].copy_(tensor[:num_rows])
-        else:
-            for here, there in zip(rows.here.split(ROWS_AT_ONCE), rows.there.split(ROWS_AT_ONCE), strict=True):
-                fitted[here] = tensor[there].to(fitted.dtype)
-        return fitted
+    def _on_cpu(self, wanted: Input, step: Step) -> Tensor:
+        if wanted.rows is not None:
+            return wanted.rows.fill(self._scratch.empty(step.shape, step.dtype))
+        tensor = wanted.source.tensor(wanted.name)
+        if tensor.shape != step.shape:
+            tensor = tensor[: step.shape[0]]
+        return tensor if step.takes_as_it_is(wanted) else self._scratch.empty(step.shape, step.dtype).copy_(tensor)

@@ -9,7 +9,7 @@ from ..recipes import Recipe
 from ..recipes.layers import in_layer, layers_of
 from ..recipes.model_reference import ModelReference
 from .reading.source import Source
-from .vocabulary.layers import is_vocabulary
+from .vocabulary.layers import Vocabulary
 
 Shapes = dict[str, set[tuple[int, ...]]]
 
@@ -20,7 +20,7 @@ def check_one_model(recipe: Recipe, sources: Mapping[ModelReference, Source]) ->
     if recipe.origins is None or len(models) == 1:
         return
     first, *others = (sources[model] for model in models)
-    by_token = recipe.tokenizer_source is not None
+    by_token = recipe.tokenizer is not None
     wanted = _shapes(first, by_token)
     for other in others:
         got = _shapes(other, by_token)
@@ -44,9 +44,12 @@ def _shapes(source: Source, by_token: bool) -> Shapes:
     Where rows follow the tokens (`by_token`) vocabularies have the shape of the result.
     """
     shapes: Shapes = defaultdict(set)
+    vocabulary = Vocabulary(source)
     for name, layer in layers_of(source.tensors, source.name).items():
+        shape = source.tensors[name].shape
         if layer is not None:
-            shapes[in_layer(name, "*")].add(source.tensors[name].shape)
-        elif is_vocabulary(name):
-            shapes[name].add(source.tensors[name].shape[by_token:])
+            shapes[in_layer(name, "*")].add(shape)
+        elif name in vocabulary.axes or name in vocabulary.unknown:
+            axis = vocabulary.axes.get(name, 0)
+            shapes[name].add((*shape[:axis], *shape[axis + 1 :]) if by_token else shape)
     return shapes

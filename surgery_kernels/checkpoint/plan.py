@@ -17,9 +17,10 @@ from ..recipes import Recipe
 from ..recipes.model_reference import Location, ModelReference
 from .differences import ALLOWABLE, Difference, check_allowed
 from .layer_lists import uncertain_layers
-from .reading.opening import open_checkpoint
+from .reading.opening import find_folder, open_checkpoint
 from .reading.source import Source
 from .steps import Step, plan_steps
+from .vocabulary.vocabularies import Vocabularies
 from .writing.layout import Layout, lay_out
 
 
@@ -33,6 +34,7 @@ class Plan:
     layout: Layout
     differences: list[Difference]
     nonfinite: str
+    vocabularies: Vocabularies
 
     @property
     def first(self) -> Source:
@@ -46,7 +48,7 @@ class Plan:
         counting = ", ".join(uncertain_layers(origins, self.first.config or {}))
         of_config = f"config.json of {self.first.name} tells layers apart by {counting}, which does not follow them"
         of_sources = [notice for source in self.sources.values() for notice in source.notices]
-        return [*self.recipe.notices, *of_sources, *([of_config] if counting else [])]
+        return [*self.recipe.notices, *of_sources, *self.vocabularies.notices, *([of_config] if counting else [])]
 
     @property
     def ordered(self) -> list[Step]:
@@ -85,6 +87,7 @@ class Plan:
                 [step.name, str(step.dtype), str(step.method), [i.identity for i in (step.first, *step.experts)]]
                 for step in self.steps
             ],
+            "tokenizer": {name: str(content) for name, content in self.vocabularies.files.items()},
             "headers": [shard.header.hex() for shard in self.layout.shards],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -178,12 +181,13 @@ def _plan(
 ) -> Plan:
     for source in sources.values():
         _check_unscaled(source)
-    steps, differences = plan_steps(recipe, sources, options)
+    vocabularies = Vocabularies(recipe, sources, find_folder)
+    steps, differences = plan_steps(recipe, sources, vocabularies, options)
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     layout = lay_out({step.name: (step.out_dtype, step.shape) for step in steps}, max_shard_bytes)
-    return Plan(recipe, sources, steps, layout, differences, options["nonfinite"])
+    return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies)
 
 
 def _check_unscaled(source: Source) -> None:

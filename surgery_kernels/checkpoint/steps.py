@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
 from typing import Any
@@ -21,9 +21,8 @@ from .differences import Difference, Match, Pair, match, together
 from .one_model import check_one_model
 from .reading.read_ahead import Span
 from .reading.source import Source, TensorInfo
-from .vocabulary.layers import is_vocabulary
-from .vocabulary.rows import Rows, shared_rows
-from .vocabulary.tokens import ids_by_token
+from .vocabulary.rows import Rows
+from .vocabulary.vocabularies import Vocabularies
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Input:
 
     source: Source
     name: str
-    rows: Rows | None = None  # of a vocabulary whose tokens have other rows here
+    rows: Rows | None = None  # how it is put together; None: it is as it is, or the first rows of it are
 
     @property
     def info(self) -> TensorInfo:
@@ -84,7 +83,7 @@ class Step:
     def takes_as_it_is(self, tensor: Input) -> bool:
         info = tensor.info
         aligned = info.offset is not None and info.offset % info.dtype.itemsize == 0 and info.strides is None
-        return aligned and tensor.rows is None and info.dtype == self.dtype and info.shape == self.shape
+        return aligned and tensor.rows is None and info.dtype == self.dtype  # or its first rows are
 
     @property
     def spans(self) -> list[Span]:
@@ -98,14 +97,16 @@ class Step:
 
 
 def plan_steps(
-    recipe: Recipe, sources: Mapping[ModelReference, Source], options: Mapping[str, Any]
+    recipe: Recipe,
+    sources: Mapping[ModelReference, Source],
+    vocabularies: Vocabularies,
+    options: Mapping[str, Any],
 ) -> tuple[list[Step], list[Difference]]:
     """The steps of all slices, and in what their models differ.
 
     Raises:
         ValueError: a model has nothing to merge, or not what the recipe asks of it.
     """
-    vocabularies = _Vocabularies(recipe, sources) if recipe.tokenizer_source is not None else None
     check_one_model(recipe, sources)
     steps: list[Step] = []
     differences: list[Difference] = []
@@ -124,7 +125,7 @@ class _SliceOf:
         recipe: Recipe,
         part: Slice,
         sources: Mapping[ModelReference, Source],
-        vocabularies: _Vocabularies | None,
+        vocabularies: Vocabularies,
     ) -> None:
         self._recipe, self._part, self._vocabularies = recipe, part, vocabularies
         self._first = sources[part.first.model]
@@ -133,6 +134,7 @@ class _SliceOf:
         self._merged = {output.name for output in self._outputs if self._kept(output).info.dtype.is_floating_point}
         if not self._merged:
             raise ValueError(f"{self._first.name} must have floating-point tensors to merge, got none")
+        self._vocabularies.check(self._first, [self._kept(output).name for output in self._outputs])
         self._matches = self._matched()
         self.differences = [difference for found in self._matches for difference in found.differences]
 
@@ -155,7 +157,7 @@ class _SliceOf:
                 for output in self._outputs
             ]
             belonging = self._part.names(expert, source.tensors).values()
-            casts, by_token = self._recipe.dtype is not None, self._vocabularies is not None
+            casts, by_token = self._recipe.dtype is not None, self._vocabularies.by_token
             found.append(match(self._first, source, pairs, belonging, casts=casts, by_token=by_token))
         return found
 
@@ -165,42 +167,18 @@ class _SliceOf:
 
     def _merging(self, output: Output, method: Method) -> Step:
         kept = self._kept(output)
-        shape = kept.info.shape
-        of_tokens = self._vocabularies if is_vocabulary(output.name) and len(shape) == 2 else None
-        if of_tokens:
-            _check_rows(kept, of_tokens.num_rows)
-            shape = (of_tokens.num_rows, *shape[1:])
-        inputs = []
-        for expert, source, matched in zip(self._part.experts, self._experts, self._matches, strict=True):
-            rows = of_tokens.rows[expert.model] if of_tokens else None
-            inputs.append(Input(source, matched.names[kept.name], rows) if kept.name in matched.names else kept)
-            if inputs[-1].rows is not None:
-                _check_rows(inputs[-1], inputs[-1].rows.num_there)
+        inputs = [kept]
+        for source, matched in zip(self._experts, self._matches, strict=True):
+            inputs.append(Input(source, matched.names[kept.name]) if kept.name in matched.names else kept)
+        with_base = self._part.base is not None or self._part.first.model == self._recipe.base_model
+        shape, rows = self._vocabularies.arranged(
+            kept.name, [(of.source, of.name) for of in inputs], self._first if with_base else None
+        )
+        kept, *inputs = (replace(of, rows=own) for of, own in zip(inputs, rows, strict=True))
         has_base = self._part.base is not None
         dtype = self._recipe.dtype or _common_dtype([kept, *inputs] if has_base else inputs)
         return Step(
             output.name, shape, kept, tuple(inputs), method, dtype, self._recipe.out_dtype or dtype, has_base=has_base
-        )
-
-
-class _Vocabularies:
-    """Whose rows are whose, and how many the result has: one for every token of the donor, as in mergekit."""
-
-    def __init__(self, recipe: Recipe, sources: Mapping[ModelReference, Source]) -> None:
-        donor = sources[recipe.donor]
-        tokens = ids_by_token(donor)
-        if not tokens:
-            raise ValueError(
-                f"tokenizer_source must be left out for a model without a tokenizer.json, got 'base' and {donor.name}"
-            )
-        self.num_rows = 1 + max(tokens.values())
-        self.rows = {model: shared_rows(tokens, ids_by_token(sources[model]) or tokens) for model in recipe.references}
-
-
-def _check_rows(tensor: Input, num_rows: int) -> None:
-    if (got := tensor.info.shape[0]) < num_rows:
-        raise ValueError(
-            f"{tensor.name!r} of {tensor.source.name} must have {num_rows} rows for the tokens it has, got {got}"
         )
 
 

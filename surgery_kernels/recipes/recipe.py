@@ -24,12 +24,14 @@ from .model_reference import ModelReference
 from .node import Node
 from .settings import read_settings
 from .slices import Context, Slice, read_slices
+from .tokenizer import TokenizerSettings, read_chat_template, read_tokenizer
 
 RECIPE_METHODS = {name: method for name, method in METHODS.items() if method.in_recipes}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in arguments.DTYPES}
 SCOPES = ("tensor", "model")
 KEYS = (
     "base_model",
+    "chat_template",
     "dtype",
     "merge_method",
     "models",
@@ -39,12 +41,9 @@ KEYS = (
     "parameters",
     "scope",
     "slices",
+    "tokenizer",
     "tokenizer_source",
 )
-UNSUPPORTED = {
-    "tokenizer": "without a tokenizer of its own (tokenizer_source: base keeps that of the base)",
-    "chat_template": "without a chat template of its own (that of the base is kept)",
-}
 # What only recipes of mergekit's other commands have.
 OTHER_COMMANDS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genome": "mergekit-evolve"}
 
@@ -59,7 +58,8 @@ class Recipe:
     base_model: ModelReference | None = None
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
-    tokenizer_source: str | None = None
+    tokenizer: TokenizerSettings | None = None  # None: that of the donor, and rows are merged by their numbers
+    chat_template: str | None = None  # "auto", a name or a text; None: that of the tokenizer
     scope: str = "tensor"
     name: str | None = None  # by which other documents call the result
     notices: tuple[str, ...] = ()  # what is ignored or understood in another way than written
@@ -101,9 +101,6 @@ class Recipe:
 def read_recipe(root: Node, text: str) -> Recipe:
     """The recipe in a document of a YAML text."""
     if isinstance(root.value, dict):
-        for key, requirement in UNSUPPORTED.items():
-            if key in root.value:
-                raise ValueError(f"{root.at} must be {requirement}, got {key!r}")
         for key, command in OTHER_COMMANDS.items():
             if key in root.value and "merge_method" not in root.value:
                 raise ValueError(f"{root.at} must be of a merge, got {key!r} of {command}: run it with that command")
@@ -120,7 +117,8 @@ def read_recipe(root: Node, text: str) -> Recipe:
         base_model,
         _read_dtype(keys.get("dtype")),
         _read_dtype(keys.get("out_dtype")),
-        _read_tokenizer_source(keys.get("tokenizer_source")),
+        read_tokenizer(root, keys),
+        read_chat_template(keys.get("chat_template")),
         _read_scope(keys.get("scope"), method, slices),
         str(keys["name"].value) if "name" in keys else None,
         tuple(root.notices),
@@ -136,12 +134,6 @@ def _read_scope(node: Node | None, method: type[Method], slices: tuple[Slice, ..
     if len({tuple(source.model for source in part.sources) for part in slices}) > 1:
         raise node.must("be 'tensor' for slices of different models")
     return scope
-
-
-def _read_tokenizer_source(node: Node | None) -> str | None:
-    if node is not None and node.value != "base":
-        raise node.must("be 'base' or left out")
-    return None if node is None else node.value
 
 
 def _read_dtype(node: Node | None) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from surgery_kernels.recipes import load_recipe, parse_recipe
 from surgery_kernels.recipes.model_reference import Location, ModelReference
 from surgery_kernels.recipes.recipe import KEYS as TOP_KEYS
 from surgery_kernels.recipes.recipe import RECIPE_METHODS
+from surgery_kernels.recipes.tokenizer import TokenizerSettings
 
 pytestmark = pytest.mark.any_isa
 
@@ -53,7 +54,7 @@ def test_a_file(tmp_path: Path) -> None:
         assert recipe.experts == (EXPERT_A, EXPERT_B)
         assert recipe.references == (BASE, EXPERT_A, EXPERT_B)
         assert (recipe.dtype, recipe.out_dtype) == (torch.float32, torch.bfloat16)
-        assert (recipe.tokenizer_source, recipe.scope) == ("base", "tensor")
+        assert (recipe.tokenizer, recipe.scope) == (TokenizerSettings("base"), "tensor")
         assert recipe.source == TEXT
 
 
@@ -61,7 +62,7 @@ def test_a_mapping() -> None:
     recipe = load_recipe({"merge_method": "linear", "models": [{"model": "a"}], "parameters": {"weight": 1}})
     assert recipe.source == "merge_method: linear\nmodels:\n- model: a\nparameters:\n  weight: 1\n"
     assert parse_recipe(recipe.source) == recipe
-    assert (recipe.base_model, recipe.dtype, recipe.out_dtype, recipe.tokenizer_source) == (None,) * 4
+    assert (recipe.base_model, recipe.dtype, recipe.out_dtype, recipe.tokenizer) == (None,) * 4
     assert str(recipe.donor) == "a"
 
 
@@ -132,8 +133,6 @@ REFERENCE = "(or {model: {path: ...}})"
         (TEXT + "dtype: float16", " must be valid YAML, got an error in line 18: the key 'dtype' of line 14 again"),
         ("{a: 1, a: 1}", " must be valid YAML, got an error in line 1: the key 'a' of line 1 again"),
         (TEXT + "slices: [{}]", " must have one of models, slices and modules, got models and slices"),
-        (TEXT + "tokenizer: {}", " must be without a tokenizer of its own"),
-        (TEXT + "chat_template: auto", " must be without a chat template of its own"),
         ("merge_method: linear\nmodels: a", ".models must be a list, got 'a'"),
         ("merge_method: linear\nmodels: []", " must have one of models, slices and modules, got none"),
         (
@@ -191,7 +190,6 @@ def test_errors(text: str, message: str) -> None:
         ("float32", "bf16", ".dtype must be one of float64, float32, float16, bfloat16, got 'bf16'"),
         ("torch.bfloat16", "int64", ".out_dtype must be one of float64, float32, float16, bfloat16, got 'int64'"),
         ("torch.bfloat16", "[]", ".out_dtype must be one of float64, float32, float16, bfloat16, got []"),
-        ("source: base", "source: union", ".tokenizer_source must be 'base' or left out, got 'union'"),
         (": tensor", ": layer", ".scope must be one of 'tensor', 'model', got 'layer'"),
     ],
 )

@@ -31,9 +31,7 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
         ImportError: a model of the Hub without huggingface_hub.
     """
     name = str(reference)
-    path = Path(reference).expanduser()
-    if not path.exists():
-        path = download(name)
+    path = find_folder(name)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"reference must be a folder or a .safetensors file, got the file {name!r}")
@@ -45,3 +43,9 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
     if base is None:
         raise ValueError(f"base must be given for {name}, which is an adapter, got None")
     return open_lora(name, path, base)
+
+
+def find_folder(reference: str) -> Path:
+    """Where the files of a model lie, or the file that it is; a model of the Hub is downloaded."""
+    path = Path(reference).expanduser()
+    return path if path.exists() else download(reference)

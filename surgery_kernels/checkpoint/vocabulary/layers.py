@@ -1,20 +1,152 @@
-"""Which tensors have a row for every token."""
+"""Which tensors of a model have a row for every token: by their names, and by the sizes of its vocabularies."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations_with_replacement
+from typing import Any
+
 from ..reading.source import Source
+from .sizes import LANGUAGE, PER_LAYER, Size, numbers_in, sizes_in
 
-INPUT_LAYERS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
+# Names that mean tokens wherever they stand, also in a numbered layer, as of the heads that predict several tokens.
+INPUT = re.compile(
+    r"(.*[./])?(embed_tokens(_per_layer|\.\d+)?|embed_text_tokens|tok_embeddings?|(text_)?token_emb(edding|ed)?|tokens_embed"
+    r"|word_embeddings?|wte|embed_in)\.weight"
+)
+OUTPUT = re.compile(
+    r"(.*[./])?((lm_head|lm_heads\.\d+|generator_lm_head|predictions|mlm_head)(\.(decoder|linear|out_proj))?"
+    r"|embed_out|lm_loss|vocab_projector|pred_layer\.proj|shared_head\.head|output_layer|output_projection"
+    r"|generator_predictions\.decoder|speech_head)\.(weight|bias)"
+)
+# Names that mean tokens outside the layers, where the size is that of a vocabulary.
+LIKELY_INPUT = re.compile(
+    r"(.*[./])?(shared|embeddings?|input_embeddings?|input_embeds_layer|emb|embd|embed|w)\.weight"
+)
+LIKELY_OUTPUT = re.compile(
+    r"(.*[./])?(output|heads?|decoder|ff_out|proj_out|out|classifier_head|embedding_decoder|prediction_head|ctc_head"
+    r"|mmm_text_head)\.(weight|bias)"
+)
+# The same with tokens in another dimension than the first.
+TURNED = re.compile(r"(.*[./])?(final_logits_bias|predictions\.dense\.weight)")
+NUMBERED = re.compile(r"(.*[./])?\d+\.")
 
 
-def is_vocabulary(name: str) -> bool:
-    return name.endswith(INPUT_LAYERS + OUTPUT_LAYERS)
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tensors of a model that are indexed by tokens."""
+
+    model: Source
+
+    @cached_property
+    def num_rows(self) -> int:
+        """One for every token, and for padding; 0: there is no such tensor."""
+        sizes = [size.value for size in self._sizes]
+        for kind in (INPUT, LIKELY_INPUT):
+            named = [info.shape for name, info in self.model.tensors.items() if kind.fullmatch(name)]
+            rows = [shape[0] for shape in named if len(shape) > 1 and shape[0] > 1]
+            if known := [size for size in sizes if size in rows]:
+                return known[0]
+            if rows and (kind is INPUT or not sizes):
+                return max(rows)
+        lengths = {length for info in self.model.tensors.values() for length in info.shape}
+        return next((size for size in sizes if size in lengths), 0)
+
+    @cached_property
+    def axes(self) -> dict[str, int]:
+        """Which dimension of a tensor is that of tokens."""
+        found = {}
+        for name, info in self.model.tensors.items():
+            axis = self._axis(name, info.shape)
+            if axis is not None:
+                found[name] = axis
+        return found
+
+    @cached_property
+    def short(self) -> frozenset[str]:
+        """Names of `axes` with rows for the first tokens only, as the configuration says."""
+        return frozenset(
+            name for name, axis in self.axes.items() if self.model.tensors[name].shape[axis] != self.num_rows
+        )
+
+    @cached_property
+    def unknown(self) -> frozenset[str]:
+        """Tensors that may have a row for every token, and may not."""
+        return frozenset(
+            name
+            for name, info in self.model.tensors.items()
+            if name not in self.axes and (self._may_be(name, info.shape) or self._is_of_another(name, info.shape))
+        )
+
+    def _may_be(self, name: str, shape: tuple[int, ...]) -> bool:
+        """A length is that of the vocabulary, and of nothing else that is known of the model."""
+        if not self.num_rows or self.num_rows not in shape or self.num_rows in self._other_sizes | self._widths:
+            return False
+        return not (NUMBERED.match(name) and self._is_product)
+
+    def _is_of_another(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Its name means tokens, and its length is that of no vocabulary that the configuration knows."""
+        return _is_named(name) and bool(shape) and shape[0] not in {size.value for size in self._sizes}
+
+    @cached_property
+    def _sizes(self) -> list[Size]:
+        return sizes_in(self.model.config or {})
+
+    @cached_property
+    def _other_sizes(self) -> frozenset[int]:
+        """What else a dimension of that length may be."""
+        numbers = numbers_in(self.model.config or {})
+        return frozenset(
+            value
+            for path, value in numbers
+            if value > 1 and "vocab" not in path[-1] and not re.search(r"token|_id(s|x)?$|index", path[-1])
+        )
+
+    @cached_property
+    def _is_product(self) -> bool:
+        """Whether the length may be of several heads, or of projections that are stored as one."""
+        factors = self._other_sizes | {2, 3, 4}
+        return any(a * b == self.num_rows for a, b in combinations_with_replacement(factors, 2))
+
+    @cached_property
+    def _widths(self) -> frozenset[int]:
+        """Of the tensors in layers."""
+        shapes = [info.shape for name, info in self.model.tensors.items() if NUMBERED.match(name)]
+        return frozenset(length for shape in shapes for length in shape[1:])
+
+    def _axis(self, name: str, shape: tuple[int, ...]) -> int | None:
+        if not self.num_rows:
+            return None
+        if TURNED.fullmatch(name):
+            return shape.index(self.num_rows) if self.num_rows in shape else None
+        likely = not NUMBERED.match(name) and (LIKELY_INPUT.fullmatch(name) or LIKELY_OUTPUT.fullmatch(name))
+        if not shape or not (_is_named(name) or likely):
+            return None
+        if shape[0] == self.num_rows:
+            return 0
+        per_layer = [size.value for size in self._sizes if size.path[-1] == PER_LAYER]
+        return 0 if name.endswith("_per_layer.weight") and shape[0] in per_layer else None
 
 
 def tied_to(name: str, model: Source) -> str | None:
     """The input layer of a model that stores its output layer `name` as nothing but that."""
-    if not name.endswith(OUTPUT_LAYERS) or (model.config or {}).get("tie_word_embeddings") is False:
+    if not OUTPUT.fullmatch(name) or not name.endswith(".weight") or _is_untied(model.config or {}):
         return None
-    inputs = [own for own in model.tensors if own.endswith(INPUT_LAYERS)]
-    return inputs[0] if len(inputs) == 1 else None
+    vocabulary = Vocabulary(model)
+    full = [own for own in vocabulary.axes if own not in vocabulary.short and own not in model.tied]
+    for kind in (INPUT, LIKELY_INPUT):
+        if inputs := [own for own in full if kind.fullmatch(own)]:
+            return inputs[0] if len(inputs) == 1 else None
+    return None
+
+
+def _is_untied(config: Mapping[str, Any]) -> bool:
+    inner = [config[key] for key in LANGUAGE if isinstance(config.get(key), Mapping)]
+    return any(of.get("tie_word_embeddings") is False for of in (config, *inner))
+
+
+def _is_named(name: str) -> bool:
+    return bool(INPUT.fullmatch(name) or OUTPUT.fullmatch(name))

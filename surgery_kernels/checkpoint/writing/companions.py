@@ -37,7 +37,13 @@ def write_companions(folder: Path, plan: Plan, name: str) -> None:
         write_text(folder / "model.safetensors.index.json", plan.layout.index())
     if source := plan.first.folder:
         for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
-            copy_file(path, folder / path.name)
+            if path.name not in plan.vocabularies.files:
+                copy_file(path, folder / path.name)
         if (source / "config.json").is_file():
             write_config(source / "config.json", folder / "config.json", plan)
+    for file, content in plan.vocabularies.files.items():
+        if isinstance(content, Path):
+            copy_file(content, folder / file)
+        elif content is not None:
+            write_text(folder / file, content)
     write_text(folder / "README.md", model_card(plan, name))

@@ -33,15 +33,12 @@ def _merged(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     if len(dtypes) == 1 and any(step.out_dtype != step.first.info.dtype for step in plan.merged):
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         new |= dict.fromkeys(keys, str(dtypes.pop()).removeprefix("torch."))
-    rows = {step.shape[0] for step in plan.merged if step.shape != step.first.info.shape}
-    if len(rows) == 1:
-        new["vocab_size"] = rows.pop()
     changed = {key: value for key, value in new.items() if key in config or key == "torch_dtype"}
     changed |= _of_layers(plan, config)
     if isinstance(inner := config.get(INNER), Mapping):
         of_inner = {key: value for key, value in new.items() if key in inner} | _of_layers(plan, inner)
         changed[INNER] = {**inner, **of_inner}
-    return {**config, **changed}
+    return plan.vocabularies.configured({**config, **changed})
 
 
 def _of_layers(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
