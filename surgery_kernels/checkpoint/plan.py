@@ -142,7 +142,7 @@ def plan_merge(
         for reference, source in _opened(recipe, results or {}):
             sources[reference] = source
         options = {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream}
-        return _plan(recipe, sources, frozenset(allow), options, max_shard_bytes)
+        return _plan(recipe, results or {}, sources, frozenset(allow), options, max_shard_bytes)
     except BaseException:
         for source in sources.values():
             source.close()
@@ -174,6 +174,7 @@ def _opened(recipe: Recipe, results: Mapping[str, Path]) -> Iterator[tuple[Model
 
 def _plan(
     recipe: Recipe,
+    results: Mapping[str, Path],
     sources: Mapping[ModelReference, Source],
     allow: frozenset[str],
     options: Mapping[str, Any],
@@ -181,7 +182,7 @@ def _plan(
 ) -> Plan:
     for source in sources.values():
         _check_unscaled(source)
-    vocabularies = Vocabularies(recipe, sources, find_folder)
+    vocabularies = Vocabularies(recipe, sources, lambda model: results.get(model) or find_folder(model))
     steps, differences = plan_steps(recipe, sources, vocabularies, options)
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from .model_reference import ModelReference
 from .node import Node
 from .recipe import Recipe, read_recipe
 from .strict_yaml import load_documents
@@ -77,7 +78,9 @@ def parse_recipes(text: str, *, strict: bool = False) -> list[Recipe]:
 
 def needed(recipe: Recipe, names: Collection[str]) -> list[str]:
     """Those of the `names` of documents whose results a recipe merges."""
-    locations = [at for model in recipe.references for at in (model.model, model.lora) if at]
+    tokenizer = recipe.tokenizer.source if recipe.tokenizer else None
+    models = [*recipe.references, *([tokenizer] if isinstance(tokenizer, ModelReference) else [])]
+    locations = [at for model in models for at in (model.model, model.lora) if at]
     return list(dict.fromkeys(at.path for at in locations if at.path in names))
 
 

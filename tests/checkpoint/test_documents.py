@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -111,6 +112,16 @@ def test_the_command(recipe: Path, out: Path) -> None:
     wrote = [line.partition(": ")[0] for line in lines if line.startswith("wrote ")]
     between = f"{out}.partial/intermediates"
     assert wrote == [f"wrote {between}/left", f"wrote {between}/right", f"wrote {out}"]
+
+
+def test_the_tokenizer_of_a_result(recipe: Path, folders: list[str], out: Path) -> None:
+    for number, folder in enumerate(folders):
+        tokens = {f"{number}t{i}": i for i in range(40)}
+        (Path(folder) / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}))
+    given = documents(folders)
+    given[0] |= {"base_model": folders[1], "models": [{"model": "right"}], "tokenizer_source": "left"}
+    merge(written(recipe, given), out)
+    assert (out / "tokenizer.json").read_bytes() == (Path(folders[0]) / "tokenizer.json").read_bytes()
 
 
 def test_dry_run(recipe: Path, out: Path) -> None:

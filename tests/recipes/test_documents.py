@@ -28,6 +28,14 @@ def test_the_document_without_a_name_comes_last() -> None:
     assert [recipe.name for recipe in parse_recipes(f"{other}---\n{FIRST}")] == ["first", None]
 
 
+def test_a_document_that_gives_the_tokenizer() -> None:
+    last = "merge_method: passthrough\nmodels: [{model: a}]\ntokenizer_source: first\n"
+    assert [recipe.name for recipe in parse_recipes(f"{last}---\n{FIRST}")] == ["first", None]
+    circular = [FIRST + "tokenizer: {source: second}\n", SECOND]
+    with pytest.raises(ValueError, match="got first needs second needs first"):
+        parse_recipes("---\n".join(circular))
+
+
 def test_the_text_of_a_document() -> None:
     (recipe,) = parse_recipes(f"--- # a\n# b\n{FIRST}...\n")
     assert recipe.source == f"--- # a\n# b\n{FIRST}...\n"
