@@ -8,7 +8,7 @@ from typing import Any
 from ..merging import Method, Parameter
 from ..merging.method import NONE_GIVEN
 from .recipe import Recipe
-from .settings import Settings, value_of
+from .settings import Settings, Value, value_of
 from .slices import Output, Slice, Source
 
 
@@ -76,10 +76,16 @@ def _value(recipe: Recipe, part: Slice, parameter: Parameter, output: Output, ex
     for settings in scopes:
         value = value_of(settings[key], name, output.depth) if key in settings else None
         if value is not None:
-            return int(value) if parameter.kind is int else value
+            return _as_taken(parameter, value)
     if parameter.recipe_default is NONE_GIVEN:
         raise ValueError(_missing(recipe, key, expert, name))
     return parameter.recipe_default
+
+
+def _as_taken(parameter: Parameter, value: Value) -> Value:
+    if isinstance(value, (bool, str)):
+        return value
+    return int(value) if parameter.kind is int else min(value, parameter.range.high)
 
 
 def _missing(recipe: Recipe, key: str, expert: Source | None, name: str) -> str:

@@ -84,7 +84,9 @@ def reader_of(parameter: Parameter) -> Reader:
 
     def read_number(node: Node) -> Value:
         read = number(node)
-        if read not in parameter.range:
+        if read > parameter.range.high:  # more than all; between two layers it counts as it is
+            node.notices.append(f"{node.at} is {read:g}: more than {parameter.range.high:g} counts as that")
+        elif read not in parameter.range:
             raise node.must(f"be {parameter.range}")
         if parameter.kind is int and read != int(read):
             raise node.must("be a whole number")

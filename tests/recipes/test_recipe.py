@@ -177,7 +177,6 @@ def test_errors(text: str, message: str) -> None:
         ("weight: 0.6", "weight: .nan", ".models[0].parameters.weight must be finite, got nan"),
         ("weight: 0.6", "weight: []", ".models[0].parameters.weight must be a value or a list of at least one, got []"),
         ("weight: 0.6", "weight: [1, [2]]", ".models[0].parameters.weight[1] must be a number, got [2]"),
-        ("0.7", "1.5", ".models[0].parameters.density[1] must be in [0, 1], got 1.5"),
         ("0.7", "-1", ".models[0].parameters.density[1] must be in [0, 1], got -1"),
         ("4e-1", "[1, x]", ".parameters.weight[0].value[1] must be a number, got 'x'"),
         ("- value: 1", "- filter: x", ".parameters.weight[1].value must be given, got none"),
@@ -217,6 +216,7 @@ def test_errors_after_a_change(old: str, new: str, message: str) -> None:
         ("weight: 0.6", "lambda: 1", ".models[0].parameters.lambda is ignored: ties for one model has no such key"),
         ("- value: 1", "- {value: 1, t: 2}", ".parameters.weight[1].t is ignored: a rule has no such key"),
         ("normalize", "gamma", ".parameters.gamma is ignored: ties has no such key"),
+        ("0.7", "1.5", ".models[0].parameters.density[1] is 1.5: more than 1 counts as that"),
         (B, "org/expert_a@main", ".models have org/expert_a@main more than once: it takes part as often"),
     ],
 )
