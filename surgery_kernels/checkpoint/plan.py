@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..recipes import Recipe
 from ..recipes.model_reference import Location, ModelReference
 from .differences import ALLOWABLE, Difference, check_allowed
 from .layer_lists import uncertain_layers
+from .reading.companions import Companions, companions
 from .reading.opening import find_folder, open_checkpoint
 from .reading.source import Source
 from .steps import Step, plan_steps
@@ -48,7 +50,18 @@ class Plan:
         counting = ", ".join(uncertain_layers(origins, self.first.config or {}))
         of_config = f"config.json of {self.first.name} tells layers apart by {counting}, which does not follow them"
         of_sources = [notice for source in self.sources.values() for notice in source.notices]
-        return [*self.recipe.notices, *of_sources, *self.vocabularies.notices, *([of_config] if counting else [])]
+        left = ", ".join(self.companions.left)
+        of_files = f"the result goes without these files of {self.first.name}: {left}"
+        return [
+            *(*self.recipe.notices, *of_sources, *self.vocabularies.notices),
+            *([of_config] if counting else []),
+            *([of_files] if left else []),
+        ]
+
+    @cached_property
+    def companions(self) -> Companions:
+        """The files beside the weights."""
+        return companions(self.first)
 
     @property
     def ordered(self) -> list[Step]:
@@ -88,7 +101,7 @@ class Plan:
                 for step in self.steps
             ],
             "tokenizer": {name: str(content) for name, content in self.vocabularies.files.items()},
-            "headers": [shard.header.hex() for shard in self.layout.shards],
+            "files": [[shard.file, shard.header.hex()] for shard in self.layout.shards],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -187,7 +200,8 @@ def _plan(
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
-    layout = lay_out({step.name: (step.out_dtype, step.shape) for step in steps}, max_shard_bytes)
+    results = {step.name: (step.out_dtype, step.shape) for step in steps}
+    layout = lay_out(results, max_shard_bytes, sources[recipe.donor].anatomy.stems)
     return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies)
 
 

@@ -120,7 +120,7 @@ def check(
     """What `run` asks of folder, disk and device before it writes anything; arguments and errors as there."""
     where = _check_device(device)
     folder = OutputFolder(out)
-    folder.check(plan.layout.nbytes + plan.nbytes_scratch, resume=resume)
+    folder.check(plan.layout.nbytes + plan.nbytes_scratch + plan.companions.nbytes, resume=resume)
     return folder, where
 
 

@@ -344,7 +344,7 @@ def test_companions_of_a_model_with_an_adapter(saved: Any, tmp_path: Path) -> No
 
 @pytest.mark.any_isa
 def test_a_plain_file_has_no_companions(saved: Any, tmp_path: Path) -> None:
-    files = [f"{folder}/model.safetensors" for folder in saved(models())]
+    files = [f"{folder}/model.safetensors" for folder in saved(models(), config=None)]
     merge(recipe("linear", files), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "README.md"}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """The names of all files, with "/" in those of deeper ones; nothing hidden, and no folder that is a link."""
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
+        # a folder called like weights is no mistake of the name: whoever opens it says what it is
+        for name in sorted([*files, *(name for name in folders if name.endswith(".safetensors"))]):
+            if not name.startswith("."):
+                yield (Path(where) / name).relative_to(folder).as_posix()
+
+
+def link_out_of(folder: Path, path: Path) -> Path | None:
+    """Where a link leads to that leaves `folder`; None for what lies in it, and in the Hub's cache beside it."""
+    root, target = folder.resolve(), path.resolve()
+    cache = [root.parents[1] / "blobs"] if root.parent.name == "snapshots" else []
+    return None if any(target.is_relative_to(inside) for inside in (root, *cache)) else target

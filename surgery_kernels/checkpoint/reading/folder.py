@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .files import read_json
+from .files import files_below, link_out_of, read_json
 from .mapped_file import MappedFile
+from .parts import INDEX, INDICES, Anatomy, Part, anatomy, read_index, stem_of
 from .safetensors_file import read_safetensors
 from .source import FileStamp, TensorInfo
 from .torch_file import read_torch
 
 CONFIG = "config.json"
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # of several, the first is the model, as for transformers
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-OUTSIDE = re.compile(r"[/\\:]|^\.\.$")  # in names of what may lie elsewhere
-INDEX = ".index.json"  # behind the name of a model file that is split into shards
+QUANTIZATION = "quantization_config"
 
 
 class Checkpoint:
-    """A `Source` whose tensors lie in files."""
+    """A `Source` whose tensors lie in files; those of a component have its folder in front of their names."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path | None,
-        weights: Mapping[Path, Mapping[str, TensorInfo]],
-        index: Path | None = None,
-    ) -> None:
+    def __init__(self, name: str, folder: Path | None, root: Path, found: Anatomy) -> None:
+        """Reads the headers of the files of `found`, which lie in `root`."""
+        indices, weights = [], {}
+        for part in found.parts:
+            where = root / part.folder
+            if INDICES.fullmatch(part.file):
+                indices.append(where / part.file)
+                shards = _read_shards(where / part.file)
+            else:
+                shards = {where / part.file: _read(where / part.file)}
+            for path, infos in shards.items():
+                weights[path] = {f"{part.prefix}{name}": info for name, info in infos.items()}
         stamps = {path: FileStamp.of(path) for path in weights}
         self.name = name
         self.folder = folder
-        self.files = (*stamps.values(), *(() if index is None else (FileStamp.of(index),)))
-        self.config: Mapping[str, Any] | None = None
-        if folder is not None and (folder / CONFIG).is_file():
-            self.config = read_json(folder / CONFIG)
+        self.anatomy = found
+        self.files = (*stamps.values(), *map(FileStamp.of, indices))
+        self.config = None if folder is None else _config(folder, found.parts)
         self.tensors: Mapping[str, TensorInfo] = {
             name: info for infos in weights.values() for name, info in infos.items()
         }
         self.tied: Mapping[str, str] = _tied(self.tensors)
         self.changed = frozenset(self.tensors)
-        self.notices: tuple[str, ...] = ()
+        linked = [f"{path} is read at {target}" for path in weights if (target := link_out_of(root, path))]
+        self.notices: tuple[str, ...] = tuple(linked)
         self._maps = {path: MappedFile(stamp) for path, stamp in stamps.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -61,21 +63,17 @@ class Checkpoint:
             mapped.close()
 
 
-def open_file(name: str, path: Path, folder: Path | None = None) -> Checkpoint:
-    return Checkpoint(name, folder, {path: _read(path)})
+def open_file(name: str, path: Path) -> Checkpoint:
+    """A file of weights or an index of such; with the folder that it lies in where that has a configuration."""
+    folder = path.parent if (path.parent / CONFIG).is_file() else None
+    names = frozenset(files_below(path.parent) if folder else [path.name])
+    return Checkpoint(name, folder, path.parent, Anatomy((Part("", path.name, stem_of(path.name)),), names))
 
 
-def open_folder(name: str, folder: Path) -> Checkpoint:
-    for file in MODEL_FILES:
-        if (folder / file).exists():
-            return open_file(name, folder / file, folder)
-        if (folder / f"{file}{INDEX}").exists():
-            return _open_shards(name, folder, folder / f"{file}{INDEX}")
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise FileNotFoundError(
-        f"{name} must be a folder with {', '.join(f'{file}[{INDEX}]' for file in MODEL_FILES)} or "
-        f"adapter_config.json, got a folder with {found}"
-    )
+def open_folder(name: str, folder: Path, names: Collection[str] | None = None) -> Checkpoint:
+    """`names`: of all files, where not all are here."""
+    names = list(files_below(folder)) if names is None else names
+    return Checkpoint(name, folder, folder, anatomy(name, folder, names))
 
 
 def holds(folder: Path, files: tuple[str, ...]) -> bool:
@@ -86,26 +84,27 @@ def _read(path: Path) -> dict[str, TensorInfo]:
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
-def _open_shards(name: str, folder: Path, index: Path) -> Checkpoint:
-    shard_of = read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{index} must hold a weight_map from names of tensors to files, got {shard_of!r}")
-    for file in shard_of.values():
-        # a path would let the index of a download read any file of this machine
-        if not isinstance(file, str) or OUTSIDE.search(file):
-            raise ValueError(f"{index} must name files of its own folder, got {file!r}")
-    shards = {folder / file: _read(folder / file) for file in sorted(set(shard_of.values()))}
-    for path, infos in shards.items():
-        for tensor in infos:
-            if shard_of.get(tensor) != path.name:
-                listed = f"in {shard_of[tensor]}" if tensor in shard_of else "nowhere"
-                raise ValueError(f"{index} must list {tensor!r} in {path.name}, where it is, got it {listed}")
-    for tensor, file in shard_of.items():
-        if tensor not in shards[folder / file]:
+def _read_shards(index: Path) -> dict[Path, dict[str, TensorInfo]]:
+    """What the index says is in them; a shard may hold more, such as stale copies."""
+    file_of = read_index(index)
+    shards = {index.parent / file: _read(index.parent / file) for file in sorted(set(file_of.values()))}
+    for tensor, file in file_of.items():
+        if tensor not in shards[index.parent / file]:
             raise ValueError(
-                f"{folder / file} must hold {tensor!r}, which {index.name} lists in it, got no such tensor"
+                f"{index.parent / file} must hold {tensor!r}, which {index.name} lists in it, got no such tensor"
             )
-    return Checkpoint(name, folder, shards, index)
+    return {
+        path: {tensor: info for tensor, info in infos.items() if file_of.get(tensor) == path.name}
+        for path, infos in shards.items()
+    }
+
+
+def _config(folder: Path, parts: Collection[Part]) -> Mapping[str, Any] | None:
+    """The model's own; of components only whether one of them is quantized."""
+    configs = {part.folder: folder / part.folder / CONFIG for part in parts}
+    found = {part: read_json(path) for part, path in configs.items() if path.is_file()}
+    quantized = [config[QUANTIZATION] for config in found.values() if config.get(QUANTIZATION)]
+    return {**found.get("", {}), QUANTIZATION: quantized[0]} if quantized else found.get("")
 
 
 def _tied(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .folder import ADAPTER_FILES, Checkpoint, open_file
+from .folder import Checkpoint, open_file
 from .lora_settings import ADAPTER_CONFIG, LoraSettings
 from .lora_targets import Product, match
+from .parts import ADAPTER_FILES
 from .source import FileStamp, Source, TensorInfo
 
 BLOCK = 1 << 18  # elements of a product in memory: 1 MiB stays in the cache
@@ -30,6 +31,7 @@ class LoraExpert:
         targets = match(adapter, settings, base)
         self.name = name
         self.folder = base.folder
+        self.anatomy = base.anatomy
         self.files = (*base.files, *adapter.files, FileStamp.of(settings.path))
         self.config = base.config
         owners = targets.replaced.keys() | targets.products.keys()
@@ -98,7 +100,7 @@ def open_lora(name: str, folder: Path, base: Source) -> LoraExpert:
         )
     for file in ADAPTER_FILES:
         if (folder / file).exists():
-            adapter = open_file(name, folder / file, folder)
+            adapter = open_file(name, folder / file)
             break
     else:
         raise FileNotFoundError(f"{name} must be a folder with {' or '.join(ADAPTER_FILES)}, got neither of them")

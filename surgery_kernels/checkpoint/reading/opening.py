@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
-from .folder import MODEL_FILES, holds, open_file, open_folder
+from .folder import holds, open_file, open_folder
 from .hub import download
 from .lora import open_lora
 from .lora_settings import ADAPTER_CONFIG
+from .parts import INDICES, MODEL_FILES, READABLE
 from .source import Source
 
 
@@ -16,9 +18,11 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
     """A model by its name, ready to be read tensor by tensor; no more than its headers is read.
 
     Args:
-        reference: A folder in the layout of Hugging Face (model.safetensors or pytorch_model.bin, or shards of them
-            with an index), a folder of a LoRA of PEFT (adapter_config.json), a .safetensors file, or else a model of
-            the Hub, ``org/name`` or ``org/name@revision``, which is downloaded into the Hub's cache.
+        reference: A folder in the layout of Hugging Face, diffusers, sentence-transformers, timm or open_clip
+            (safetensors or PyTorch files, whole or in shards with an index, in components or not), a folder of a LoRA
+            of PEFT (adapter_config.json), a file of weights (.safetensors, .bin, .pt, .pth, .ckpt) or an index of
+            shards, or else a model of the Hub, ``org/name`` or ``org/name@revision``, which is downloaded into the
+            Hub's cache.
         base: What a LoRA is added to, as it was opened; other models do not need it. It stays the caller's to close.
 
     Returns:
@@ -26,18 +30,21 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
 
     Raises:
         FileNotFoundError: there is no such path or model, or a file of it is missing.
-        ValueError: a file is not complete or not what its name says, an index and its shards disagree, or a LoRA does
-            not belong to `base` or is of a kind that does more than add a product to weights.
+        ValueError: a file is not complete or not what its name says, an index and its shards disagree, nothing says
+            which of several files counts, or a LoRA does not belong to `base` or is of a kind that does more than add a
+            product to weights.
         ImportError: a model of the Hub without huggingface_hub.
     """
     name = str(reference)
-    path = find_folder(name)
+    path, names = _find(name)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"reference must be a folder or a .safetensors file, got the file {name!r}")
+        if not (path.name.endswith(READABLE) or INDICES.fullmatch(path.name)):
+            raise ValueError(
+                f"reference must be a folder, an index or a file of weights ({', '.join(READABLE)}), got {name!r}"
+            )
         return open_file(name, path)
     if not (path / ADAPTER_CONFIG).exists():
-        return open_folder(name, path)
+        return open_folder(name, path, names)
     if holds(path, MODEL_FILES):
         raise ValueError(f"{name} must be a folder with a model or an adapter, got both: name the file of the model")
     if base is None:
@@ -47,5 +54,10 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
 
 def find_folder(reference: str) -> Path:
     """Where the files of a model lie, or the file that it is; a model of the Hub is downloaded."""
+    return _find(reference)[0]
+
+
+def _find(reference: str) -> tuple[Path, Collection[str] | None]:
+    """And the names of all its files, where not all of them are downloaded."""
     path = Path(reference).expanduser()
-    return path if path.exists() else download(reference)
+    return (path, None) if path.exists() else download(reference)

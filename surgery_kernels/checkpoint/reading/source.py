@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .parts import Anatomy
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -42,6 +44,7 @@ class Source(Protocol):
 
     name: str  # as the user wrote it
     folder: Path | None  # where its other files lie
+    anatomy: Anatomy  # which those are, and which components it has
     files: tuple[FileStamp, ...]  # those that decide what its tensors are
     config: Mapping[str, Any] | None  # its config.json
     tensors: Mapping[str, TensorInfo]  # in the order of the files

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .files import check_weights
 from .source import TensorInfo
+from .state_dict import state_dict
 
 # Bytes in front of an entry's name, extra bytes and data; the last four are the lengths of the first two.
 ENTRY_HEADER = 30
 BYTE_ORDER = "/byteorder"  # the end of an entry's name
+HARMLESS: list[Any] = [argparse.Namespace]  # the options of a training, beside the weights in many files
+GLOBAL = re.compile(r"GLOBAL (\S+)")  # in torch's refusals
 
 
 @dataclass
@@ -38,7 +44,7 @@ def read_torch(path: Path) -> dict[str, TensorInfo]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a dict of dense tensors in the zip format, or asks for code to be run.
+        ValueError: it holds no dict of dense tensors, is not in the zip format, or asks for code to be run.
     """
     check_weights(path)
     with _refusing(path):
@@ -52,11 +58,9 @@ def read_torch(path: Path) -> dict[str, TensorInfo]:
         raise ValueError(f"{path} must be an archive without compression, got {archive.compressed[0]!r} compressed")
     if archive.byte_order != sys.byteorder:
         raise ValueError(f"{path} must be from a {sys.byteorder}-endian machine, got {archive.byte_order!r}")
-    with _refusing(path), FakeTensorMode():
-        entries = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path} must hold a dict of tensors by name, got {type(entries).__name__}")
-    infos = {name: _info(path, name, tensor, archive.sizes) for name, tensor in entries.items()}
+    with _refusing(path), FakeTensorMode(), torch.serialization.safe_globals(HARMLESS):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    infos = {name: _info(path, name, tensor, archive.sizes) for name, tensor in state_dict(path, content).items()}
     return dict(sorted(infos.items(), key=lambda item: item[1].offset or 0))
 
 
@@ -66,12 +70,12 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a broken archive or pickle can lead to any
         reason = str(error).strip().partition("\n")[0]
+        if asked := GLOBAL.search(str(error)):
+            reason = f"one that runs {asked[1]}: where you trust it, load it and save its state dict as safetensors"
         raise ValueError(f"{path} must be a file of tensors by torch.save, got: {reason}") from None
 
 
-def _info(path: Path, name: object, tensor: object, sizes: dict[int, int]) -> TensorInfo:
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        raise ValueError(f"{path} must hold a dict of tensors by name, got {type(tensor).__name__} for {name!r}")
+def _info(path: Path, name: str, tensor: Tensor, sizes: dict[int, int]) -> TensorInfo:
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{path} must hold dense tensors, got another layout for {name!r}")
     shape, strides, itemsize = tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize

@@ -10,35 +10,42 @@ from typing import Any
 from ..layer_lists import INNER, followed
 from ..plan import Plan
 from ..reading.files import read_json
+from ..reading.parts import Part
 from .durable import copy_file, write_text
 
+CLASS = "_class_name"  # in a configuration of diffusers, which have no dtype
 
-def write_config(source: Path, target: Path, plan: Plan) -> None:
-    """A copy where nothing changes."""
+
+def write_config(source: Path, target: Path, plan: Plan, part: Part) -> None:
+    """Of a component; a copy where nothing changes."""
     config = read_json(source)
-    merged = _merged(plan, config)
+    merged = _merged(plan, part, config)
     if merged == config:
         copy_file(source, target)
     else:
         write_text(target, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
 
 
-def _merged(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(plan: Plan, part: Part, config: Mapping[str, Any]) -> dict[str, Any]:
     """`config`, that of the donor, with the dtype, the number of tokens and the layers of the result.
 
     Only what is there changes, in the configuration of a language model within another too; a dtype may be new.
     """
+    steps = [step for step in plan.merged if plan.first.anatomy.part_of(step.name) is part]
     new: dict[str, object] = {}
-    dtypes = {step.out_dtype for step in plan.merged}
-    if len(dtypes) == 1 and any(step.out_dtype != step.first.info.dtype for step in plan.merged):
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    dtypes = {step.out_dtype for step in steps}
+    if len(dtypes) == 1 and any(step.out_dtype != step.first.info.dtype for step in steps):
+        keys = [key for key in ("dtype", "torch_dtype") if key in config]
+        if not keys and CLASS not in config:
+            keys = ["torch_dtype"]
         new |= dict.fromkeys(keys, str(dtypes.pop()).removeprefix("torch."))
     changed = {key: value for key, value in new.items() if key in config or key == "torch_dtype"}
     changed |= _of_layers(plan, config)
     if isinstance(inner := config.get(INNER), Mapping):
         of_inner = {key: value for key, value in new.items() if key in inner} | _of_layers(plan, inner)
         changed[INNER] = {**inner, **of_inner}
-    return plan.vocabularies.configured({**config, **changed})
+    merged = {**config, **changed}
+    return merged if part.folder else plan.vocabularies.configured(merged)
 
 
 def _of_layers(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:

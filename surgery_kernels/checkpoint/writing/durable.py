@@ -34,6 +34,14 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(writing.fileno())
 
 
+def make_folders(folder: Path, file: str) -> None:
+    """Those above a file within `folder`."""
+    for above in reversed([folder / parent for parent in Path(file).parents][:-1]):
+        if not above.is_dir():
+            above.mkdir()
+            fsync_folder(above.parent)
+
+
 def fsync_folder(folder: Path) -> None:
     """The names in it: a new file without its name is lost as well."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import PurePosixPath
 
 import torch
 
@@ -13,6 +15,7 @@ from ..reading.safetensors_file import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64  # bytes; of the data behind a header, so that a mapped tensor can be read in full vectors
+SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file: its name, its first bytes and how long it is."""
+    """A safetensors file: its name within the folder of the result, its first bytes and how long it is."""
 
     file: str
+    part: str  # in front of the names of its tensors, but not in the file: the component that it belongs to
     header: bytes
     nbytes: int
 
@@ -49,15 +53,52 @@ class Layout:
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
-    def index(self) -> str:
-        """The text of model.safetensors.index.json."""
-        total = sum(place.nbytes for place in self.places.values())
-        files = {name: self.shards[place.shard].file for name, place in sorted(self.places.items())}
-        return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n"
+    def indices(self) -> dict[str, str]:
+        """The text of every model.safetensors.index.json by its file: of parts in more than one shard."""
+        files: dict[str, dict[str, str]] = {}
+        nbytes: dict[str, int] = {}
+        for name, place in sorted(self.places.items()):
+            shard = self.shards[place.shard]
+            if found := SHARD.fullmatch(shard.file):
+                index = f"{found['stem']}.safetensors.index.json"
+                files.setdefault(index, {})[name.removeprefix(shard.part)] = PurePosixPath(shard.file).name
+                nbytes[index] = nbytes.get(index, 0) + place.nbytes
+        return {
+            index: json.dumps({"metadata": {"total_size": nbytes[index]}, "weight_map": file_of}, indent=2) + "\n"
+            for index, file_of in files.items()
+        }
 
 
-def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_bytes: int) -> Layout:
-    """Tensors in the given order, a new shard where the next one would pass `max_shard_bytes` of data."""
+def lay_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    max_shard_bytes: int,
+    parts: Mapping[str, str] | None = None,
+) -> Layout:
+    """Tensors in the given order, a new shard where the next one would pass `max_shard_bytes` of data.
+
+    Args:
+        parts: Of what has components with files of their own: the files' names without number and ending, by what is
+            in front of the names of the tensors. None: one model.
+    """
+    parts = {"": "model"} if parts is None else parts
+    longest_first = sorted(parts, key=len, reverse=True)
+    tensors_of: dict[str, list[str]] = {part: [] for part in parts}
+    for name in tensors:
+        tensors_of[next(part for part in longest_first if name.startswith(part))].append(name)
+    shards: list[Shard] = []
+    places: dict[str, Place] = {}
+    for part, stem in parts.items():
+        groups = _groups({name: tensors[name] for name in tensors_of[part]}, max_shard_bytes)
+        for number, names in enumerate(groups):
+            header, offsets, nbytes = _header({name.removeprefix(part): tensors[name] for name in names})
+            places |= {
+                f"{part}{name}": Place(len(shards), at, *tensors[f"{part}{name}"]) for name, at in offsets.items()
+            }
+            shards.append(Shard(_file_name(stem, number, len(groups)), part, header, nbytes))
+    return Layout(shards, {name: places[name] for name in tensors})
+
+
+def _groups(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_bytes: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     filled = 0
     for name, (dtype, shape) in tensors.items():
@@ -67,17 +108,11 @@ def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shar
             filled = 0
         groups[-1].append(name)
         filled += nbytes
-    shards: list[Shard] = []
-    places: dict[str, Place] = {}
-    for number, names in enumerate(groups):
-        header, offsets, nbytes = _header({name: tensors[name] for name in names})
-        shards.append(Shard(_file_name(number, len(groups)), header, nbytes))
-        places |= {name: Place(number, offset, *tensors[name]) for name, offset in offsets.items()}
-    return Layout(shards, {name: places[name] for name in tensors})
+    return groups
 
 
-def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+def _file_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:

@@ -37,7 +37,7 @@ class OutputFolder:
             raise ValueError(f"out must be in a folder that exists, got {str(self.out)!r}")
         if not os.access(self.out.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"out must be in a folder that can be written to, got {str(self.out)!r}")
-        there = sum(file.stat().st_blocks * 512 for file in self.model.glob("*")) if self.model.is_dir() else 0
+        there = sum(file.stat().st_blocks * 512 for file in self.model.rglob("*")) if self.model.is_dir() else 0
         free = shutil.disk_usage(self.out.parent).free + there
         if nbytes > free:
             raise ValueError(f"out must be on a disk with {format_size(nbytes)} free, got {format_size(free)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .durable import fsync_folder, reserve
+from .durable import fsync_folder, make_folders, reserve
 from .journal import Journal
 from .layout import Layout
 
@@ -36,10 +36,12 @@ class Writer:
         try:
             for number, shard in enumerate(layout.shards):
                 self._check_kept(folder / shard.file, number)
+                make_folders(folder, shard.file)
                 self._files.append(os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o644))
                 reserve(self._files[-1], shard.nbytes)
                 _write_at(self._files[-1], memoryview(shard.header), 0)
-            fsync_folder(folder)  # the journal must not know more than the disk
+            for parent in {(folder / shard.file).parent for shard in layout.shards}:
+                fsync_folder(parent)  # the journal must not know more than the disk
         except BaseException:
             self._close_files()
             raise

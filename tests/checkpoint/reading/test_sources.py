@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -60,13 +59,18 @@ def test_every_layout(tmp_path: Path, save: Callable[..., Path], num_shards: int
     assert all(file == FileStamp.of(file.path) and file.size == file.path.stat().st_size for file in source.files)
 
 
-def test_a_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+@pytest.mark.parametrize("end", [".safetensors", ".bin", ".pt", ".pth", ".ckpt"])
+def test_a_file(tmp_path: Path, end: str) -> None:
+    save = save_file if end == ".safetensors" else torch.save
     tensors = state_dict(dtype=torch.bfloat16)
-    save_file(tensors, tmp_path / "expert.safetensors")
-    check_same(tmp_path / "expert.safetensors", tensors)
-    source = open_checkpoint(tmp_path / "expert.safetensors")
+    path = tmp_path / f"expert{end}"
+    save(tensors, path)
+    check_same(path, tensors)
+    source = open_checkpoint(path)
     assert source.folder is None and source.config is None and source.tied == {}
+    (tmp_path / "config.json").write_text('{"model_type": "small"}')
+    source = open_checkpoint(path)
+    assert source.folder == tmp_path and source.config == {"model_type": "small"}
 
 
 def test_safetensors_come_first(tmp_path: Path) -> None:
@@ -161,26 +165,6 @@ def test_configurations(tmp_path: Path) -> None:
     refused(tmp_path, f"{tmp_path / 'config.json'} must be a JSON file, got: ")
     (tmp_path / "config.json").write_text("[]")
     refused(tmp_path, f"{tmp_path / 'config.json'} must hold a JSON object, got list")
-
-
-def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        calls.append((model, revision, [pattern for pattern in allow_patterns if pattern.endswith(".bin")]))
-        if calls[-1][2]:
-            save_torch(tmp_path, state_dict())
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    assert open_checkpoint("org/some.model-1@v2").tensors.keys() == state_dict().keys()
-    assert [call[:2] for call in calls] == [("org/some.model-1", "v2")] * 2 and calls[1][2]
-    save_safetensors(tmp_path, {"a": torch.ones(1)})
-    assert open_checkpoint("org/model").tensors.keys() == {"a"}
-    assert calls[2:] == [("org/model", None, [])]
-    save_safetensors(tmp_path / "org" / "model", state_dict())
-    assert open_checkpoint("org/model").name == "org/model" and len(calls) == 3
 
 
 @pytest.fixture(scope="module")
