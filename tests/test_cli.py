@@ -87,6 +87,46 @@ def test_notices(recipe: str, out: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "") and f"notice: {notice}\n" in result.stdout
 
 
+def test_check(tmp_path: Path) -> None:
+    """Without any of the models."""
+    path = tmp_path / "recipe.yml"
+    sources = [{"model": f"org/{name}", "layer_range": [0, 8]} for name in "ab"]
+    given = {
+        "merge_method": "slerp",
+        "slices": [{"sources": sources}] * 2,
+        "base_model": "org/a",
+        "parameters": {"t": 1},
+    }
+    path.write_text(json.dumps(given))
+    result = run("check", path)
+    expected = "method  slerp over org/a, scope tensor\nmodels  org/b\nslices  2, 16 layers\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (0, expected, "")
+    path.write_text(json.dumps({**given, "base_model": "org/c", "tokenizr": {}}))
+    result = run("check", path)
+    notices = [
+        "notice: recipe.slices[0].sources are merged from org/a to org/b: org/c gives the files beside the weights",
+        "notice: recipe.slices[1].sources are merged from org/a to org/b: org/c gives the files beside the weights",
+        "notice: recipe.tokenizr is ignored: did you mean 'tokenizer'?",
+    ]
+    assert result.exit_code == 0 and sorted(result.stdout.splitlines()[3:]) == notices
+    stopped(2, "recipe must have no notices to be strict, got: .*", "check", path, "--strict")
+    path.write_text(json.dumps({**given, "parameters": {}}))
+    stopped(2, "recipe.parameters.t must be given for every tensor, got none for any", "check", path)
+    models = [{"model": "a", "parameters": {"weight": {"filter": "mlp", "value": 1}}}, {"model": "b"}]
+    path.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    message = r"recipe.models\[1\].parameters.weight must be given for every tensor, got none for any of b"
+    stopped(2, message, "check", path)
+    path.write_text("merge_method: linear")
+    stopped(2, "recipe must have one of models, slices and modules, got none", "check", path)
+    listed = [{"model": f"org/{number}", "parameters": {"weight": 1}} for number in range(12)]
+    document = f"merge_method: linear\nmodels: {json.dumps(listed)}\n"
+    path.write_text(f"name: first\n{document}---\n{document.replace('org/0', 'first')}")
+    lines = run("check", path).stdout.splitlines()
+    assert (
+        lines[:3] == ["first:", "method  linear, scope tensor", "models  org/0"] and lines[-1] == "        and 4 more"
+    )
+
+
 def test_quiet(recipe: str, out: Path) -> None:
     result = run("merge", recipe, out, "--quiet")
     assert (result.exit_code, result.output) == (0, "") and out.is_dir()

@@ -172,6 +172,16 @@ def test_a_configuration_that_counts_layers(tmp_path: Path) -> None:
     assert notices([(0, 0, 2)], [(0, 1, 3)]) == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_python_warns_of_what_the_command_prints(folders: list[str], tmp_path: Path) -> None:
+    given = {"merge_method": "passthrough", "slices": slices(folders, [(0, 0, 3)]), "dype": "float16"}
+    with pytest.warns(UserWarning, match="^recipe.dype is ignored: did you mean 'dtype'") as said:
+        merge(given, tmp_path / "out")
+    assert len(said) == 1 and said[0].filename == __file__
+    with pytest.raises(ValueError, match="^recipe must have no notices to be strict, got: recipe.dype is ignored"):
+        merge(given, tmp_path / "strict", strict=True)
+
+
 def test_errors(folders: list[str], tmp_path: Path) -> None:
     def refused(given: list[dict[str, Any]], message: str, method: str = "passthrough") -> None:
         with pytest.raises(ValueError, match=message):
