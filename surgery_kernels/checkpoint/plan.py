@@ -200,8 +200,8 @@ def _plan(
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
-    results = {step.name: (step.out_dtype, step.shape) for step in steps}
-    layout = lay_out(results, max_shard_bytes, sources[recipe.donor].anatomy.stems)
+    tensors = {step.name: (step.out_dtype, step.shape) for step in steps}
+    layout = lay_out(tensors, max_shard_bytes, sources[recipe.donor].anatomy.stems)
     return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..recipes import Recipe
@@ -73,7 +73,8 @@ def stages(
 
     Args:
         recipes: From `load_recipes`.
-        out: Folder of the document without a name, which comes last; None where all have names.
+        out: Folder of the document without a name, or of the one that no other needs, which comes last; None: all have
+            names and lie in `intermediate_dir`.
         intermediate_dir: Folder of the others; None: they lie in the unfinished result, and go when it is finished.
         resume: Go on with an unfinished result.
 
@@ -84,6 +85,8 @@ def stages(
     if len(recipes) == 1 and folder:
         yield Stage(recipes[0], folder.out, {}, resume, is_last=True)
         return
+    if folder:
+        recipes = _with_last(recipes)
     names = [recipe.name for recipe in recipes if recipe.name is not None]
     _check_places(recipes, names, out, intermediate_dir)
     _check_models(recipes, names)
@@ -104,6 +107,21 @@ def stages(
             shutil.rmtree(folder.partial)
 
 
+def _with_last(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Those of which the last is merged into the folder of the result, and needs no name."""
+    if any(recipe.name is None for recipe in recipes):
+        return list(recipes)
+    names = [recipe.name for recipe in recipes if recipe.name is not None]
+    wanted = {name for recipe in recipes for name in needed(recipe, names)}
+    ends = [recipe for recipe in recipes if recipe.name not in wanted]
+    if len(ends) != 1:
+        got = ", ".join(str(recipe.name) for recipe in ends)
+        raise ValueError(f"recipe must have one document that no other needs to be merged into out, got {got}")
+    *others, last = recipes  # all others lead to it
+    notice = f"{last.name} is merged into out: no other document needs it"
+    return [*others, replace(last, name=None, notices=(*last.notices, notice))]
+
+
 def _has_results(folder: Path) -> bool:
     return any(path.is_file() and path.suffix != IDENTITY for path in folder.rglob("*"))
 
@@ -118,8 +136,6 @@ def _check_places(
         raise ValueError("out must be given for a recipe without a name, got none")
     if out is None and intermediate_dir is None:
         raise ValueError("intermediate_dir must be given for a recipe that has a name, got none")
-    if out is not None and len(names) == len(recipes):
-        raise ValueError(f"recipe must have a document without a name to be merged into out, got {', '.join(names)}")
 
 
 def _check_models(recipes: Sequence[Recipe], names: Collection[str]) -> None:

@@ -102,7 +102,7 @@ def read_recipe(root: Node, text: str) -> Recipe:
     """The recipe in a document of a YAML text."""
     if isinstance(root.value, dict):
         for key, command in OTHER_COMMANDS.items():
-            if key in root.value and "merge_method" not in root.value:
+            if key in root.value:
                 raise ValueError(f"{root.at} must be of a merge, got {key!r} of {command}: run it with that command")
     keys = root.given(KEYS, "a recipe")
     merge_method = root.required(keys, "merge_method").one_of(tuple(RECIPE_METHODS))

@@ -124,6 +124,16 @@ def test_the_tokenizer_of_a_result(recipe: Path, folders: list[str], out: Path) 
     assert (out / "tokenizer.json").read_bytes() == (Path(folders[0]) / "tokenizer.json").read_bytes()
 
 
+def test_the_only_end_of_named_documents(recipe: Path, folders: list[str], out: Path) -> None:
+    merge(recipe, out)
+    named = [{"name": "last", **document} if "name" not in document else document for document in documents(folders)]
+    result = run("merge", written(recipe, named), out.with_name("named"))
+    assert result.exit_code == 0
+    assert "notice: last is merged into out: no other document needs it\n" in result.stdout
+    weights = "model.safetensors"
+    assert files_in(out.with_name("named"))[weights] == files_in(out)[weights]
+
+
 def test_dry_run(recipe: Path, out: Path) -> None:
     """What needs results that are not there yet is named, not planned."""
     result = run("merge", recipe, out, "--dry-run")
@@ -177,7 +187,7 @@ def test_errors(recipe: Path, folders: list[str], out: Path, tmp_path: Path) -> 
     given[1]["models"][0]["model"] = "lfet"
     refused("models must be documents of the recipe (right, left), folders or models of the Hub, got 'lfet'")
     del given[0], given[0]["models"][0]
-    refused("recipe must have a document without a name to be merged into out, got right, left")
+    refused("recipe must have one document that no other needs to be merged into out, got right, left")
     refused("intermediate_dir must be given for a recipe that has a name, got none", None)
     merge(recipe, None, intermediate_dir=tmp_path / "between")
     assert (tmp_path / "between" / "left" / "config.json").exists()

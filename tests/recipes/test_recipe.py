@@ -139,6 +139,7 @@ REFERENCE = "(or {model: {path: ...}})"
             "gate_mode: random\nexperts: []",
             " must be of a merge, got 'experts' of mergekit-moe: run it with that command",
         ),
+        ("merge_method: moe\nexperts: []", " must be of a merge, got 'experts' of mergekit-moe: run it with that comm"),
         ("genome: {}", " must be of a merge, got 'genome' of mergekit-evolve: run it with that command"),
         (
             "merge_method: linear\nmodels: [a]",
