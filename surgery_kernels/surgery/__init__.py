@@ -3,11 +3,13 @@
 from .adapters import SurgeryAdapters
 from .attach import SurgeryModel, attach
 from .bias import collect_features, representation_bias
+from .closed_form import ClosedForm
 from .fit import Fit, Log, fit
 from .plots import plot_bias, plot_features
 from .sites import Sites, find_sites
 
 __all__ = [
+    "ClosedForm",
     "Fit",
     "Log",
     "Sites",

@@ -16,23 +16,29 @@ from .checks import check_count
 from .seeds import generator
 
 Task = str | int | Tensor | Sequence[str | int]
+Rank = int | str  # a number, or "full"
 
+KINDS = ("relu", "linear")
 METADATA = "surgery_adapters"  # the key of the configuration in a file
+VERSION = 2  # of the file; those without one have relu adapters alone
 
 
 class SurgeryAdapters(nn.Module):
     """``features - relu(features down^T) up^T``, with a `down` and an `up` of each task's own at every site.
 
     `down[i]` [num_tasks, rank, dim] and `up[i]` [num_tasks, dim, rank] belong to site i. `up` starts at zero: new
-    adapters change nothing.
+    adapters change nothing. Linear ones are without relu and have a `bias[i]` [num_tasks, dim] that is taken off too;
+    where they are of full rank, `up[i]` is the identity, is not kept, and has no columns, and `down[i]` starts at zero.
 
     Args:
         num_tasks: 1 or more.
         widths: Width of the features of every site by name, in order of depth; the last site is the final
             representation. One site is surgery as first published (V1), all blocks and the final one are SurgeryV2.
-        rank: 1 or more; one for all sites.
+        rank: 1 or more; one for all sites. Of linear adapters also "full", which any number from a site's width on is
+            at that site.
         tasks: Names of the tasks; "0", "1", ... if none are given.
         dtype: Of the parameters: float64, float32, float16 or bfloat16.
+        kind: "relu", as `fit` trains them, or "linear", as it solves for them.
         seed: `down` becomes a function of seed, name of the task and site; None draws it from torch's generator.
 
     Raises:
@@ -45,15 +51,17 @@ class SurgeryAdapters(nn.Module):
         self,
         num_tasks: int,
         widths: Mapping[str, int],
-        rank: int,
+        rank: Rank,
         *,
         tasks: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        kind: str = "relu",
         seed: int | None = None,
     ) -> None:
         super().__init__()
         check_count("num_tasks", num_tasks)
-        check_count("rank", rank)
+        arguments.check_one_of("kind", kind, KINDS)
+        check_rank(rank, kind)
         if not widths:
             raise ValueError("widths must be of at least one site, got none")
         for site, width in widths.items():
@@ -65,8 +73,14 @@ class SurgeryAdapters(nn.Module):
             raise ValueError(f"tasks must be {num_tasks} different names, got {list(self.tasks)}")
         self.widths = dict(widths)
         self.rank = rank
-        self.down = nn.ParameterList(torch.empty(num_tasks, rank, dim, dtype=dtype) for dim in widths.values())
-        self.up = nn.ParameterList(torch.zeros(num_tasks, dim, rank, dtype=dtype) for dim in widths.values())
+        self.kind = kind
+        self.down, self.up, self.bias = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for dim in widths.values():
+            full = kind == "linear" and (rank == "full" or int(rank) >= dim)
+            self.down.append(torch.zeros(num_tasks, dim if full else int(rank), dim, dtype=dtype))
+            self.up.append(torch.zeros(num_tasks, dim, 0 if full else int(rank), dtype=dtype))
+            if kind == "linear":
+                self.bias.append(torch.zeros(num_tasks, dim, dtype=dtype))
         self._draw(seed)
 
     @torch.no_grad()
@@ -74,8 +88,14 @@ class SurgeryAdapters(nn.Module):
         """kaiming_uniform with a = sqrt(5), as nn.Linear does, for each adapter alone."""
         for site, down in zip(self.sites, self.down, strict=True):
             bound = 1 / math.sqrt(down.shape[-1])
+            if self.is_full(down):
+                continue
             for task, of_task in zip(self.tasks, down, strict=True):
                 of_task.uniform_(-bound, bound, generator=None if seed is None else generator(seed, task, site))
+
+    def is_full(self, down: Tensor) -> bool:
+        """Whether these are linear adapters of full rank, whose `up` is the identity."""
+        return self.kind == "linear" and down.shape[-2] == down.shape[-1]
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -88,8 +108,9 @@ class SurgeryAdapters(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of one task: 2 * rank * dim, summed over the sites."""
-        return 2 * self.rank * sum(self.widths.values())
+        """Parameters of one task, summed over the sites: 2 * rank * dim, of linear adapters dim more; of full rank
+        dim * dim + dim."""
+        return sum(parameter.numel() for parameter in self.parameters()) // self.num_tasks
 
     def task_index(self, task: Task) -> int | Tensor:
         """The number of one task, or int64 [batch] for one task per sample, from names or numbers."""
@@ -125,19 +146,34 @@ class SurgeryAdapters(nn.Module):
             tasks: Whose adapters. A slice: the batch is one group of equal size for each, in order; int64 [batch]:
                 each sample's own.
         """
-        if isinstance(tasks, Tensor):
-            return surgery_adapter(features, self.down[site], self.up[site], task_index=tasks)
-        down, up = self.down[site][tasks], self.up[site][tasks]
-        return surgery_adapter(features.unflatten(0, (len(down), -1)), down, up).flatten(0, 1)
+        index = tasks if isinstance(tasks, Tensor) else None
+        given = slice(None) if isinstance(tasks, Tensor) else tasks
+        down, up = self.down[site][given], self.up[site][given]
+        bias, activation = None, "relu"
+        if self.kind == "linear":
+            bias, activation = self.bias[site][given], "none"
+        if self.is_full(down):
+            up = torch.eye(down.shape[-1], dtype=down.dtype, device=down.device).expand(len(down), -1, -1)
+        if index is not None:
+            return surgery_adapter(features, down, up, task_index=index, bias=bias, activation=activation)
+        grouped = features.unflatten(0, (len(down), -1))
+        return surgery_adapter(grouped, down, up, bias=bias, activation=activation).flatten(0, 1)
 
     def extra_repr(self) -> str:
-        return f"tasks={list(self.tasks)}, sites={list(self.sites)}, rank={self.rank}"
+        kind = "" if self.kind == "relu" else f", kind={self.kind!r}"
+        return f"tasks={list(self.tasks)}, sites={list(self.sites)}, rank={self.rank!r}{kind}"
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a safetensors file: the parameters, and the configuration as JSON in its metadata."""
         from safetensors.torch import save_file
 
-        configuration = {"tasks": self.tasks, "widths": self.widths, "rank": self.rank}
+        configuration = {
+            "version": VERSION,
+            "tasks": self.tasks,
+            "widths": self.widths,
+            "rank": self.rank,
+            "kind": self.kind,
+        }
         save_file(self.state_dict(), path, metadata={METADATA: json.dumps(configuration)})
 
     @classmethod
@@ -150,8 +186,24 @@ class SurgeryAdapters(nn.Module):
             if METADATA not in metadata:
                 raise ValueError(f"path must be a file written by SurgeryAdapters.save, got {str(path)!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        configuration = json.loads(metadata[METADATA])
+        configuration = {"version": 1, "kind": "relu", **json.loads(metadata[METADATA])}
+        if configuration["version"] > VERSION:
+            raise ValueError(
+                f"path must be a file of version {VERSION} or before, got {configuration['version']}: it was written "
+                "by a newer surgery_kernels"
+            )
         tasks, widths, rank = configuration["tasks"], configuration["widths"], configuration["rank"]
-        adapters = cls(len(tasks), widths, rank, tasks=tasks, dtype=tensors["down.0"].dtype, seed=0)
+        dtype, kind = tensors["down.0"].dtype, configuration["kind"]
+        adapters = cls(len(tasks), widths, rank, tasks=tasks, dtype=dtype, kind=kind, seed=0)
         adapters.load_state_dict(tensors)
         return adapters
+
+
+def check_rank(rank: object, kind: str) -> None:
+    """A number from 1 on; of linear adapters also "full"."""
+    if kind == "linear" and rank == "full":
+        return
+    if isinstance(rank, str):
+        wanted = "'full' or an integer" if kind == "linear" else "an integer"
+        raise TypeError(f"rank must be {wanted}, got {rank!r}")
+    check_count("rank", rank)

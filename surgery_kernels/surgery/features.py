@@ -1,4 +1,4 @@
-"""What surgery compares: the token mean of every block's output, and the final representation."""
+"""What surgery compares: every block's output or its token mean, and the final representation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ from .sites import Sites
 
 
 class Recorder(ExitStack):
-    """Features of a model's sites, batch by batch, as attached adapters correct them; its `with` freezes the model."""
+    """Features of a model's sites, batch by batch, as attached adapters correct them; its `with` freezes the model.
 
-    def __init__(self, model: nn.Module | SurgeryModel, sites: Sites, autocast: torch.dtype | None = None) -> None:
+    Of blocks the means over tokens, unless `token_mean` is False.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | SurgeryModel,
+        sites: Sites,
+        autocast: torch.dtype | None = None,
+        *,
+        token_mean: bool = True,
+    ) -> None:
         super().__init__()
         self._model = model
         self._device = device_of(model)
         self._autocast = autocast
+        self._token_mean = token_mean
         self._features: list[Tensor] = [torch.empty(0)] * len(sites.names)
         hooked = model.model if isinstance(model, SurgeryModel) else model
         # After those of the adapters, if any: later hooks see what earlier ones did.
@@ -36,11 +47,11 @@ class Recorder(ExitStack):
         return layouts.pop() if len(layouts) == 1 else None
 
     def _record(self, site: int, features: Tensor) -> None:
-        self._features[site] = features.mean(dim=1) if features.dim() == 3 else features
+        self._features[site] = features.mean(dim=1) if features.dim() == 3 and self._token_mean else features
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, **options: object) -> list[Tensor]:
-        """Float32 or float64 on the CPU, site by site.  # [batch, dim] each"""
+        """Float32 or float64 on the CPU, site by site.  # [batch, dim] each, or at blocks [batch, tokens, dim]"""
         if self._is_first and batch_size(inputs) > 1:
             # One sample tells the layout, unless it has one token; a batch as long as its tokens would not.
             self(select(inputs, torch.zeros(1, dtype=torch.int64)), **options)

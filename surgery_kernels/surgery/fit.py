@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import arguments
-from .adapters import SurgeryAdapters
+from .adapters import Rank, SurgeryAdapters, check_rank
 from .batches import Batches, TaskData, pool_of, sample_order, task_data
 from .cache import fingerprint
 from .checks import check_count
+from .closed_form import ClosedForm, Run
+from .experts import Expert, load_expert
 from .features import Recorder
 from .frozen import device_of, frozen
 from .hooks import is_hooked
@@ -29,17 +30,17 @@ from .train import Adam, Trainer, train
 from .v1 import FinalTrainer
 from .v2 import DeepTrainer
 
-StateDict = Mapping[str, Tensor]
-Expert = nn.Module | StateDict | Callable[[], nn.Module | StateDict]
+STEPS, LR = 1000, 1e-3
 
 
 @dataclass(frozen=True)
 class Log:
-    """How far the features were from the experts' before every step."""
+    """How far the features were from the experts': before every step, or before and after each closed form."""
 
-    bias: Tensor  # float32 [steps, num_tasks, num_sites]: mean |features - targets| of the step's samples
+    bias: Tensor  # float32 [steps or 2, num_tasks, num_sites]: mean |features - targets| of the step's or all samples
     tasks: tuple[str, ...]
     sites: tuple[str, ...]
+    held_out: Tensor | None = None  # float32 [2, num_tasks, num_sites]: of the merged model and of the repaired one
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ def fit(
     batches: Mapping[str, Batches],
     mode: str = "v1",
     *,
-    rank: int = 16,
-    steps: int = 1000,
+    solver: str | ClosedForm = "gradient",
+    rank: Rank = 16,
+    steps: int = STEPS,
     batch_size: int = 16,
-    lr: float = 1e-3,
+    lr: float = LR,
     legacy_zero_grad: bool = False,
     detach_layers: bool = False,
     seed: int = 0,
@@ -71,6 +73,7 @@ def fit(
     resume: bool = True,
     autocast: torch.dtype | None = None,
     num_workers: int = 0,
+    holdout: Mapping[str, Batches] | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Adam on ``sum over tasks and sites of mean |features - targets|``, with the experts' features as targets.
@@ -80,6 +83,11 @@ def fit(
     gradients flow across all of them, while the merged model itself is a constant. Each expert runs once over the
     samples that the steps will use. What a task learns does not depend on the other tasks of the call.
 
+    ``solver="closed_form"`` takes no steps. It looks at every sample once, and block after block finds the linear map
+    of `rank` that best predicts how far each token of the merged model is from the expert's, by ridge regression: few
+    samples and seconds do for what the gradient needs many and minutes for. What corrects a block is solved for tokens
+    that were corrected before it; at last the same is done to the final representation ("v1": that alone).
+
     Args:
         merged: Any module; its training mode and its parameters' requires_grad are as before afterwards.
         experts: By name of the task: a module, a state dict (loaded into a copy of `merged`), or a function that
@@ -88,9 +96,11 @@ def fit(
             arguments of the model), a map-style dataset, or an iterable of batches, which is read to its end and kept.
             Of tuples the first item is used, of mappings all tensors but labels.
         mode: "v1" or "v2".
-        rank: 1 or more.
+        solver: "gradient", "closed_form" or a `ClosedForm` with options of its own. The closed form has no use for the
+            options from `steps` to `resume`, `batch_size` and `sites` aside.
+        rank: 1 or more; of the closed form also "full".
         steps: Steps of every task, 1 or more.
-        batch_size: Samples of every task in each step, 1 or more.
+        batch_size: Samples of every task in each step, 1 or more; of the closed form those in one forward pass.
         lr: Adam's learning rate, greater than 0; betas are 0.9 and 0.999.
         legacy_zero_grad: After each step another num_tasks - 1 with gradient zero: tasks that take turns under
             torch < 2, which zeroed gradients instead of dropping them, were moved on momentum at each other's turn.
@@ -108,6 +118,7 @@ def fit(
             anew.
         autocast: bfloat16 or float16 for the models; the adapters stay float32.
         num_workers: Processes that read a dataset.
+        holdout: Closed form only: by name of the task, samples that the fit does not see, for `Log.held_out`.
         progress: Bars on stderr: True, False, or None for ones that appear after two seconds.
 
     Returns:
@@ -117,11 +128,24 @@ def fit(
         ValueError, TypeError: an argument is outside its range, a task lacks expert or samples, features differ in
             width from the merged model's or are not finite.
 
-    Source: Representation Surgery (arXiv 2402.02705); SurgeryV2 (arXiv 2410.14389).
+    Source: Representation Surgery (arXiv 2402.02705); SurgeryV2 (arXiv 2410.14389). The closed form is this library's.
     """
-    _check_options(mode, rank, steps, batch_size, lr, detach_layers, checkpoint_every, autocast)
+    closed = _closed_form(solver)
+    check_rank(rank, "relu" if closed is None else "linear")
+    _check_options(mode, steps, batch_size, lr, detach_layers, checkpoint_every, autocast)
     _check_tasks(experts, batches)
     sites = _sites(merged, mode, sites)
+    if closed is not None:
+        given = {"steps": steps != STEPS, "lr": lr != LR, "legacy_zero_grad": legacy_zero_grad}
+        given |= {"detach_layers": detach_layers, "cache": cache != "memory", "checkpoint": checkpoint is not None}
+        for option in (name for name, there in given.items() if there):
+            raise ValueError(f"{option} must be left out with solver='closed_form', which takes no steps")
+        pools = {task: pool_of(f"batches[{task!r}]", batches[task], num_workers) for task in experts}
+        run = Run(merged, experts, pools, sites, rank, batch_size, autocast, num_workers, progress)
+        adapters, bias, held_out = closed.solve(run, holdout)
+        return Fit(adapters, Log(bias, adapters.tasks, adapters.sites, held_out))
+    if holdout is not None:
+        raise ValueError("holdout must be None with solver='gradient', got samples")
     data = []
     for task in experts:
         pool = pool_of(f"batches[{task!r}]", batches[task], num_workers)
@@ -196,7 +220,7 @@ def _features_and_targets(
         return identities[-1]
 
     def of_expert(of_task: TaskData) -> Tensor:
-        expert = _expert(of_task.task, experts[of_task.task], merged, store.sites)
+        expert = load_expert(of_task.task, experts[of_task.task], merged, store.sites)
         return store.features("targets", expert, identity(expert), of_task, bar)
 
     of_merged = identity(merged)
@@ -207,20 +231,12 @@ def _features_and_targets(
     return features, targets, identities
 
 
-def _expert(task: str, expert: Expert, merged: nn.Module, sites: Sites) -> nn.Module:
-    if not isinstance(expert, (nn.Module, Mapping)) and callable(expert):
-        expert = expert()
-    if isinstance(expert, nn.Module):
-        check_sites(f"experts[{task!r}]", expert, sites)
-        return expert
-    if not isinstance(expert, Mapping):
-        raise TypeError(f"experts[{task!r}] must be a module or a state dict, got {type(expert).__name__}")
-    loaded = copy.deepcopy(merged)
-    try:
-        loaded.load_state_dict(expert)
-    except RuntimeError as error:
-        raise ValueError(f"experts[{task!r}] must be a state dict of the merged model, got {error}") from error
-    return loaded
+def _closed_form(solver: str | ClosedForm) -> ClosedForm | None:
+    """None: the gradient."""
+    if isinstance(solver, ClosedForm):
+        return solver
+    arguments.check_one_of("solver", solver, ("gradient", "closed_form"))
+    return ClosedForm() if solver == "closed_form" else None
 
 
 def _sites(merged: nn.Module, mode: str, sites: Sites | None) -> Sites:
@@ -263,7 +279,6 @@ def _check_tasks(experts: Mapping[str, Expert], batches: Mapping[str, Batches]) 
 
 def _check_options(
     mode: str,
-    rank: int,
     steps: int,
     batch_size: int,
     lr: float,
@@ -272,7 +287,6 @@ def _check_options(
     autocast: torch.dtype | None,
 ) -> None:
     arguments.check_one_of("mode", mode, MODES)
-    check_count("rank", rank)
     check_count("steps", steps)
     check_count("batch_size", batch_size)
     check_count("checkpoint_every", checkpoint_every)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -169,3 +170,60 @@ def test_load_of_another_file(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"^path must be a file written by SurgeryAdapters.save, got '.*other"):
         SurgeryAdapters.load(tmp_path / "other.safetensors")
+
+
+def test_linear_adapters() -> None:
+    made = adapters(kind="linear", rank=16, tasks=["a", "b", "c"])
+    assert [tuple(down.shape) for down in made.down] == [(3, 16, 16), (3, 16, 24), (3, 12, 12)]
+    assert [tuple(up.shape) for up in made.up] == [(3, 16, 0), (3, 24, 16), (3, 12, 0)]  # full rank, low rank, full
+    assert [tuple(bias.shape) for bias in made.bias] == [(3, 16), (3, 24), (3, 12)]
+    assert made.num_parameters == 16 * 16 + 16 + 2 * 16 * 24 + 24 + 12 * 12 + 12
+    full = adapters(kind="linear", rank="full")
+    assert full.num_parameters == sum(dim * dim + dim for dim in WIDTHS.values())
+    assert "kind='linear'" in repr(made) and "rank='full'" in repr(full) and "kind" not in repr(adapters())
+
+
+@pytest.mark.parametrize("rank", [4, "full"])
+def test_linear_forward_is_the_map(rank: int | str) -> None:
+    made = adapters(kind="linear", rank=rank, seed=0)
+    features = torch.randn(6, 5, 24, generator=torch.Generator().manual_seed(2))
+    index = torch.tensor([2, 0, 1, 1, 0, 2])
+    for tasks in (slice(None), slice(1, 2), index):
+        assert torch.equal(made(1, features, tasks), features)  # new ones change nothing
+    generator = torch.Generator().manual_seed(3)
+    for parameter in made.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    matrices = made.down[1].mT @ (torch.eye(24) if rank == "full" else made.up[1].mT)  # [num_tasks, dim, dim]
+    for tasks, expected in [(slice(None), torch.tensor([0, 0, 1, 1, 2, 2])), (index, index)]:
+        oracle = features - features @ matrices[expected] - made.bias[1][expected, None]
+        torch.testing.assert_close(made(1, features, tasks), oracle, rtol=1e-4, atol=1e-4)
+
+
+def test_files_have_a_version(tmp_path: Path) -> None:
+    """Those of before had none, and relu adapters alone."""
+    made, path = filled(), tmp_path / "adapters.safetensors"
+    before = {"tasks": made.tasks, "widths": made.widths, "rank": made.rank}
+    save_file(made.state_dict(), path, metadata={"surgery_adapters": json.dumps(before)})
+    loaded = SurgeryAdapters.load(path)
+    assert loaded.kind == "relu"
+    assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), made.parameters(), strict=True))
+    newer = {**before, "kind": "relu", "version": 3}
+    save_file(made.state_dict(), path, metadata={"surgery_adapters": json.dumps(newer)})
+    message = "path must be a file of version 2 or before, got 3: it was written by a newer surgery_kernels"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SurgeryAdapters.load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kind": "affine"}, ValueError, "kind must be one of 'relu', 'linear', got 'affine'"),
+        ({"rank": "full"}, TypeError, "rank must be an integer, got 'full'"),
+        ({"rank": "most", "kind": "linear"}, TypeError, "rank must be 'full' or an integer, got 'most'"),
+        ({"rank": 0, "kind": "linear"}, ValueError, "rank must be 1 or greater, got 0"),
+    ],
+    ids=str,
+)
+def test_refused_kinds_and_ranks(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        adapters(**options)
