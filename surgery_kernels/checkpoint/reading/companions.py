@@ -14,36 +14,17 @@ from .source import Source
 
 LEGAL = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*")
 # Of names within a folder, where * passes over "/" too, as for huggingface_hub; also what is fetched from the Hub.
-WANTED = (
-    *(
-        "*.json",
-        "*.jinja",
-        "*.txt",
-        "*.yaml",
-        "*.yml",
-        "*.toml",
-        "*.tsv",
-        "*.md",
-    ),  # configurations, vocabularies, cards
-    *(
-        "*.model",
-        "*.tiktoken",
-        "*.spm",
-        "*.bpe",
-        "*.codes",
-        "*.vocab",
-        "*.npy",
-        "*.npz",
-    ),  # of tokenizers and processors
-    *("*.py", "*.pyi", "*.cpp", "*.cu", "*.cuh", "*.h"),  # custom code
-    *LEGAL,
-)
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.yaml", "*.yml", "*.toml", "*.tsv", "*.md")
+TOKENS = ("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab", "*.npy", "*.npz")  # and filters of sounds
+CODE = ("*.py", "*.pyi", "*.cpp", "*.cu", "*.cuh", "*.h")
+WANTED = (*SETTINGS, *TOKENS, *CODE, *LEGAL)
 UNWANTED = (
     *(".*", "*/.*", "*__pycache__/*"),
     *("*.index.json", "*.index.*.json", "adapter_config.json"),  # they say what the weights are
     *("trainer_state.json", "training_args.*", "*_results.json", "checkpoint-*/*", "runs/*"),  # of the training
     *("onnx/*", "openvino/*", "original/*", "*.mlpackage/*"),  # the same model for others
 )
+OF_CARDS = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4", "*.ipynb", "*.log")
 CARD = "README.md"
 MAX_BYTES = 100 << 20  # of a file; a larger one is data
 OTHER_WEIGHTS = (*READABLE, ".onnx", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".distcp")
@@ -95,7 +76,7 @@ def companions(model: Source) -> Companions:
                 left.append(name)
         elif _matches(name, WANTED) and path.is_file() and path.stat().st_size <= MAX_BYTES:
             files[name] = _checked(folder, path)
-        elif "/" not in name:
+        elif not _matches(name, OF_CARDS):
             left.append(name)
     left += [f"{path.name}/" for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_dir()]
     return Companions(files, tuple(dict.fromkeys(left)))

@@ -79,6 +79,7 @@ def test_the_same_files_as_from_a_folder(hub: Hub, tmp_path: Path) -> None:
         "other/model.safetensors": "other weights",
         "other/config.json": "{}",
         "logo.png": "c",
+        "voices.dat": "d",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -87,7 +88,7 @@ def test_the_same_files_as_from_a_folder(hub: Hub, tmp_path: Path) -> None:
     for reference, out in (("org/a", "of_hub"), (str(folder), "of_folder")):
         recipe = {"merge_method": "linear", "models": [{"model": reference, "parameters": {"weight": 1}}]}
         with pytest.warns(
-            UserWarning, match=f"^the result goes without these files of {reference}: logo.png, other/, vis"
+            UserWarning, match=f"^the result goes without these files of {reference}: other/, visual.pt, voices.dat$"
         ):
             merge(recipe, tmp_path / out)
     ours = {path.relative_to(tmp_path / "of_hub") for path in (tmp_path / "of_hub").rglob("*") if path.is_file()}
@@ -95,9 +96,9 @@ def test_the_same_files_as_from_a_folder(hub: Hub, tmp_path: Path) -> None:
         path.relative_to(tmp_path / "of_folder") for path in (tmp_path / "of_folder").rglob("*") if path.is_file()
     }
     assert ours == theirs and {str(path) for path in ours} >= set(files) - {
-        *("visual.pt", "other/model.safetensors", "other/config.json", "logo.png"),
+        *("visual.pt", "other/model.safetensors", "other/config.json", "logo.png", "voices.dat"),
     }
-    assert not {"visual.pt", "other/model.safetensors", "logo.png"} & hub.fetched
+    assert not {"visual.pt", "other/model.safetensors", "logo.png", "voices.dat"} & hub.fetched
     assert "license: mit" in (tmp_path / "of_hub" / "README.md").read_text()
 
 
