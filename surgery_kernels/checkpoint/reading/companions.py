@@ -22,7 +22,7 @@ UNWANTED = (
     *(".*", "*/.*", "*__pycache__/*"),
     *("*.index.json", "*.index.*.json", "adapter_config.json"),  # they say what the weights are
     *("trainer_state.json", "training_args.*", "*_results.json", "checkpoint-*/*", "runs/*"),  # of the training
-    *("onnx/*", "openvino/*", "original/*", "*.mlpackage/*"),  # the same model for others
+    *("onnx/*", "*/onnx/*", "openvino/*", "*/openvino/*", "*.mlpackage/*", "original/*"),  # the same model for others
 )
 OF_CARDS = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4", "*.ipynb", "*.log")
 CARD = "README.md"
