@@ -20,6 +20,7 @@ from .differences import ALLOWABLE, Difference, check_allowed
 from .layer_lists import uncertain_layers
 from .reading.companions import Companions, companions
 from .reading.opening import find_folder, open_checkpoint
+from .reading.quantized import check_plain
 from .reading.source import Source
 from .steps import Step, plan_steps
 from .vocabulary.vocabularies import Vocabularies
@@ -194,7 +195,7 @@ def _plan(
     max_shard_bytes: int,
 ) -> Plan:
     for source in sources.values():
-        _check_unscaled(source)
+        check_plain(source)
     vocabularies = Vocabularies(recipe, sources, lambda model: results.get(model) or find_folder(model))
     steps, differences = plan_steps(recipe, sources, vocabularies, options)
     check_allowed(differences, allow)
@@ -203,11 +204,3 @@ def _plan(
     tensors = {step.name: (step.out_dtype, step.shape) for step in steps}
     layout = lay_out(tensors, max_shard_bytes, sources[recipe.donor].anatomy.stems)
     return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies)
-
-
-def _check_unscaled(source: Source) -> None:
-    """Numbers that are nothing without the scales beside them could be cast, and would come out as garbage."""
-    if (source.config or {}).get("quantization_config"):
-        for name, info in source.tensors.items():
-            if info.dtype.is_floating_point and info.dtype not in arguments.DTYPES:
-                raise ValueError(f"models must be without quantization, got {name!r} of {source.name} in {info.dtype}")

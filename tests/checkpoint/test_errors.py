@@ -202,14 +202,6 @@ def test_tensors_that_cannot_be_merged(models: list[StateDict], tmp_path: Path) 
     assert_merged_as(merged(ties_recipe(folders, dtype="float32"), out), models)
 
 
-def test_a_quantized_model(models: list[StateDict], tmp_path: Path) -> None:
-    models[2]["layers.0.norm"] = torch.ones(4, dtype=torch.float8_e4m3fn)
-    folders = save_models(tmp_path, models, config={"quantization_config": {"quant_method": "fp8"}})
-    message = f"models must be without quantization, got 'layers.0.norm' of {folders[2]} in torch.float8_e4m3fn"
-    refused(ties_recipe(folders, dtype="float32"), tmp_path / "out", message)
-    merge(ties_recipe(folders[:2], dtype="float32"), tmp_path / "out")  # quantized when it is loaded
-
-
 def test_mixed_dtypes_in_one_scope(models: list[StateDict], tmp_path: Path) -> None:
     for model in models:
         model["layers.0.norm"] = model["layers.0.norm"].double()

@@ -13,6 +13,7 @@ from .folder import Checkpoint, open_file
 from .lora_settings import ADAPTER_CONFIG, LoraSettings
 from .lora_targets import Product, match
 from .parts import ADAPTER_FILES
+from .quantized import check_plain
 from .source import FileStamp, Source, TensorInfo
 
 BLOCK = 1 << 18  # elements of a product in memory: 1 MiB stays in the cache
@@ -94,10 +95,7 @@ class LoraExpert:
 def open_lora(name: str, folder: Path, base: Source) -> LoraExpert:
     """The expert that the adapter in `folder` makes of `base`."""
     settings = LoraSettings.read(folder / ADAPTER_CONFIG)
-    if base.config is not None and base.config.get("quantization_config"):
-        raise ValueError(
-            f"base must be without quantization for the adapter {name}, got {base.name}, which is quantized"
-        )
+    check_plain(base)
     for file in ADAPTER_FILES:
         if (folder / file).exists():
             adapter = open_file(name, folder / file)

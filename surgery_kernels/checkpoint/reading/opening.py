@@ -11,6 +11,7 @@ from .hub import download
 from .lora import open_lora
 from .lora_settings import ADAPTER_CONFIG
 from .parts import INDICES, MODEL_FILES, READABLE
+from .quantized import check_file
 from .source import Source
 
 
@@ -38,6 +39,7 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
     name = str(reference)
     path, names = _find(name)
     if path.is_file():
+        check_file(path)
         if not (path.name.endswith(READABLE) or INDICES.fullmatch(path.name)):
             raise ValueError(
                 f"reference must be a folder, an index or a file of weights ({', '.join(READABLE)}), got {name!r}"

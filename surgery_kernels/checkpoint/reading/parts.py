@@ -242,7 +242,7 @@ def _expected() -> list[str]:
 ELSEWHERE = {
     "tf_model.h5": "a TensorFlow model: load it with transformers 4, from_tf=True, and save it",
     "flax_model.msgpack": "a Flax model: load it with transformers 4, from_flax=True, and save it",
-    ".gguf": "GGUF: take the original of the model in safetensors",
+    ".gguf": "GGUF, which is quantized: dequantize it first, or take the model it was made from",
     ".onnx": "ONNX: take the original of the model in safetensors",
     ".distcp": "a distributed checkpoint: make a file of it by dcp_to_torch_save of torch.distributed.checkpoint",
     "zero_to_fp32.py": "a checkpoint of DeepSpeed: run its zero_to_fp32.py first",

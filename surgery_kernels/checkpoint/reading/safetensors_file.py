@@ -59,7 +59,10 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path} must hold tensors of dtypes that torch has, got {entry['dtype']} for {name!r}")
+            raise ValueError(
+                f"{path} must hold tensors of dtypes that torch has, got {entry['dtype']} for {name!r}: "
+                f"what torch has not is mostly quantized, dequantize it first"
+            )
     in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     return {name: _info(path, LENGTH_BYTES + length, entry) for name, entry in in_order}
 

@@ -292,7 +292,11 @@ def test_adapters_without_what_they_need(tmp_path: Path) -> None:
     quantized = open_checkpoint(
         save_safetensors(tmp_path / "base", state_dict(), config={"quantization_config": {"bits": 4}})
     )
-    message = f"base must be without quantization for the adapter {adapter}, got {quantized.name}, which is quantized"
+    message = (
+        f"models must be without quantization, got {quantized.name}, which is quantized (quantization_config in its "
+        f"config.json, to be removed from there if its numbers are plain): dequantize it first, or take the model it "
+        f"was made from"
+    )
     refused(adapter, quantized, message)
     base = open_checkpoint(save_safetensors(tmp_path / "plain", state_dict()))
     (adapter / "adapter_model.safetensors").unlink()
