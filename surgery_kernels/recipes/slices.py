@@ -21,7 +21,7 @@ from .node import Node
 from .settings import Settings, number, read_settings, whole_number
 
 KEYS = ("models", "slices", "modules")
-# Between two models either of which may be the base: recipes from before mergekit 0.1 name another one, or none.
+# Between two models either of which may be the base: old recipes name another one, or none.
 SYMMETRIC = ("slerp",)
 
 
@@ -220,13 +220,14 @@ def _slice(node: Node, listed: Sequence[Source], context: Context) -> Slice:
 def _names_the_donor(node: Node, listed: Sequence[Source], context: Context) -> bool:
     """Whether a base that is not listed has no part in the merge but to name the donor of its files."""
     method, base_model = context.method, context.base_model
+    if method.base == "none" and listed[0].layers is not None:
+        return True  # as in mergekit, which adds the base to whole models only
     if method.name in SYMMETRIC and len(listed) == 2:
         why = f"are merged from {listed[0].model} to {listed[1].model}: {base_model} gives the files beside the weights"
     elif method.base == "none" and not method.takes(len(listed) + 1):
         why = f"are merged without {base_model}, which gives the files beside the weights"
     else:
-        # mergekit adds the base to whole models, not to slices
-        return method.base == "none" and listed[0].layers is not None
+        return False
     node.notices.append(f"{node.at} {why}")
     return True
 

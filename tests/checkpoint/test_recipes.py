@@ -24,6 +24,16 @@ RECIPES = sorted((Path(__file__).parent / "recipes").glob("*.yml"))
 SEED = 42
 # What is not mergekit's to the bit: it rounds every step, ours once.
 ROUNDED = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "ramplus_tl", "arcee_fusion")
+# What has something that has no effect.
+NOTICED = (
+    "ignored-keys",
+    "karcher",
+    "model_stock",
+    "sce",
+    "task_arithmetic",
+    "task_arithmetic-slices",
+    "ties-gradients",
+)
 FAR = 16  # last places of the largest entry, of those
 
 
@@ -55,6 +65,7 @@ def test_as_mergekit(path: Path, folders: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(folders)
     by_mergekit(path, tmp_path / "theirs", tmp_path / "between")
     merge(path, tmp_path / "ours", random_seed=SEED)
+    assert any(recipe.notices for recipe in load_recipes(path)) == (path.stem in NOTICED)
     assert_same_model(loaded(tmp_path / "ours"), loaded(tmp_path / "theirs"), load_recipes(path)[-1].merge_method)
     ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
     assert_same_config(ours, theirs)

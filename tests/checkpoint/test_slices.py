@@ -229,7 +229,7 @@ def test_slices_that_make_no_model(folders: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["third", "none"])
 def test_slerp_between_two_that_are_not_the_base(folders: list[str], tmp_path: Path, base: str) -> None:
-    """Recipes from before mergekit 0.1; it refuses them since."""
+    """As old recipes have it, which mergekit refuses now."""
     first, second, third = folders[:3]
     recipe = {
         "merge_method": "slerp",
