@@ -1,8 +1,9 @@
 """Kills merges and resumes them. Prints, as JSON, how often one was killed, how often the next went on from there, and
 whether the files came out the same.
 
-python -m tests.killed_merges everywhere|anytime RECIPE OUT: before every single call that changes the disk, or 20
-times at random moments. A process of its own that never merges itself: its children are forks, which start at once.
+python -m tests.killed_merges everywhere|thirds|anytime RECIPE OUT: before every single call that changes the disk, before
+every third, or 20 times at random moments. A process of its own that never merges itself: its children are forks, which
+start at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from surgery_kernels.checkpoint.writing import writer
 
 CHANGING = ("open", "posix_fallocate", "write", "pwrite", "fsync", "rename", "rmdir", "unlink", "mkdir")
 KILLS = 20
+STRIDES = {"everywhere": 1, "thirds": 3}
 
 
 def main(how: str, recipe: str, out: Path) -> None:
@@ -44,8 +46,8 @@ def main(how: str, recipe: str, out: Path) -> None:
         different += digest(out) != expected or unfinished.exists()
 
     shutil.rmtree(out)
-    if how == "everywhere":
-        while in_child(partial(dies_before, killed, recipe, out)) == -signal.SIGKILL:
+    if how in STRIDES:
+        while in_child(partial(dies_before, killed * STRIDES[how], recipe, out)) == -signal.SIGKILL:
             killed += 1
             finish()
             shutil.rmtree(out)

@@ -112,7 +112,7 @@ def of_documents_and_slices(given: dict[str, Any]) -> list[dict[str, Any]]:
     [
         ("everywhere", of_the_model),
         ("anytime", of_wide_tensors),
-        ("everywhere", of_documents_and_slices),
+        ("thirds", of_documents_and_slices),
     ],
 )
 def test_killed(
