@@ -1,9 +1,9 @@
 """Kills merges and resumes them. Prints, as JSON, how often one was killed, how often the next went on from there, and
 whether the files came out the same.
 
-python -m tests.killed_merges everywhere|thirds|anytime RECIPE OUT: before every single call that changes the disk, before
-every third, or 20 times at random moments. A process of its own that never merges itself: its children are forks, which
-start at once.
+python -m tests.killed_merges everywhere|thirds|anytime RECIPE OUT: before every single call that changes the disk,
+before every third, or 20 times at random moments. A process of its own that never merges itself: its children are
+forks, which start at once.
 """
 
 from __future__ import annotations
