@@ -121,7 +121,7 @@ def test_shards_dtypes_and_resuming_by_component(
     assert config["dtype"] == "bfloat16"
     unet = Path("unet/config.json")
     assert (tmp_path / "whole" / unet).read_bytes() == (pipelines[0] / unet).read_bytes()
-    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", torch_dtype=torch.bfloat16)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     assert loaded.unet.conv_in.weight.dtype == torch.bfloat16
 
     write_at, calls = writer._write_at, []

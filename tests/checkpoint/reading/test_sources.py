@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,27 @@ def test_torch_layouts(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(source.tensor(name), tensor) and source.tensor(name).is_contiguous()
         assert source.tensors[name].nbytes == tensor.nbytes and not source.tensor(name).requires_grad
+
+
+STEP = {"epoch": 3, "loss": torch.tensor(0.5), "args": Namespace(lr=1e-3), "names": ["a"], "best": None, "note": "x"}
+OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda tensors: {**tensors, "global_step": 7, "version": "1", "extra": {"a": [1, None]}},
+        lambda tensors: {"state_dict": tensors, "optimizer_states": [OPTIMIZER], "lr_schedulers": [], **STEP},
+        lambda tensors: {"model": tensors, "optimizer": OPTIMIZER, "scaler": {"a": torch.ones(2)}, **STEP},
+        lambda tensors: {"module": tensors, "lr_scheduler": OPTIMIZER, "rng_state": torch.ones(9)},
+        lambda tensors: {"params_ema": tensors},
+        lambda tensors: {"ema": {"module": OrderedDict(tensors), "updates": 5}},
+        lambda tensors: {"model": {"state_dict": tensors}, "callbacks": {"best": {"score": torch.ones(1)}}},
+    ],
+)
+def test_what_torch_files_hold_in_the_wild(tmp_path: Path, wrapped: Callable[[dict[str, Tensor]], object]) -> None:
+    torch.save(wrapped(state_dict()), tmp_path / "last.ckpt")
+    check_same(tmp_path / "last.ckpt", state_dict())
 
 
 def test_torch_files_of_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
