@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..merging.depths import NUM_LAYERS_KEYS
+from ..merging.depths import NUM_LAYERS_KEYS, num_layers
 
 INNER = "text_config"  # of a language model within another
 # With one entry for every layer. A string has a letter for each.
@@ -60,6 +60,17 @@ COUNTING = (
     "sliding_window_pattern",
 )
 
+# Models whose configuration need not say that every so many layers one attends to everything, the others nearby.
+FULL_ATTENTION_EVERY = {
+    "cohere2": 4,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3_text": 6,
+    "gemma3n": 5,
+    "gemma3n_text": 5,
+    "gpt_oss": 2,
+}
+
 
 def followed(config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
     """The number of layers and the lists over them for other layers.
@@ -76,6 +87,9 @@ def followed(config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any
         return {}
     new: dict[str, Any] = {key: len(origins)}
     entries = [(_counting_alike(source, config), layer) for source, layer in origins]
+    if any(layer != place for place, (_, layer) in enumerate(entries)):
+        entries = [(_with_types(source), layer) for source, layer in entries]
+        config = _with_types(config)
     for name, value in config.items():
         if name in BY_LAYER and isinstance(value, (list, str)) and len(value) == config[key]:
             found = [_entry(source.get(name), value, layer) for source, layer in entries]
@@ -93,9 +107,20 @@ def uncertain_layers(origins: Sequence[int], config: Mapping[str, Any]) -> list[
         return []
     inner = config.get(INNER)
     known = {**config, **(inner if isinstance(inner, Mapping) else {})}
-    if any(key in known for key in ("layer_types", "mlp_layer_types", "layers_block_type")):
+    if any(key in _with_types(known) for key in ("layer_types", "mlp_layer_types", "layers_block_type")):
         return []
     return [key for key in COUNTING if known.get(key) not in (None, 0, 1)]
+
+
+def _with_types(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the list that is understood where there is none."""
+    count = num_layers(config)
+    every = FULL_ATTENTION_EVERY.get(str(config.get("model_type")))
+    if config.get("layer_types") or count is None or every is None:
+        return config
+    every = config.get("sliding_window_pattern") or every
+    types = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(count)]
+    return {**config, "layer_types": types}
 
 
 def _counting_alike(other: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:

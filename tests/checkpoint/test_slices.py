@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from surgery_kernels.checkpoint import merge
+from surgery_kernels.checkpoint.layer_lists import FULL_ATTENTION_EVERY, followed
 from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same
-from tests.checkpoints import save_safetensors
+from tests.checkpoints import save_lora, save_safetensors
 from tests.llama_checkpoints import EMBEDDING, HEAD, LAYERS, Merges, gaussians, loaded, models, save, written
 
 pytestmark = [pytest.mark.any_isa, pytest.mark.filterwarnings("ignore:recipe")]
@@ -123,6 +124,19 @@ def test_a_base_that_no_slice_lists(folders: list[str], tmp_path: Path) -> None:
         load_recipe(different)
 
 
+def test_adapters(folders: list[str], tmp_path: Path) -> None:
+    """A model with an adapter is a model like any other, and its layers are those of the model below."""
+    module = "model.layers.1.mlp.up_proj"
+    down, up = torch.randn(2, 8), torch.randn(16, 2)
+    adapter = save_lora(tmp_path / "adapter", {module: (down, up)}, r=2, lora_alpha=2)
+    given = slices([f"{folders[1]}+{adapter}", folders[2]], [(0, 1, 3)], [(1, 0, 1)])
+    merge({"merge_method": "passthrough", "slices": given, "dtype": "float32"}, tmp_path / "out")
+    merged, below = loaded(tmp_path / "out"), loaded(Path(folders[1]))
+    expected = below[f"{module}.weight"].float() + up @ down
+    torch.testing.assert_close(merged["model.layers.0.mlp.up_proj.weight"], expected, rtol=0.01, atol=0.01)
+    assert_same(merged["model.layers.1.mlp.up_proj.weight"], below["model.layers.2.mlp.up_proj.weight"].float())
+
+
 LISTS = {
     "layer_types": ["full_attention", "sliding_attention", "linear_attention"],
     "mlp_only_layers": [0, 2],
@@ -146,6 +160,34 @@ def test_lists_of_a_configuration_follow_the_layers(tmp_path: Path) -> None:
     assert written["mlp_only_layers"] == [0, 2, 4]
     assert written["hybrid_override_pattern"] == "M-*-*"
     assert written["eos_token_id"] == [1, 2, 3]
+
+
+def test_lists_that_are_understood(tmp_path: Path) -> None:
+    """An older configuration of Gemma 2 says nothing of its layers, every second of which sees everything."""
+    (folder,) = save(tmp_path, models(gaussians, torch.float32, 0), model_type="gemma2")
+    for given, expected in (
+        ([[(0, 0, 2)], [(0, 0, 2)], [(0, 2, 3)]], ["sliding", "full", "sliding", "full", "sliding"]),
+        ([[(0, 1, 3)], [(0, 1, 2)]], ["full", "sliding", "full"]),
+    ):
+        out = tmp_path / f"out{len(expected)}"
+        merge({"merge_method": "passthrough", "slices": slices([folder], *given)}, out)
+        written = json.loads((out / "config.json").read_text())
+        assert written["layer_types"] == [f"{attention}_attention" for attention in expected]
+    merge({"merge_method": "passthrough", "slices": slices([folder], [(0, 0, 2)])}, tmp_path / "shorter")
+    assert "layer_types" not in json.loads((tmp_path / "shorter" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("model_type", FULL_ATTENTION_EVERY)
+def test_lists_that_transformers_understands(model_type: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+    config = transformers.AutoConfig.for_model(model_type).get_text_config()
+    count = config.num_hidden_layers
+    given = {"model_type": model_type, "num_hidden_layers": count}
+    assert followed(given, [(given, 0)] * 2 + [(given, layer) for layer in range(2, count)])["layer_types"] == [
+        config.layer_types[0],
+        config.layer_types[0],
+        *config.layer_types[2:],
+    ]
 
 
 def test_a_configuration_within_another(tmp_path: Path) -> None:
