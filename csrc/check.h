@@ -58,14 +58,16 @@ inline bool has_shape(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef 
   return t.sizes().equals(sizes);
 }
 
-inline void check_same_kind(const Tensor& t, const Tensor& like, const std::string& argument) {
-  require(t.scalar_type() == like.scalar_type(), argument, " must have the dtype of experts[0], got another");
-  require(has_shape(t, like.sizes()), argument, " must have the shape of experts[0], got another");
+inline void check_same_kind(const Tensor& t, const Tensor& like, const std::string& argument,
+                            const char* name_of_like = "experts[0]") {
+  require(t.scalar_type() == like.scalar_type(), argument, " must have the dtype of ", name_of_like, ", got another");
+  require(has_shape(t, like.sizes()), argument, " must have the shape of ", name_of_like, ", got another");
 }
 
-inline void check_same_shape(const Tensor& t, const Tensor& like, const std::string& argument) {
+inline void check_same_shape(const Tensor& t, const Tensor& like, const std::string& argument,
+                             const char* name_of_like = "experts[0]") {
   require(t.is_cpu() && like.is_cpu(), argument, " must be on the CPU like every other tensor, got another device");
-  check_same_kind(t, like, argument);
+  check_same_kind(t, like, argument, name_of_like);
 }
 
 // An op on one tensor takes its experts and nothing else.

@@ -72,6 +72,22 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "gram(Tensor[] base, Tensor[] experts, int num_tasks, str axis=\"tensor\", bool rounded=False, "
       "str nonfinite=\"error\", str[]? names=None) -> Tensor");
 
+  // A short program of element-wise steps (csrc/step.h: five integers each) over blocks of elements, each rounded where
+  // it says so: one read of all inputs and one write. inputs: num_inputs for the first tensor, then for the second,
+  // ...; out: as many for each as the program stores, which may be inputs. numbers: float64 [num_blocks or 1,
+  // num_numbers], a block being a tensor, or a row or a column of one. wide: float64 inside. Returns sums, float64
+  // [num_blocks, num_sums].
+  m.def(
+      "steps_out(Tensor[] inputs, int num_inputs, int[] program, Tensor numbers, str axis=\"tensor\", "
+      "bool wide=False, *, Tensor(a!)[] out) -> Tensor");
+
+  // Limits of the keys that such a program stores, those of trim_limits: thresholds in the compute type and cuts among
+  // the elements of its tensor, [num_blocks, num_ranks]. ranks: the same for every block, as in trim_limits. Keys are
+  // not rounded; their magnitude counts, and NaN is the largest.
+  m.def(
+      "steps_limits(Tensor[] inputs, int num_inputs, int[] program, Tensor numbers, int[] ranks, "
+      "str axis=\"tensor\", bool wide=False) -> (Tensor, Tensor)");
+
   // x^T W x, x^T W y and the sums of the rows of W x and W y of every task, W the diagonal of weights: [num_tasks, dim,
   // dim], [num_tasks, dim, y_dim], [num_tasks, dim], [num_tasks, y_dim]; y_dim is 0 without y. x, y: [num_tasks, rows,
   // dim], or [rows, dim], of which task t has the rows from offsets[t] to offsets[t + 1]. wide: in float64, else in the

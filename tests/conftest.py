@@ -49,7 +49,7 @@ def gpu() -> torch.device:
 def merging_ops() -> list[str]:
     from surgery_kernels.triton import MODULES
 
-    stems = ("trim", "ties_merge", "masks", "mix", "gram", "gram_cross", "combine")
+    stems = ("trim", "ties_merge", "masks", "mix", "gram", "gram_cross", "steps", "steps_limits", "combine")
     return [op for op, stem in MODULES.items() if stem in stems]
 
 
@@ -81,6 +81,14 @@ def restored_isa() -> Iterator[None]:
     before = _C.isa()
     yield
     _C.set_isa(before)
+
+
+@pytest.fixture
+def forced_histogram() -> Iterator[None]:
+    """Every bracket counts as missed."""
+    _C.force_histogram(True)
+    yield
+    _C.force_histogram(False)
 
 
 @pytest.fixture

@@ -35,10 +35,13 @@ struct Chunk {
 // Bytes of tensors that the main passes of every call went through so far, for progress bars.
 inline std::atomic<int64_t> bytes_read{0};
 
+struct FormedKeys;
+
 struct Scope {
   std::vector<Part> parts;
   int64_t num_tasks = 0, numel = 0, num_chunks = 0;
-  bool mixed = false;  // tensors of several dtypes
+  bool mixed = false;                  // tensors of several dtypes
+  const FormedKeys* formed = nullptr;  // what a trim reads in place of the experts
 
   void add(Dtype dtype, int64_t numel_of_part, const char* base, std::vector<const char*> experts) {
     mixed |= !parts.empty() && parts[0].dtype != dtype;

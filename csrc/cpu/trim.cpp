@@ -13,6 +13,7 @@
 #include "select.h"
 #include "trim_brackets.h"
 #include "trim_histogram.h"
+#include "trim_keys.h"
 #include "trim_tally.h"
 
 namespace sk {
@@ -78,10 +79,9 @@ int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t ke
     }
     const Chunk chunk = scope.chunk(int64_t(c));
     std::vector<Key> keys(kChunk + kSlack);
-    SK_KERNELS(trim_kernels)
-        .get<Key>(chunk.part.dtype)
-        .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count, drop,
-              keys.data());
+    KeyReader<Key> reader(scope);
+    reader.move_to(chunk.part, chunk.begin, chunk.count);
+    reader.kernel().keys(reader.base(), reader.expert(tally.tasks[s]), chunk.count, drop, keys.data());
     int64_t i = 0;
     for (; budget > 0 && i < chunk.count; ++i) budget -= keys[size_t(i)] == threshold;
     return chunk.part.offset + chunk.begin + i;
@@ -92,13 +92,6 @@ int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t ke
 }  // namespace
 
 void force_histogram(bool on) { forced_histogram = on; }
-
-// One limit to find: the rank-th largest key of an expert. Rank 0 keeps nothing; one above the number of entries keeps
-// all of them, and neither is looked for.
-struct Place {
-  int64_t task, rank;
-  bool from_smallest = false;  // the cut ends the ties of the smallest entries
-};
 
 template <class Key>
 std::vector<Limit<Key>> limits_at(const Scope& scope, const std::vector<Place>& places, bool all_ties,
@@ -163,6 +156,8 @@ std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& dens
 }
 
 #define SK_INSTANTIATE(Key)                                                                                  \
+  template std::vector<Limit<Key>> limits_at<Key>(const Scope&, const std::vector<Place>&, bool, NonFinite,  \
+                                                  const std::vector<std::string>&);                          \
   template std::vector<Limit<Key>> trim<Key>(const Scope&, const std::vector<double>&, Semantics, NonFinite, \
                                              const std::vector<std::string>&);
 SK_INSTANTIATE(int32_t)

@@ -15,6 +15,18 @@ struct Limit {
   int64_t cut;
 };
 
+// One limit to find: the rank-th largest key of an expert. Rank 0 keeps nothing; one above the number of entries keeps
+// all of them, and neither is looked for.
+struct Place {
+  int64_t task, rank;
+  bool from_smallest = false;  // the cut ends the ties of the smallest entries
+};
+
+// all_ties: without a cut among the ties.
+template <class Key>
+std::vector<Limit<Key>> limits_at(const Scope& scope, const std::vector<Place>& places, bool all_ties,
+                                  NonFinite nonfinite, const std::vector<std::string>& names);
+
 // density[t]: the share of its entries that expert t keeps. Without a cut among the ties it is the scope's numel.
 template <class Key>
 std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,

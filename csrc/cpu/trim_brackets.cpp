@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "select.h"
+#include "trim_keys.h"
 #include "trim_tally.h"
 
 namespace sk {
@@ -28,7 +29,6 @@ template <class Key>
 std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks,
                                    const std::vector<int64_t>& rank, bool drop) {
   if (scope.numel <= kDirect) return std::vector<Bracket<Key>>(tasks.size(), {-1, -1, kMaxKey<Key>, kMaxKey<Key>});
-  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   // The sample costs its size, the candidates cost numel / sqrt(size): the sum is least near numel^(2/3).
   const int64_t places = int64_t(std::cbrt(double(scope.numel) * double(scope.numel))) / kCluster;
   std::vector<int64_t> position(places);
@@ -42,6 +42,7 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
   for_each_expert(scope, int64_t(tasks.size()), [&](int64_t first, int64_t last) {
     std::vector<Key> sample;
     std::vector<int64_t> ends(places);
+    KeyReader<Key> reader(scope);
     for (int64_t s = first; s < last; ++s) {
       sample.resize(places * kCluster + kSlack);
       int64_t size = 0;
@@ -50,8 +51,8 @@ std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t
         const Part& part = scope.part_of(position[j]);
         const int64_t begin = std::max<int64_t>(0, std::min(position[j] - part.offset, part.numel - kCluster));
         const int64_t n = std::min(kCluster, part.numel - begin);
-        kernels.get<Key>(part.dtype)
-            .keys(part.base_at(begin), part.expert_at(tasks[s], begin), n, drop, sample.data() + size);
+        reader.move_to(part, begin, n);
+        reader.kernel().keys(reader.base(), reader.expert(tasks[s]), n, drop, sample.data() + size);
         ends[j] = size += n;
       }
       sample.resize(size);

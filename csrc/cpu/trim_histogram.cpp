@@ -4,14 +4,13 @@
 #include <mutex>
 
 #include "select.h"
-#include "trim_kernel.h"
+#include "trim_keys.h"
 
 namespace sk {
 
 template <class Key>
 std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int64_t>& tasks, std::vector<int64_t> rank,
                                       bool drop) {
-  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   const size_t slots = tasks.size();
   std::vector<Radix<Key>> range(slots, Radix<Key>(0, kMaxKey<Key>));
   const auto open = [](const Radix<Key>& r) { return r.lo != r.hi; };
@@ -21,12 +20,12 @@ std::vector<Key> histogram_thresholds(const Scope& scope, const std::vector<int6
     scope.parallel([&](int64_t first, int64_t last) {
       std::vector<std::vector<int64_t>> mine(slots, std::vector<int64_t>(size_t(1) << kRadixBits));
       std::vector<Key> keys(kChunk + kSlack);
+      KeyReader<Key> reader(scope);
       for (int64_t c = first; c < last; ++c) {
         const Chunk chunk = scope.chunk(c);
+        reader.move_to(chunk.part, chunk.begin, chunk.count);
         for (size_t s = 0; s < slots; ++s) {
-          kernels.get<Key>(chunk.part.dtype)
-              .keys(chunk.part.base_at(chunk.begin), chunk.part.expert_at(tasks[s], chunk.begin), chunk.count, drop,
-                    keys.data());
+          reader.kernel().keys(reader.base(), reader.expert(tasks[s]), chunk.count, drop, keys.data());
           for (int64_t i = 0; i < chunk.count; ++i)
             if (range[s].holds(keys[i])) ++mine[s][range[s].bin(keys[i])];
         }

@@ -2,6 +2,8 @@
 
 #include <mutex>
 
+#include "trim_keys.h"
+
 namespace sk {
 namespace {
 
@@ -13,7 +15,6 @@ constexpr int64_t kMostInside = 48 << 20;  // candidates of a call: a scope may 
 template <class Key>
 Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bracket<Key>> brackets, bool drop,
                  bool want_ties) {
-  const TrimKernels& kernels = SK_KERNELS(trim_kernels);
   const size_t slots = tasks.size();
   Tally<Key> tally{std::move(tasks), std::move(brackets), std::vector<Counts<Key>>(slots), {}, {}};
   if (want_ties) tally.ties.resize(size_t(scope.num_chunks) * slots);
@@ -21,17 +22,18 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
   scope.parallel([&](int64_t first, int64_t last) {
     typename Tally<Key>::Range range{first, last, std::vector<KeyBuffer<Key>>(slots), std::vector<char>(slots)};
     std::vector<Counts<Key>> totals(slots);
+    KeyReader<Key> reader(scope);
     const int64_t most = std::min(
         kMaxInside / int64_t(slots) + (last - first) * (kChunk / 16),
         kChunk + int64_t(double(kMostInside) / double(slots) * double(last - first) / double(scope.num_chunks)));
     for (int64_t c = first; c < last; ++c) {
       const Chunk chunk = scope.chunk(c);
-      const TrimKernel<Key>& kernel = kernels.get<Key>(chunk.part.dtype);
-      const char* base = chunk.part.base_at(chunk.begin);
+      reader.move_to(chunk.part, chunk.begin, chunk.count);
+      const TrimKernel<Key>& kernel = reader.kernel();
       for (size_t s = 0; s < slots; ++s) {
         KeyBuffer<Key>& inside = range.inside[s];
-        const Counts<Key> n = kernel.count(base, chunk.part.expert_at(tally.tasks[s], chunk.begin), chunk.count,
-                                           tally.brackets[s], scope.mixed, drop, inside.room(chunk.count + kSlack));
+        const Counts<Key> n = kernel.count(reader.base(), reader.expert(tally.tasks[s]), chunk.count, tally.brackets[s],
+                                           scope.mixed, drop, inside.room(chunk.count + kSlack));
         inside.size += n.inside;
         if (inside.size > most) {
           range.overflowed[s] = true;

@@ -6,6 +6,7 @@ from .gram_cross import GramCross, gram_cross
 from .masks import masks
 from .mix import mix
 from .representation_loss import representation_loss
+from .steps import Steps
 from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
 from .ties_merge import ties_merge, ties_split
@@ -13,6 +14,7 @@ from .trim import trim_thresholds
 
 __all__ = [
     "GramCross",
+    "Steps",
     "combine",
     "gram",
     "gram_cross",

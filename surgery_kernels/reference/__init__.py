@@ -13,6 +13,7 @@ from .masks import masks, philox, scope_masks
 from .mix import mix
 from .representation_loss import representation_loss
 from .scope import load_scope, scope_keys
+from .steps import steps, steps_limits
 from .sums import block_sum
 from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
@@ -37,6 +38,8 @@ __all__ = [
     "scope_masks",
     "scope_merge",
     "scope_thresholds",
+    "steps",
+    "steps_limits",
     "surgery_adapter",
     "surgery_train",
     "ties_merge",

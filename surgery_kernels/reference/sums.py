@@ -13,9 +13,11 @@ def block_sum(terms: Tensor) -> Tensor:
 
     terms: [..., num_params] float64; 0 for none.
     """
-    blocks = -(-terms.shape[-1] // BLOCK)
-    padded = torch.nn.functional.pad(terms, (0, blocks * BLOCK - terms.shape[-1]))
-    steps = padded.reshape(*terms.shape[:-1], blocks, BLOCK // LANES, LANES)
+    size = terms.shape[-1]
+    length = min(BLOCK, max(1, -(-size // LANES)) * LANES)  # of a block; zeros behind the last element change nothing
+    blocks = -(-size // length)
+    padded = torch.nn.functional.pad(terms, (0, blocks * length - size))
+    steps = padded.reshape(*terms.shape[:-1], blocks, length // LANES, LANES)
     sums = torch.zeros_like(steps[..., 0, :])
     for step in steps.unbind(dim=-2):
         sums = sums + step

@@ -23,6 +23,8 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
     "mix_out": "mix",
     "gram": "gram",
     "gram_cross": "gram_cross",
+    "steps_out": "steps",
+    "steps_limits": "steps_limits",
     "surgery_adapter": "surgery_adapter",
     "surgery_adapter_backward": "surgery_adapter",
     "surgery_train": "surgery_train",

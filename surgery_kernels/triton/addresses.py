@@ -264,9 +264,9 @@ def part_of(table, num_parts, columns, value, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def locate(table, num_parts, columns, CHUNK: tl.constexpr):
-    """Of this program: its tensor, that one's row, its first element there, and how many elements it has."""
-    program = tl.program_id(0)
+def locate(table, num_parts, columns, CHUNK: tl.constexpr, before=0):
+    """Of this program, `before` behind the launch's: its tensor, that one's row, its first element, and how many."""
+    program = before + tl.program_id(0)
     part = part_of(table, num_parts, columns, program, FIRST_CHUNK).to(tl.int64)
     row = table + part * columns
     begin = (program - tl.load(row + FIRST_CHUNK)) * CHUNK

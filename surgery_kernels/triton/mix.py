@@ -131,7 +131,7 @@ def mix_out(
     num_outputs, num_tasks, num_blocks = coefficients.shape
     if num_outputs == 0:
         raise RuntimeError("coefficients must be of at least one output, got none")
-    places = _places([expert.shape for expert in experts[:: max(1, num_tasks)]], axis)
+    places = places_of(experts[:: max(1, num_tasks)], axis)
     total = sum(count for _, _, count in places)
     if num_blocks not in (1, total):
         raise RuntimeError(f"coefficients must be of 1 block or of {total}, got {num_blocks}")
@@ -164,13 +164,13 @@ def mix_out(
     scope.deliver()
 
 
-def _places(shapes: Sequence[Sequence[int]], axis: str) -> list[tuple[int, int, int]]:
+def places_of(tensors: Sequence[Tensor], axis: str) -> list[tuple[int, int, int]]:
     """Element i of a tensor takes block ``first + i // step % count``: of each tensor first, step and count."""
     places = []
     first = 0
-    for shape in shapes:
-        count = num_blocks_of(shape, axis)
-        step = shape[-1] if axis == "row" and len(shape) > 1 else 1
+    for tensor in tensors:
+        count = num_blocks_of(tensor.shape, axis)
+        step = tensor.shape[-1] if axis == "row" and tensor.dim() > 1 else 1
         places.append((first, max(1, step), count))
         first += count
     return places

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery_kernels import _C, reference, ties_merge, trim_thresholds
+from surgery_kernels import reference, ties_merge, trim_thresholds
 from tests.cases import (
     DTYPES,
     KINDS,
@@ -96,14 +95,6 @@ def test_a_sample_that_misjudges_the_data(dtype: torch.dtype) -> None:
     y = torch.where(torch.arange(LARGE) % 64 < 3, torch.linspace(0, 1, LARGE), torch.linspace(1, 0, LARGE))
     for density in (700 / LARGE, 350 / LARGE, 0.001, 0.05, 0.5):
         check(None, [x.to(dtype), y.to(dtype), x.flip(0).to(dtype)], density=density)
-
-
-@pytest.fixture
-def forced_histogram() -> Iterator[None]:
-    """Every bracket counts as missed."""
-    _C.force_histogram(True)
-    yield
-    _C.force_histogram(False)
 
 
 @pytest.mark.usefixtures("forced_histogram")

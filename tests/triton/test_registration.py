@@ -21,6 +21,7 @@ from surgery_kernels.triton import MODULES, host_function
 from tests.cases import assert_same, densities_of, gaussian, grid, inputs, weights_of
 from tests.conftest import merging_ops
 from tests.guards import Counted
+from tests.programs import scaled_distance
 
 pytestmark = pytest.mark.any_isa
 
@@ -133,6 +134,10 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(
         _ops.mix_out, ([base], experts, torch.full((1, 2, 1), 0.3, dtype=torch.float64)), {"out": out}
     )
+    steps = scaled_distance()
+    numbers = steps.table([0.3])
+    torch.library.opcheck(_ops.steps_out, (experts, 2, steps.program, numbers), {"out": out})
+    torch.library.opcheck(_ops.steps_limits, (experts, 2, steps.program, numbers, [3, -2]))
     coefficients = torch.rand(2, 1, device=device, requires_grad=True)
     torch.library.opcheck(_ops.combine, (base, experts, coefficients, torch.tensor([0, 100], device=device)))
 
