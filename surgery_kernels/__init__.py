@@ -15,6 +15,7 @@ except ImportError as error:
 from . import triton as _triton  # noqa: F401  # registers the ops for CUDA tensors
 from .merging import merge_state_dicts
 from .ops import (
+    Steps,
     combine,
     gram,
     gram_cross,
@@ -34,6 +35,7 @@ if _isa := os.environ.get("SURGERY_KERNELS_ISA"):
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
+    "Steps",
     "combine",
     "gram",
     "gram_cross",
