@@ -24,7 +24,7 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
     "gram": "gram",
     "gram_cross": "gram_cross",
     "steps_out": "steps",
-    "steps_limits": "steps_limits",
+    "steps_limits": "steps",
     "surgery_adapter": "surgery_adapter",
     "surgery_adapter_backward": "surgery_adapter",
     "surgery_train": "surgery_train",

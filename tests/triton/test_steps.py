@@ -39,7 +39,7 @@ SMALL_SHAPES = [(), (0,), (1,), (65,), (257,), (3, 0, 2), (0, 3), (3, 40), (7, 3
 @pytest.fixture(params=["constant", "in-memory"])
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where kernels have programs: only long ones are in memory otherwise."""
-    from surgery_kernels.triton import steps
+    from surgery_kernels.triton import steps_launch as steps
 
     if request.param == "in-memory":
         monkeypatch.setattr(steps, "LONGEST", 0)
@@ -100,7 +100,7 @@ def test_every_shape(shape: tuple[int, ...], axis: str, gpu: torch.device) -> No
 @pytest.mark.parametrize("axis", AXES)
 def test_pieces_and_several_tensors(axis: str, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of pieces of fewer elements are those of whole blocks of the CPU, added up in the same order."""
-    from surgery_kernels.triton import steps
+    from surgery_kernels.triton import steps_launch as steps
 
     shapes: list[tuple[int, ...]] = [(130, 5), (0,), (), (4_100,), (2, 200)]
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -115,10 +115,10 @@ def test_pieces_and_several_tensors(axis: str, gpu: torch.device, monkeypatch: p
 
 
 def test_sums_of_many_pieces(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery_kernels.triton import steps
+    from surgery_kernels.triton import steps, steps_launch
 
-    monkeypatch.setattr(steps, "SUM_BLOCK", 64)
-    monkeypatch.setattr(steps, "RUN", 3)
+    monkeypatch.setattr(steps_launch, "SUM_BLOCK", 64)
+    monkeypatch.setattr(steps_launch, "RUN", 3)
     program = Steps(2)
     program.dot(program.load(0), program.load(1)), program.sum(program.load(0))
     _, experts = inputs(gaussian, (11 * 64 + 7,), 2, torch.float32)
@@ -188,7 +188,7 @@ def test_layouts(gpu: torch.device) -> None:
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("shape", [*SMALL_SHAPES, (20, 33)], ids=str)
 def test_limits(shape: tuple[int, ...], axis: str, wide: bool, gpu: torch.device) -> None:
-    from surgery_kernels.triton.steps_limits import steps_limits
+    from surgery_kernels.triton.steps import steps_limits
 
     program = scaled_distance().program
     count = num_blocks(shape, axis)
@@ -206,7 +206,7 @@ def test_limits(shape: tuple[int, ...], axis: str, wide: bool, gpu: torch.device
 
 @pytest.mark.parametrize("axis", AXES)
 def test_limits_of_odd_numbers(axis: str, gpu: torch.device) -> None:
-    from surgery_kernels.triton.steps_limits import steps_limits
+    from surgery_kernels.triton.steps import steps_limits
 
     tensors = [x for shape in ((5, 40), (40,), (5, 4)) for x in inputs_of(shape, 2, torch.bfloat16)]
     given = (2, scaled_distance().program, torch.full((1, 1), 0.5).double(), [1, 4, -2], axis)
@@ -216,7 +216,7 @@ def test_limits_of_odd_numbers(axis: str, gpu: torch.device) -> None:
 
 def test_limits_of_large_vectors(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut may lie anywhere between two ties."""
-    from surgery_kernels.triton import steps_limits as module
+    from surgery_kernels.triton import steps as module
 
     monkeypatch.setattr(module, "LARGE", 20)
     base, (expert,) = inputs(grid, (3, 300), 1, torch.float32)
@@ -282,7 +282,7 @@ def test_refused(change: dict[str, Any], error: type[Exception], message: str, g
     ids=str,
 )  # fmt: skip
 def test_refused_limits(change: dict[str, Any], message: str, gpu: torch.device) -> None:
-    from surgery_kernels.triton.steps_limits import steps_limits
+    from surgery_kernels.triton.steps import steps_limits
 
     call = {"program": STORE, "numbers": torch.zeros(1, 1).double(), "ranks": [1], **change}
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
