@@ -22,7 +22,7 @@ import yaml
 from .model_reference import ModelReference
 from .node import Node
 from .recipe import Recipe, read_recipe
-from .strict_yaml import load_documents
+from .yaml_documents import load_documents
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False) -> Recipe:
@@ -63,7 +63,10 @@ def parse_recipes(text: str, *, strict: bool = False) -> list[Recipe]:
     """The recipes in a YAML text, those first that others need; arguments and errors as in `load_recipe`."""
     documents = load_documents(text, "recipe")
     at = ["recipe"] if len(documents) == 1 else [f"recipe[{i}]" for i in range(len(documents))]
-    roots = [Node(document.value, path) for document, path in zip(documents, at, strict=True)]
+    roots = [
+        Node(document.value, path, [f"{path}: {notice}" for notice in document.repeated])
+        for document, path in zip(documents, at, strict=True)
+    ]
     if len(roots) == 1:
         if isinstance(roots[0].value, dict) and "name" in roots[0].value:
             roots[0].key("name", None).ignored(": only several documents call one another by name")

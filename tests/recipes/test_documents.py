@@ -66,13 +66,20 @@ def test_a_name_alone_means_nothing() -> None:
             "recipe must have documents that do not need one another, got first needs second needs first",
         ),
         ([FIRST.replace("model: b", "model: first"), LAST], "not need one another, got first needs first"),
-        ([FIRST, "a: 1\na: 2"], "recipe must be valid YAML, got an error in line 7: the key 'a' of line 6 again"),
+        ([FIRST, "a: 1\na: ["], "recipe must be valid YAML, got an error in line 7: expected the node content"),
     ],
 )
 def test_errors(documents: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         parse_recipes("---\n".join(documents))
     assert "\n" not in str(error.value)
+
+
+def test_keys_that_are_written_twice() -> None:
+    first, last = parse_recipes(f"{FIRST}---\n{LAST}merge_method: linear\nparameters: {{weight: 1}}\n")
+    assert first.notices == ()
+    assert last.notices == ("recipe[1]: line 6 has 'merge_method', which line 8 has again and replaces",)
+    assert last.merge_method == "linear"
 
 
 def test_one_document_where_one_is_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""YAML in which a key that is written twice is an error."""
+"""YAML in which a key that is written twice does not go unnoticed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ BETWEEN = re.compile(r"^---(?=\s|$)", re.MULTILINE)  # documents; YAML has it no
 class _Loader(yaml.SafeLoader):
     """PyYAML's own keeps the last of equal keys without a word."""
 
+    repeated: list[str]  # of the document that is being read
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         marks: dict[tuple[str, Any], yaml.Mark] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             first = marks.setdefault((key.tag, key.value), key.start_mark)
             if first is not key.start_mark:
-                problem = f"the key {key.value!r} of line {first.line + 1} again"
-                raise yaml.composer.ComposerError(problem=problem, problem_mark=key.start_mark)
+                here = key.start_mark.line + 1
+                self.repeated.append(f"line {first.line + 1} has {key.value!r}, which line {here} has again and replaces")
         return node
 
 
@@ -33,6 +35,7 @@ class Document:
 
     value: Any
     text: str
+    repeated: tuple[str, ...] = ()  # notices of keys that are written twice
 
 
 def load_documents(text: str, name: str) -> list[Document]:
@@ -43,7 +46,7 @@ def load_documents(text: str, name: str) -> list[Document]:
         name: Of the text, for errors.
 
     Raises:
-        ValueError: it is not YAML, or a mapping has a key twice; names the line.
+        ValueError: it is not YAML; names the line.
     """
     try:
         found = list(_documents(text))
@@ -54,24 +57,27 @@ def load_documents(text: str, name: str) -> list[Document]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character, a month 13, lists without end
         raise ValueError(f"{name} must be valid YAML, got {' '.join(str(error).split())}") from None
     if len(found) < 2:
-        return [Document(found[0][0] if found else None, text)]
+        (value, _, repeated) = found[0] if found else (None, 0, ())
+        return [Document(value, text, repeated)]
     marks = [0, *(mark.end() for mark in BETWEEN.finditer(text)), len(text) + 1]
     return [
-        Document(value, BETWEEN.sub("", text[begin:end]).strip() + "\n")
-        for value, start in found
+        Document(value, BETWEEN.sub("", text[begin:end]).strip() + "\n", repeated)
+        for value, start, repeated in found
         for begin, end in pairwise(marks)
         if begin <= start < end
     ]
 
 
-def _documents(text: str) -> Iterator[tuple[Any, int]]:
-    """What each holds that holds anything, and where in the text that begins."""
+def _documents(text: str) -> Iterator[tuple[Any, int, tuple[str, ...]]]:
+    """What each holds that holds anything, where in the text that begins, and its notices."""
     loader = _Loader(text)
+    loader.repeated = []
     try:
         while loader.check_node():
             node = loader.get_node()
             value = loader.construct_document(node)
             if value is not None:
-                yield value, node.start_mark.index
+                yield value, node.start_mark.index, tuple(loader.repeated)
+            loader.repeated = []
     finally:
         loader.dispose()
