@@ -21,7 +21,7 @@ ALLOWABLE = {
 # What needs no permission.
 NOTED = {
     "tied": "the input layer stands in",
-    "tokens": "rows are merged by token, and the row of {first} stands in for a token that is not there",
+    "tokens": "rows are merged by token",
     "dtype": "such tensors are merged in the wider dtype",
 }
 SHOWN = 3  # tensors in a sentence
@@ -87,13 +87,8 @@ def match(
             found["tied"].append(f"{name!r} tied to {own!r}")
         got = model.tensors[own]
         if got.shape != wanted.shape:
-            kind = (
-                "shape"
-                if not _differ_in_rows(axes.get(pair.ours), got, wanted)
-                else "tokens"
-                if by_token
-                else "vocabulary"
-            )
+            in_rows = _differ_in_rows(axes.get(pair.ours), got, wanted)
+            kind = ("tokens" if by_token else "vocabulary") if in_rows else "shape"
             found[kind].append(f"{name!r} of shape {list(got.shape)} instead of {list(wanted.shape)}")
             if kind == "shape":
                 continue

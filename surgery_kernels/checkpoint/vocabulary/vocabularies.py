@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,15 @@ from ...recipes.model_reference import ModelReference
 from ...recipes.recipe import Recipe
 from ...recipes.tokenizer import TokenizerSettings
 from ..reading.source import Source
+from . import notices
 from .by_token import ByToken, Member, Named
 from .chat_templates import template_for
 from .layers import Vocabulary
-from .result import result_tokenizer
+from .result import ResultTokenizer, result_tokenizer
 from .rows import Rows, common_rows
 from .sizes import resized
 from .tokenizer_files import Files, with_template
 from .tokens import Tokens, has_tokenizer, read_tokens
-
-SHOWN = 3  # tokens in a sentence
 
 
 class Vocabularies:
@@ -30,11 +28,14 @@ class Vocabularies:
         """`find` gives the folder of a model that only its tokenizer is taken from."""
         self._recipe = recipe
         self._sources = {reference: sources[reference] for reference in recipe.references}
+        self._donor = self._sources[recipe.donor]
         self._find = find
-        self._num_rows: dict[str, int] = {}  # of the result
+        self._known: dict[int, Vocabulary] = {}
+        self._num_rows: dict[bool, int] = {}  # of tensors of the result, by whether they are short of rows
+        self._result: ResultTokenizer | None = None
         self.notices: list[str] = []
-        self._by_token = None if recipe.tokenizer is None else self._read(recipe.tokenizer)
-        self.files = self._files()
+        self._by_token = self._read()
+        self.files = self._with_template({} if self._result is None else self._result.files)
 
     @property
     def by_token(self) -> bool:
@@ -59,13 +60,13 @@ class Vocabularies:
             num_rows, rows = shape[axis], common_rows(tensors, axis)
         else:
             num_rows, rows = self._by_token.arranged(tensors, axis, base)
-        self._num_rows["per layer" if name in self._vocabulary(first).short else "all"] = num_rows
+        self._num_rows[name in self._vocabulary(first).short] = num_rows
         return (*shape[:axis], num_rows, *shape[axis + 1 :]), rows
 
     def configured(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of the donor with the number of tokens of the result; after all tensors are arranged."""
-        before = self._vocabulary(self._sources[self._recipe.donor]).num_rows
-        return resized(config, before, self._num_rows.get("all", before), self._num_rows.get("per layer"))
+        before = self._vocabulary(self._donor).num_rows
+        return resized(config, before, self._num_rows.get(False, before), self._num_rows.get(True))
 
     def check(self, first: Source, names: Sequence[str]) -> None:
         """Raises ValueError where rows move that may belong to tokens, in one of the tensors `names` of a model.
@@ -75,7 +76,7 @@ class Vocabularies:
         vocabulary = self._vocabulary(first)
         if self._by_token is None or not self._by_token.moves(vocabulary.num_rows):
             return
-        copied = [name for name in vocabulary.axes if not first.tensors[name].dtype.is_floating_point]
+        copied = {name for name in vocabulary.axes if not first.tensors[name].dtype.is_floating_point}
         for name in names:
             if name in vocabulary.unknown or name in copied:
                 raise ValueError(
@@ -91,83 +92,94 @@ class Vocabularies:
     def _vocabulary(self, source: Source) -> Vocabulary:
         return self._known.setdefault(id(source), Vocabulary(source))
 
-    @cached_property
-    def _known(self) -> dict[int, Vocabulary]:
-        return {}
+    def _read(self) -> ByToken | None:
+        """How rows follow tokens; None: they are merged by their numbers."""
+        settings, folders = self._recipe.tokenizer, self._folders
+        if settings is None:
+            self._notice_other_rows()
+            return None
+        if self._recipe.donor not in folders:
+            raise ValueError(
+                f"tokenizer_source must be left out for a model without a tokenizer, got {self._recipe.donor}"
+            )
+        try:
+            tokens = {model: read_tokens(folder) for model, folder in folders.items()}
+        except ValueError as error:
+            if settings in (TokenizerSettings("base"), TokenizerSettings()) and notices.same_files(
+                list(folders.values())
+            ):
+                self.notices.append(f"all models have the same tokenizer, and all rows stay where they are: {error}")
+                return None
+            raise
+        return self._merged_by_token(settings, tokens)
 
-    def _read(self, settings: TokenizerSettings) -> ByToken:
-        donor = self._recipe.donor
-        if not has_tokenizer(self._sources[donor].folder):
-            raise ValueError(f"tokenizer_source must be left out for a model without a tokenizer, got {donor}")
-        own = {model: self._tokens(source) for model, source in self._sources.items()}
-        of_donor = own[donor]
-        assert of_donor is not None
+    @property
+    def _folders(self) -> dict[ModelReference, Path]:
+        """Of the models that have a tokenizer."""
+        folders = {model: source.folder for model, source in self._sources.items()}
+        return {model: folder for model, folder in folders.items() if folder is not None and has_tokenizer(folder)}
+
+    def _merged_by_token(self, settings: TokenizerSettings, tokens: Mapping[ModelReference, Tokens]) -> ByToken:
+        donor, of_donor = self._recipe.donor, tokens[self._recipe.donor]
         members = {
-            model: Member(source, own[model] or of_donor, self._vocabulary(source).num_rows or of_donor.num_rows)
+            model: Member(source, tokens.get(model, of_donor), self._vocabulary(source).num_rows or of_donor.num_rows)
             for model, source in self._sources.items()
         }
-        for model, tokens in own.items():
-            if tokens is None:
-                self.notices.append(f"{model} has no tokenizer: it is taken to have the tokens of {donor}")
-        others = [member for model, member in members.items() if model != donor and own[model] is not None]
-        named = self._named(settings, members)
-        folder = self._sources[donor].folder
-        assert folder is not None
-        result = result_tokenizer(settings, members[donor], others, folder, named)
-        self._result = result
+        others = [member for model, member in members.items() if model in tokens and model != donor]
+        named = self._named(settings, tokens)
+        result = result_tokenizer(settings, members[donor], others, self._folders[donor], named)
         by_token = ByToken(result.tokens.ids, members, settings)
-        self._notice(by_token, members)
+        for model, member in members.items():
+            if model not in tokens:
+                self.notices.append(f"{model} has no tokenizer: it is taken to have the tokens of {donor}")
+            self.notices += notices.without_rows(str(model), member.tokens, member.limit)
+        before = self._vocabulary(self._donor).num_rows
+        self.notices += notices.other_number(str(donor), before, by_token.num_rows, result)
+        self.notices += notices.moved_ids(self._donor.config or {}, of_donor, result.tokens)
+        self._result = result
         return by_token
 
-    def _tokens(self, source: Source) -> Tokens | None:
-        return read_tokens(source.folder) if source.folder is not None and has_tokenizer(source.folder) else None
-
     def _named(
-        self, settings: TokenizerSettings, members: Mapping[ModelReference, Member]
+        self, settings: TokenizerSettings, tokens: Mapping[ModelReference, Tokens]
     ) -> tuple[Tokens, Path] | None:
         """Tokens and folder of a model that the recipe names as the source of the tokenizer."""
-        if not isinstance(settings.source, ModelReference):
+        model = settings.source
+        if not isinstance(model, ModelReference):
             return None
-        member = members.get(settings.source)
-        folder = member.source.folder if member else self._find(str(settings.source.model))
+        if model in tokens:
+            return tokens[model], self._folders[model]
+        folder = None if model in self._sources else self._find(str(model.model))
         if folder is None or not has_tokenizer(folder):
-            raise ValueError(f"recipe.tokenizer.source must be a model with a tokenizer, got {settings.source}")
-        return (member.tokens if member else read_tokens(folder)), folder
+            raise ValueError(f"recipe.tokenizer.source must be a model with a tokenizer, got {model}")
+        return read_tokens(folder), folder
 
-    def _files(self) -> Files:
-        """That differ from those in the folder of the donor."""
-        files: Files = {} if self._by_token is None else self._result.files
-        if self._recipe.chat_template is None:
+    def _notice_other_rows(self) -> None:
+        folders = dict(self._folders)
+        ours = folders.pop(self._recipe.donor, None)
+        for model, folder in folders.items() if ours is not None else ():
+            if ours is None or notices.same_files([ours, folder]) or not self._vocabulary(self._sources[model]).axes:
+                continue
+            try:
+                tokens = read_tokens(ours), read_tokens(folder)
+            except ValueError:
+                self.notices.append(
+                    f"{model} has another tokenizer than {self._recipe.donor}, of a kind that is not read: rows are "
+                    f"merged by their numbers"
+                )
+                continue
+            self.notices += notices.other_rows(str(self._recipe.donor), tokens[0], str(model), tokens[1])
+
+    def _with_template(self, files: Files) -> Files:
+        """Files that differ from those in the folder of the donor, with the chat template of the recipe."""
+        wanted = self._recipe.chat_template
+        if wanted is None:
             return files
-        folders = [source.folder for source in self._sources.values() if source.folder is not None]
-        template = template_for(self._recipe.chat_template, folders)
-        of_donor = self._sources[self._recipe.donor].folder
+        template = template_for(wanted, list(self._folders.values()))
         if template is None:
-            self.notices.append("recipe.chat_template is auto, and no model has one: there is none")
+            self.notices.append("recipe.chat_template is auto, and no model has one: the result has none either")
             return files
-        if of_donor is None or not has_tokenizer(of_donor):
+        if self._recipe.donor not in self._folders:
             raise ValueError(
                 f"recipe.chat_template must be left out for a model without a tokenizer, got {self._recipe.donor}"
             )
-        return with_template(of_donor, template, files)
-
-    def _notice(self, by_token: ByToken, members: Mapping[ModelReference, Member]) -> None:
-        for model, member in members.items():
-            beyond = [token for token, row in member.tokens.ids.items() if row >= member.limit]
-            if beyond:
-                self.notices.append(
-                    f"{model} has {_some(beyond)} in its tokenizer, and {member.limit} rows, none of them for that"
-                )
-        before = self._vocabulary(self._sources[self._recipe.donor]).num_rows
-        if by_token.num_rows != before:
-            padding = by_token.num_rows - len(self._result.tokens.ids)
-            behind = f", {padding} of them without a token" if padding else ""
-            self.notices.append(
-                f"the result has {by_token.num_rows} rows for tokens{behind}, {self._recipe.donor} {before}"
-            )
-
-
-def _some(tokens: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, tokens[:SHOWN]))
-    more = len(tokens) - SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+        return with_template(self._folders[self._recipe.donor], template, files)
