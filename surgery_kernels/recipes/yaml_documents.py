@@ -24,8 +24,8 @@ class _Loader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             first = marks.setdefault((key.tag, key.value), key.start_mark)
             if first is not key.start_mark:
-                here = key.start_mark.line + 1
-                self.repeated.append(f"line {first.line + 1} has {key.value!r}, which line {here} has again and replaces")
+                before, here = first.line + 1, key.start_mark.line + 1
+                self.repeated.append(f"line {before} has {key.value!r}, which line {here} has again and replaces")
         return node
 
 
