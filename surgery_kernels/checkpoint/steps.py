@@ -73,8 +73,8 @@ class Step:
     def order_of_draws(self) -> str:
         """By what mergekit sorts tensors before it draws their masks: the last of the names of all inputs.
 
-        Where two have the same, of a layer that is used twice, the first of the result is drawn first; there the order is
-        mergekit's only as a rule, which leaves it to the order of Python's sets.
+        Where two have the same, of a layer that is used twice, the first of the result is drawn first; that is
+        mergekit's order only as a rule: it leaves it to Python's sets.
         """
         return max(tensor.name for tensor in self.inputs or (self.first,))
 
