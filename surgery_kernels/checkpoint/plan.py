@@ -38,6 +38,7 @@ class Plan:
     differences: list[Difference]
     nonfinite: str
     vocabularies: Vocabularies
+    results: Collection[str] = ()  # the models that are results of earlier documents, as the recipe names them
 
     @property
     def first(self) -> Source:
@@ -166,20 +167,22 @@ def plan_merge(
 def _opened(recipe: Recipe, results: Mapping[str, Path]) -> Iterator[tuple[ModelReference, Source]]:
     """Every checkpoint once: the base first, adapters over the model they name or else over the base."""
 
-    def place(at: Location) -> str:
-        return str(results.get(at.path, at))
+    def opened(at: Location, below: Source | None = None) -> Source:
+        source = open_checkpoint(str(results.get(at.path, at)), base=below)
+        source.name = str(at)
+        return source
 
     base: Source | None = None
     models: dict[str, Source] = {}
     for reference in sorted(recipe.references, key=lambda reference: reference != recipe.base_model):
         if reference.lora is None:
-            source = models.get(str(reference)) or open_checkpoint(place(reference.model), base=base)
+            source = models.get(str(reference)) or opened(reference.model, base)
         else:
             below = models.get(str(reference.model))
             if below is None:
-                below = models[str(reference.model)] = open_checkpoint(place(reference.model))
+                below = models[str(reference.model)] = opened(reference.model)
                 yield replace(reference, lora=None), below  # to be closed with the others
-            source = open_checkpoint(place(reference.lora), base=below)
+            source = opened(reference.lora, below)
         models.setdefault(str(reference), source)
         if reference == recipe.base_model:
             base = source
@@ -203,4 +206,4 @@ def _plan(
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     tensors = {step.name: (step.out_dtype, step.shape) for step in steps}
     layout = lay_out(tensors, max_shard_bytes, sources[recipe.donor].anatomy.stems)
-    return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies)
+    return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies, tuple(results))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -73,6 +74,8 @@ def parse_recipes(text: str, *, strict: bool = False) -> list[Recipe]:
     else:
         _check_names(roots)
     recipes = [read_recipe(root, document.text) for root, document in zip(roots, documents, strict=True)]
+    # what becomes the result is made from all of them
+    recipes = [recipe if recipe.name is not None else replace(recipe, source=text) for recipe in recipes]
     notices = [notice for recipe in recipes for notice in recipe.notices]
     if strict and notices:
         raise ValueError(f"recipe must have no notices to be strict, got: {'; '.join(notices)}")

@@ -52,7 +52,7 @@ OTHER_COMMANDS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genom
 class Recipe:
     """A merge: which models, by which method, with which settings."""
 
-    source: str  # the YAML text
+    source: str  # the YAML text; of several documents its own if it has a name
     merge_method: str
     slices: tuple[Slice, ...]
     base_model: ModelReference | None = None

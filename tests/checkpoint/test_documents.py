@@ -114,6 +114,17 @@ def test_the_command(recipe: Path, out: Path) -> None:
     assert wrote == [f"wrote {between}/left", f"wrote {between}/right", f"wrote {out}"]
 
 
+def test_cards(recipe: Path, folders: list[str], out: Path, tmp_path: Path) -> None:
+    """That of the result names the models it was made from and has all of the recipe, not where it was made."""
+    merge(recipe, out, intermediate_dir=tmp_path / "between")
+    card = (out / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["base_model"] == folders
+    assert recipe.read_text().strip() in card and "between" not in card
+    left = (tmp_path / "between" / "left" / "README.md").read_text()
+    assert "name: left" in left and "name: right" not in left
+
+
 def test_the_tokenizer_of_a_result(recipe: Path, folders: list[str], out: Path) -> None:
     for number, folder in enumerate(folders):
         tokens = {f"{number}t{i}": i for i in range(40)}

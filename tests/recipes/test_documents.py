@@ -17,9 +17,10 @@ LAST = "merge_method: passthrough\nslices: [{sources: [{model: second, layer_ran
 
 @pytest.mark.parametrize("documents", [[FIRST, SECOND, LAST], [LAST, SECOND, FIRST], [SECOND, "", LAST, FIRST]])
 def test_those_that_others_need_come_first(documents: list[str]) -> None:
-    recipes = parse_recipes("---\n".join(documents))
+    text = "---\n".join(documents)
+    recipes = parse_recipes(text)
     assert [recipe.name for recipe in recipes] == ["first", "second", None]
-    assert [recipe.source for recipe in recipes] == [FIRST, SECOND, LAST]
+    assert [recipe.source for recipe in recipes] == [FIRST, SECOND, text]
     assert not any(recipe.notices for recipe in recipes)
 
 
@@ -39,8 +40,8 @@ def test_a_document_that_gives_the_tokenizer() -> None:
 def test_the_text_of_a_document() -> None:
     (recipe,) = parse_recipes(f"--- # a\n# b\n{FIRST}...\n")
     assert recipe.source == f"--- # a\n# b\n{FIRST}...\n"
-    first, last = parse_recipes(f"# a\n{FIRST}\n--- # b\n{LAST}# c")
-    assert (first.source, last.source) == (f"# a\n{FIRST}", f"# b\n{LAST}# c\n")
+    first, second = parse_recipes(f"# a\n{FIRST}\n--- # b\n{SECOND}# c")
+    assert (first.source, second.source) == (f"# a\n{FIRST}", f"# b\n{SECOND}# c\n")
 
 
 def test_a_name_alone_means_nothing() -> None:

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from ... import _C
+from ...recipes.model_reference import ModelReference
 from ..plan import Plan
 from ..reading.companions import CARD
 
@@ -21,7 +22,7 @@ def model_card(plan: Plan, name: str) -> str:
     donor, text = _read(plan.first.folder)
     about = {
         **{key: value for key, value in donor.items() if key not in OF_ANOTHER_MODEL},
-        "base_model": [str(reference) for reference in recipe.references],
+        "base_model": list(dict.fromkeys(name for model in recipe.references for name in _models(plan, model))),
         "library_name": donor.get("library_name") or ("transformers" if plan.first.config else "safetensors"),
         "tags": list(dict.fromkeys([*_listed(donor.get("tags")), "merge", "surgery-kernels"])),
     }
@@ -55,6 +56,14 @@ def _read(folder: Path | None) -> tuple[dict[str, Any], str]:
         if fence and isinstance(about, dict):
             return about, body.strip()
     return {}, text.strip()
+
+
+def _models(plan: Plan, reference: ModelReference) -> list[str]:
+    """A model, or those that it was made from as the result of an earlier document, by its card."""
+    if reference.model.path not in plan.results:
+        return [str(reference)]
+    about, _ = _read(plan.sources[reference].folder)
+    return _listed(about.get("base_model"))
 
 
 def _licence(plan: Plan, reference: Any) -> str:
