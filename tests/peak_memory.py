@@ -39,6 +39,10 @@ def drawn(inputs: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor
     return masks(base, experts, density=0.5, **options)
 
 
+def one_row(inputs: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return masks(inputs[0], inputs[1:], density=0.5, **options)
+
+
 def products(inputs: list[Tensor], options: dict[str, Any]) -> Tensor:
     base, *experts = (x.view(-1, min(x.numel(), 1 << 10)) for x in inputs)
     return gram(base, experts, **options)
@@ -61,5 +65,12 @@ def main(case: Callable[[list[Tensor], dict[str, Any]], Any], dtype: torch.dtype
 
 
 if __name__ == "__main__":
-    cases = {"one_tensor": one_tensor, "state_dict": state_dict, "masks": drawn, "gram": products, "eager": eager}
+    cases = {
+        "one_tensor": one_tensor,
+        "state_dict": state_dict,
+        "masks": drawn,
+        "one_row": one_row,
+        "gram": products,
+        "eager": eager,
+    }
     main(cases[sys.argv[1]], getattr(torch, sys.argv[2]), json.loads(sys.argv[3]))

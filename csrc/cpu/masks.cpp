@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -11,6 +12,7 @@
 #include "finite.h"
 #include "ids.h"
 #include "inputs.h"
+#include "long_row.h"
 #include "masks_kernel.h"
 #include "rank.h"
 #include "trim_kernel.h"
@@ -70,9 +72,14 @@ class Masker {
         for (int64_t s = 0; s < rows[p].slabs; s += slabs)
           items.push_back({p, t, s, std::min(s + slabs, rows[p].slabs)});
     }
-    torch::stable::parallel_for(0, int64_t(items.size()), 1, [&](int64_t first, int64_t last) {
+    if (items.empty()) return;
+    int64_t largest = 1;  // bytes that a thread takes
+    for (const Rows& of_part : rows) largest = std::max(largest, Scratch::bytes(of_part));
+    const int64_t workers = std::clamp<int64_t>(kRankBytes / largest, 1, int64_t(items.size()));
+    std::atomic<size_t> next{0};
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
       Scratch scratch;
-      for (int64_t i = first; i < last; ++i)
+      for (size_t i = next++; i < items.size(); i = next++)
         rank_slabs(rows[items[i].part], items[i].part, items[i].task, items[i].first, items[i].last, scratch);
     });
   }
@@ -87,14 +94,29 @@ class Masker {
   }
 
  private:
-  static constexpr int64_t kSlabs = 1 << 16;  // elements of an item
-  static constexpr int64_t kTile = 16;        // columns that are ranked from one read: a cache line of float32
+  static constexpr int64_t kSlabs = 1 << 16;       // elements of an item
+  static constexpr int64_t kTile = 16;             // columns that are ranked from one read: a cache line of float32
+  static constexpr int64_t kRowBytes = 8 << 20;    // a row that would take more is not sorted
+  static constexpr int64_t kRankBytes = 32 << 20;  // of all threads
 
   struct Scratch {
-    std::vector<Key> keys;                // [columns, size]
-    std::vector<uint32_t> words;          // [columns, size]
-    std::vector<uint32_t> limits, index;  // [size]
+    std::vector<Key> keys;         // [columns, size]
+    std::vector<uint32_t> words;   // [columns, size]
+    std::vector<uint32_t> limits;  // [size]
     RowOrder<Key> order;
+    LongRow<Key> long_row;
+
+    static constexpr int64_t kOfEntry = sizeof(Key) + 4;  // of every column, and once besides:
+    static constexpr int64_t kOfRank = 4 + 2 * sizeof(typename RowOrder<Key>::Entry);
+
+    static bool too_long(const Rows& rows) { return rows.size * (kOfEntry + kOfRank) > kRowBytes; }
+    static int64_t tile(const Rows& rows) {
+      const int64_t most = (kRowBytes / std::max<int64_t>(1, rows.size) - kOfRank) / kOfEntry;
+      return std::clamp<int64_t>(most, 1, std::min(kTile, rows.columns));
+    }
+    static int64_t bytes(const Rows& rows) {
+      return too_long(rows) ? LongRow<Key>::kBytes : rows.size * (tile(rows) * kOfEntry + kOfRank);
+    }
   };
 
   int64_t blocks_of(size_t p) const { return (scope_.parts[p].numel + kSumBlock - 1) / kSumBlock; }
@@ -142,20 +164,43 @@ class Masker {
     const double density = options_.density[size_t(t)];
     if (density >= 1) return kernels_.bits(stream(p, t), keep_below(density), begin, count, bits);
     memset(bits, 0, size_t(count + 7) / 8);
-    set_limits(density, options_.epsilon[size_t(t)], rows.size, scratch);
+    const auto limit = [&, epsilon = options_.epsilon[size_t(t)]](int64_t rank) {
+      return limit_of(rank, density, epsilon, rows.size);
+    };
+    const int64_t tile = Scratch::tile(rows);
+    if (!Scratch::too_long(rows)) {
+      scratch.limits.resize(size_t(rows.size));
+      for (int64_t r = 0; r < rows.size; ++r) scratch.limits[size_t(r)] = limit(r);
+    }
     for (int64_t s = first; s < last; ++s)
-      for (int64_t c = 0; c < rows.columns; c += kTile)
-        rank_tile(rows, p, t, s * slab + c, std::min(kTile, rows.columns - c), bits_at(p, t, 0), scratch);
+      for (int64_t c = 0; c < rows.columns; c += tile) {
+        if (Scratch::too_long(rows))
+          rank_long(rows, p, t, s * slab + c, limit, bits_at(p, t, 0), scratch);
+        else
+          rank_tile(rows, p, t, s * slab + c, std::min(tile, rows.columns - c), bits_at(p, t, 0), scratch);
+      }
   }
 
-  // Of every rank: the word below which its entry is kept.
-  static void set_limits(double density, double epsilon, int64_t size, Scratch& scratch) {
-    scratch.limits.resize(size_t(size));
-    scratch.index.resize(size_t(size));
-    for (int64_t r = 0; r < size; ++r) {
-      const double p = size > 1 ? (density - epsilon) + 2 * epsilon * double(r) / double(size - 1) : density;
-      scratch.limits[size_t(r)] = uint32_t(keep_below(p));
-    }
+  // The word below which the entry of a rank is kept.
+  static uint32_t limit_of(int64_t rank, double density, double epsilon, int64_t size) {
+    const double p = size > 1 ? (density - epsilon) + 2 * epsilon * double(rank) / double(size - 1) : density;
+    return uint32_t(keep_below(p));
+  }
+
+  template <class Limit>
+  void rank_long(const Rows& rows, size_t p, int64_t t, int64_t at, const Limit& limit, uint8_t* bits,
+                 Scratch& scratch) const {
+    const auto flat = [&](int64_t i) { return at + i * rows.columns; };
+    const auto read = [&](int64_t first, int64_t count, Key* keys, uint32_t* words) {
+      uint32_t aligned[LongRow<Key>::kPiece + kWordSlack + 4];
+      const int64_t step = rows.columns == 1 ? count : 1;
+      for (int64_t i = 0; i < count; i += step) {
+        const int64_t from = flat(first + i);
+        load(p, t, from, step, keys + i, aligned);
+        std::copy_n(aligned + from % 4, step, words + i);
+      }
+    };
+    scratch.long_row.decide(rows.size, read, limit, [&](int64_t i) { bits[flat(i) / 8] |= uint8_t(1 << flat(i) % 8); });
   }
 
   // `columns` neighbouring rows whose first entries start at element `at`.
@@ -181,10 +226,10 @@ class Masker {
       }
     }
     for (int64_t c = 0; c < columns; ++c) {
-      scratch.order.sort(scratch.keys.data() + c * rows.size, rows.size, scratch.index.data());
+      const auto* const entries = scratch.order.sort(scratch.keys.data() + c * rows.size, rows.size);
       const uint32_t* const words = scratch.words.data() + c * rows.size + shift;
       for (int64_t r = 0; r < rows.size; ++r) {
-        const int64_t i = scratch.index[size_t(r)], flat = at + c + i * rows.columns;
+        const int64_t i = entries[r].index, flat = at + c + i * rows.columns;
         bits[flat / 8] |= uint8_t((words[i] < scratch.limits[size_t(r)]) << flat % 8);
       }
     }

@@ -6,7 +6,7 @@
 namespace sk {
 
 template <class Key>
-void RowOrder<Key>::sort(const Key* keys, int64_t size, uint32_t* index_of_rank) {
+const typename RowOrder<Key>::Entry* RowOrder<Key>::sort(const Key* keys, int64_t size) {
   constexpr int kDigits = sizeof(Key), kBits = 8;
   constexpr int64_t kShort = 96;  // from here on counting is faster than comparing
   const auto digit = [](Key key, int d) { return size_t(key >> (d * kBits) & 0xFF); };
@@ -33,7 +33,7 @@ void RowOrder<Key>::sort(const Key* keys, int64_t size, uint32_t* index_of_rank)
       entries_.swap(sorted_);
     }
   }
-  for (int64_t r = 0; r < size; ++r) index_of_rank[r] = entries_[size_t(r)].index;
+  return entries_.data();
 }
 
 template class RowOrder<int32_t>;

@@ -8,14 +8,15 @@ namespace sk {
 template <class Key>
 class RowOrder {
  public:
-  // index_of_rank: [size]
-  void sort(const Key* keys, int64_t size, uint32_t* index_of_rank);
-
- private:
   struct Entry {
     Key key;
     uint32_t index;
   };
+
+  // [size], until the next call
+  const Entry* sort(const Key* keys, int64_t size);
+
+ private:
   std::vector<Entry> entries_, sorted_;
 };
 

@@ -43,7 +43,7 @@ def masks(
         rule: "random": p is the density (DARE). "della": within a row of k entries, the one of rank r = 0 ... k - 1 by
             ascending magnitude, ties by index, has ``p = (density - epsilon) + 2 * epsilon * r / (k - 1)``, and p =
             density where k is 1. The rows of a tensor of two dimensions; a vector is one row; with more dimensions they
-            run along the second, as in mergekit. Takes 32 bytes per entry of a row beside the result.
+            run along the second, as in mergekit. Takes at most 32 MiB beside the result, for rows of any length.
         epsilon: "della" only, one number or one per expert: density - epsilon and density + epsilon lie in (0, 1)
             where the density is below 1.
         seed: Any integer of 64 bits.

@@ -69,6 +69,40 @@ def test_ranks_run_along_the_second_dimension(shape: tuple[int, ...], dtype: tor
         check(base, experts, density=[0.5, 0.2], rule="della", epsilon=[0.4, 0.1])
 
 
+LONG = 400_003  # entries of a row: more than are sorted at once
+
+
+def clustered(n: int, num_tasks: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+    """All magnitudes next to one number, as steps of one size are."""
+    steps = [1 + torch.rand(n, generator=g, dtype=torch.float64) * 2**-20 for _ in range(num_tasks)]
+    signs = [torch.randint(0, 2, (n,), generator=g) * 2 - 1 for _ in range(num_tasks)]
+    return torch.zeros(n, dtype=dtype), [(step * sign).to(dtype) for step, sign in zip(steps, signs, strict=True)]
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize(
+    ("kind", "dtype", "epsilon"),
+    [
+        (gaussian, torch.float32, 0.3),
+        (gaussian, torch.bfloat16, -0.1),
+        (clustered, torch.float32, 0.45),
+        (clustered, torch.float64, 0.49),  # more entries than are ranked at a time
+        (grid, torch.float16, 0.2),
+    ],
+    ids=option_id,
+)
+def test_rows_too_long_to_be_sorted(kind: Any, dtype: torch.dtype, epsilon: float) -> None:
+    base, experts = inputs(kind, LONG, 1, dtype)
+    experts[0][[5, 70_000, 70_001]] = torch.tensor([math.nan, math.inf, math.nan]).to(dtype)
+    check(base, experts, density=0.5, rule="della", epsilon=epsilon)
+
+
+@pytest.mark.any_isa
+def test_long_rows_beside_one_another() -> None:
+    base, experts = inputs(gaussian, (1, 310_000, 2), 1, torch.float32)
+    check(base, experts, density=0.5, rule="della", epsilon=0.2)
+
+
 @pytest.mark.parametrize("num_tasks", NUM_TASKS)
 def test_every_number_of_experts(num_tasks: int) -> None:
     base, experts = inputs(gaussian, 257, num_tasks, torch.float32)

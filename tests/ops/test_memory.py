@@ -43,5 +43,10 @@ def test_masks(run_python: RunPython, options: dict[str, Any]) -> None:
     assert beside_what_is_subtracted < INPUT_BYTES // 4 - INPUT_BYTES  # its bits are no tensor like an input
 
 
+def test_masks_of_a_row_as_long_as_the_input(run_python: RunPython) -> None:
+    options = json.dumps({"rule": "della", "epsilon": 0.2})
+    assert int(run_python("-m", "tests.peak_memory", "one_row", "bfloat16", options)) + INPUT_BYTES < 64 << 20
+
+
 def test_the_measurement_sees_a_temporary(run_python: RunPython) -> None:
     assert int(run_python("-m", "tests.peak_memory", "eager", "float32", "{}")) > 0.9 * INPUT_BYTES
