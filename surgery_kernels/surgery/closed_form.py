@@ -53,8 +53,9 @@ class ClosedForm:
 
     Args:
         ridge: What is added to the variances of a block's tokens, as a share of their mean; greater than 0.
-        final_ridge: The same for the final representation, of which there is one row per sample; None: the one whose
-            predictions are best for samples that were left out, from 1e-3 to 1e3: greater for fewer samples.
+        final_ridge: The same for the final representation, of which there is one row per sample. None: `ridge` where
+            blocks were corrected before and samples outnumber ranks; else the one whose predictions are best for
+            samples that were left out, from 1e-3 to 1e3: greater for fewer samples.
         unread_weight: In [0, 1]: what a token of the last block counts if the final representation is not made of it,
             as are all but the class token.
         row_weights: From a batch of inputs the weights [batch, tokens] of the blocks' tokens, 0 or greater; None: their
@@ -63,7 +64,7 @@ class ClosedForm:
 
     ridge: float = 1e-2
     final_ridge: float | None = None
-    unread_weight: float = 0.1
+    unread_weight: float = 0.01
     row_weights: RowWeights | None = None
 
     def __post_init__(self) -> None:
@@ -174,7 +175,10 @@ class TaskSolver:
         site = self._last + 1
         self._check_pair(site, features, targets)
         x = features.to(self._adapters.down[site].device, torch.promote_types(features.dtype, torch.float32))
-        self._put(site, map_of_few(x, x - targets.to(x), self._rank(site), self._how.final_ridge))
+        ridge, rank = self._how.final_ridge, self._rank(site)
+        if ridge is None and self._run.sites.blocks and rank < len(x):
+            ridge = self._how.ridge
+        self._put(site, map_of_few(x, x - targets.to(x), rank, ridge))
         return [_bias([x], [targets]), _bias([self._corrected(site, x)], [targets])]
 
     def _rank(self, site: int) -> int:

@@ -43,7 +43,7 @@ def by_formula(merged: Encoder, expert: Encoder, x: Tensor, rank: int, ridge: fl
         u, v = block(u), of_expert(v)
         weights = torch.ones(u.shape[:2], dtype=u.dtype)
         if i == len(merged.blocks) - 1:
-            weights[:, 1:] = 0.1
+            weights[:, 1:] = 0.01
         rows, distances = u.flatten(0, 1), (u - v).flatten(0, 1)
         matrix, shift = ridge_map(rows, distances, weights.flatten(), rank, ridge)
         u = u - (u @ matrix + shift)
@@ -97,6 +97,17 @@ def test_v1_corrects_the_representation_alone(merged: nn.Module, experts: Any, b
         assert after["blocks.1"] == before["blocks.1"] and after[""] < before[""]
     assert repaired.log.held_out is not None
     torch.testing.assert_close(repaired.log.held_out, repaired.log.bias)
+
+
+@pytest.mark.parametrize("mode", ["v1", "v2"])
+def test_the_final_ridge_is_that_of_the_blocks_where_samples_outnumber_ranks(
+    merged: nn.Module, experts: Any, batches: dict[str, Tensor], mode: str
+) -> None:
+    default = solved(merged, experts, batches, mode).adapters
+    given = solved(merged, experts, batches, mode, solver=ClosedForm(final_ridge=1e-2)).adapters
+    same = [torch.equal(x, y) for x, y in zip(default.bias[-1], given.bias[-1], strict=True)]
+    # 11, 3 and 64 samples at rank 3
+    assert same == ([True, False, True] if mode == "v2" else [False] * 3)
 
 
 def test_tasks_and_batches_do_not_matter_to_one_another(
