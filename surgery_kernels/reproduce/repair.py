@@ -20,6 +20,7 @@ from .merges import ADAMERGING_STEPS, merge
 from .tasks import TASKS
 from .training import accuracy
 
+CLOSED_FORM_BATCH = 64  # images in one forward pass
 STEPS = 1000  # per task: 500 rounds of two batches, as in the papers
 
 
@@ -32,6 +33,7 @@ class Setting:
     steps: int = STEPS
     num_images: int | None = None  # unlabeled images of each task; None takes all
     on_train: bool = False  # images of the training split instead of the test split
+    solver: str = "gradient"  # or "closed_form", which takes no steps
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,17 @@ def run_job(config: Config, folder: Path, job: Job, state: StateDict) -> Outcome
 def repair(experts: Experts, merged: nn.Module, setting: Setting) -> SurgeryModel:
     """Fits adapters on unlabeled images and attaches them."""
     images = (experts.train if setting.on_train else experts.test).images[:, : setting.num_images]
+    options: dict[str, Any] = {"solver": setting.solver, "batch_size": CLOSED_FORM_BATCH}
+    if setting.solver == "gradient":  # with legacy_zero_grad, as the published results were made
+        options = {"steps": setting.steps, "legacy_zero_grad": True, "seed": experts.config.seed}
     fitted = fit(
         merged,
         dict(zip(TASKS, experts.experts, strict=True)),
         dict(zip(TASKS, images, strict=True)),
         setting.mode,
         rank=setting.rank,
-        steps=setting.steps,
-        legacy_zero_grad=True,  # as the published results were made
-        seed=experts.config.seed,
         progress=False,
+        **options,
     )
     return attach(merged, fitted.adapters)
 

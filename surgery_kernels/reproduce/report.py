@@ -14,8 +14,8 @@ from .tasks import TASKS
 Accuracies = Mapping[str, Sequence[float]]  # method -> percentage for each of TASKS
 
 # Okabe and Ito's colours, apart for colour-blind readers too.
-REFERENCE, MERGE, SURGERY, SURGERY_V2 = "#999999", "#56B4E9", "#E69F00", "#D55E00"
-MARKERS = ("X", "v", "s", "o", "^")
+REFERENCE, MERGE, SURGERY, SURGERY_V2, CLOSED_FORM = "#999999", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
+MARKERS = ("X", "v", "s", "o", "D", "^")
 
 
 def say(line: str) -> None:
@@ -26,6 +26,8 @@ def color(method: str) -> str:
     """By what was done after the merge, if it is one."""
     if method in ("pretrained", "multi-task", "individual"):
         return REFERENCE
+    if "closed form" in method:
+        return CLOSED_FORM
     return SURGERY_V2 if "SurgeryV2" in method else SURGERY if "Surgery" in method else MERGE
 
 

@@ -22,7 +22,7 @@ from .frozen import device_of
 from .inputs import Inputs, batch_size
 from .maps import Map, Moments, map_of_few
 from .progress import progress_bar
-from .runner import BlockRunner, Started, row_weights
+from .runner import BlockRunner, Started, read_weights, row_weights
 from .seeds import generator
 from .sites import Sites
 
@@ -220,7 +220,7 @@ class TaskSolver:
         direction = torch.randn(final.shape, generator=generator("read")).to(final)
         (gradient,) = torch.autograd.grad((final * direction).sum(), leaf)
         read = runner.batch_first(gradient).abs().amax(dim=-1) > 0
-        of_tokens = torch.where(read, 1.0, self._how.unread_weight)
+        of_tokens = read_weights(read, self._how.unread_weight)
         return of_tokens if weights is None else weights * of_tokens
 
     def _check_pair(self, site: int, features: Tensor, targets: Tensor) -> None:

@@ -252,6 +252,11 @@ def row_weights(inputs: Inputs, features: Tensor) -> Tensor | None:
     return (mask != 0).to(features.device, torch.float32)
 
 
+def read_weights(read: Tensor, others: float) -> Tensor:
+    """1 for rows that are read, and `others` for the rest, in float64."""
+    return torch.full(read.shape, others, dtype=torch.float64, device=read.device).masked_fill(read, 1.0)
+
+
 def _as_it_is(stream: Tensor) -> Tensor:
     return stream
 

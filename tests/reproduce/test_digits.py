@@ -205,22 +205,27 @@ def test_surgery_repairs_in_every_seed(tmp_path: Path) -> None:
     configs, folders = [Config(seed=seed) for seed in BANDS_HOLD_FOR], [tmp_path / str(seed) for seed in BANDS_HOLD_FOR]
     with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
         seeds = list(pool.map(load_experts, configs, folders))
+    closed_form, of_all_seeds = Job("task arithmetic", digits.SURGERIES["closed form"]), []
     for config, folder, made in zip(configs, folders, seeds, strict=True):
         seed, merges = config.seed, BANDS_HOLD_FOR[config.seed]
         individual = average(digits.individual(made).accuracy)
-        outcomes = run_jobs(config, folder, [Job(name, setting) for setting in reversed(settings) for name in merges])
+        jobs = [Job(name, setting) for setting in reversed(settings) for name in merges]
+        outcomes = run_jobs(config, folder, list(dict.fromkeys([*jobs, closed_form])))
+        of_all_seeds.append(average(outcomes[closed_form].accuracy))
         for name in merges:
-            merged, v1, matched, v2 = (outcomes[Job(name, setting)] for setting in settings)
+            merged, v1, matched, v2, closed = (outcomes[Job(name, setting)] for setting in settings)
             rising = [average(x.accuracy) for x in (merged, v1, matched, v2)]
             assert rising == sorted(rising), (seed, name, rising)
             assert rising[3] - rising[1] > 0.5, (seed, name, rising)
             assert rising[3] >= individual - 2, (seed, name, rising, individual)
+            assert average(closed.accuracy) > rising[2] and closed.final_bias < 0.35 * merged.final_bias, (seed, name)
             assert v1.final_bias < 0.55 * merged.final_bias and v2.final_bias < 0.35 * merged.final_bias
             for site, bias in merged.bias.items():
                 assert v2.bias[site] < 0.5 * bias, (seed, name, site)
                 assert site == "" or v1.bias[site] == bias, (seed, name, site)
             by_depth = list(merged.bias.values())
             assert by_depth == sorted(by_depth), (seed, name, by_depth)
+    assert average(of_all_seeds) >= 92.3, of_all_seeds
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "one", str(2**32)])
