@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .reading.source import Source, TensorInfo
-from .vocabulary.layers import Vocabulary, tied_to
+from .vocabulary.layers import tied_to, vocabulary_of
 
 # What a user may allow, with what then happens.
 ALLOWABLE = {
@@ -75,7 +75,7 @@ def match(
         by_token: The recipe says that vocabularies follow the tokens.
     """
     names: dict[str, str] = {}
-    axes = Vocabulary(first).axes
+    axes = vocabulary_of(first).axes
     found: dict[str, list[str]] = {kind: [] for kind in (*ALLOWABLE, *NOTED)}
     for pair in (pair for pair in pairs if pair.merged):
         wanted, name = first.tensors[pair.ours], pair.theirs

@@ -9,7 +9,7 @@ from ..recipes import Recipe
 from ..recipes.layers import in_layer, layers_of
 from ..recipes.model_reference import ModelReference
 from .reading.source import Source
-from .vocabulary.layers import Vocabulary
+from .vocabulary.layers import vocabulary_of
 
 Shapes = dict[str, set[tuple[int, ...]]]
 
@@ -44,7 +44,7 @@ def _shapes(source: Source, by_token: bool) -> Shapes:
     Where rows follow the tokens (`by_token`) vocabularies have the shape of the result.
     """
     shapes: Shapes = defaultdict(set)
-    vocabulary = Vocabulary(source)
+    vocabulary = vocabulary_of(source)
     for name, layer in layers_of(source.tensors, source.name).items():
         shape = source.tensors[name].shape
         if layer is not None:

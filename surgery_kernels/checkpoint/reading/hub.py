@@ -16,10 +16,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ["*.index.json", "*.index.*.json", ADAPTER_CONFIG]  # they say which weights are wanted
 
 
-def download(reference: str) -> tuple[Path, Collection[str]]:
+def download(reference: str, *, weights: bool = True) -> tuple[Path, Collection[str]]:
     """A folder in the local cache with what a merge needs of a model, and the names of all files that the model has.
 
     First comes what is small; that says which weights are needed. Without a network it is what the cache has.
+    Without `weights` it is only what is small, and no names.
 
     Raises:
         FileNotFoundError: the reference is no such model, or cannot be had.
@@ -57,14 +58,16 @@ def download(reference: str) -> tuple[Path, Collection[str]]:
             ) from error
 
     folder = fetch(WANTED, UNWANTED)
+    if not weights:
+        return folder, ()
     try:
         names = {file.rfilename for file in HfApi().model_info(model, revision=revision).siblings or ()}
     except Exception:  # no network, of which there are many kinds: `fetch` has found the model in the cache
         return folder, set(files_below(folder))
     if any(INDICES.fullmatch(name) or name == ADAPTER_CONFIG for name in names):
         folder = fetch(INDEX_FILES)
-    weights = _weights(reference, folder, names)
-    return fetch([glob.escape(name) for name in weights]), names
+    files = _weights(reference, folder, names)
+    return fetch([glob.escape(name) for name in files]), names
 
 
 def _weights(reference: str, folder: Path, names: Collection[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
@@ -37,7 +36,8 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
         ImportError: a model of the Hub without huggingface_hub.
     """
     name = str(reference)
-    path, names = _find(name)
+    path = Path(reference).expanduser()
+    path, names = (path, None) if path.exists() else download(name)
     if path.is_file():
         check_file(path)
         if not (path.name.endswith(READABLE) or INDICES.fullmatch(path.name)):
@@ -55,11 +55,6 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
 
 
 def find_folder(reference: str) -> Path:
-    """Where the files of a model lie, or the file that it is; a model of the Hub is downloaded."""
-    return _find(reference)[0]
-
-
-def _find(reference: str) -> tuple[Path, Collection[str] | None]:
-    """And the names of all its files, where not all of them are downloaded."""
+    """Where the small files of a model lie; for a model of the Hub they are downloaded, its weights are not."""
     path = Path(reference).expanduser()
-    return (path, None) if path.exists() else download(reference)
+    return path if path.exists() else download(reference, weights=False)[0]

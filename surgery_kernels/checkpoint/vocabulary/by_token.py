@@ -11,7 +11,7 @@ from torch import Tensor
 from ...recipes.model_reference import ModelReference
 from ...recipes.tokenizer import OtherToken, TokenizerSettings, TokenRow, Zero
 from ..reading.source import Source
-from .layers import Vocabulary
+from .layers import vocabulary_of
 from .rows import Part, Rows
 from .tokens import Tokens
 
@@ -95,7 +95,7 @@ class ByToken:
 
     def _num_rows_of(self, source: Source, name: str, axis: int) -> int:
         """One for every token, unless the tensor had not as many before."""
-        if name in Vocabulary(source).short:
+        if name in vocabulary_of(source).short:
             return min(self.num_tokens, source.tensors[name].shape[axis])
         return self.num_rows
 

@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations_with_replacement
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from ..reading.source import Source
+from ..reading.source import Source, TensorInfo
 from .sizes import LANGUAGE, PER_LAYER, Size, numbers_in, sizes_in
 
 # Names that mean tokens wherever they stand, also in a numbered layer, as of the heads that predict several tokens.
 INPUT = re.compile(
-    r"(.*[./])?(embed_tokens(_per_layer|\.\d+)?|embed_text_tokens|tok_embeddings?|(text_)?token_emb(edding|ed)?|tokens_embed"
-    r"|word_embeddings?|wte|embed_in)\.weight"
+    r"(.*[./])?(embed_tokens(_per_layer|\.\d+)?|embed_text_tokens|tok_embeddings?|(text_)?token_emb(edding|ed)?"
+    r"|tokens_embed|word_embeddings?|wte|embed_in)\.weight"
 )
 OUTPUT = re.compile(
     r"(.*[./])?((lm_head|lm_heads\.\d+|generator_lm_head|predictions|mlm_head)(\.(decoder|linear|out_proj))?"
-    r"|embed_out|lm_loss|vocab_projector|pred_layer\.proj|shared_head\.head|output_layer|output_projection"
-    r"|generator_predictions\.decoder|speech_head)\.(weight|bias)"
+    r"|embed_out|lm_loss|vocab_projector|pred_layer\.proj|shared_head\.head)\.(weight|bias)"
 )
-# Names that mean tokens outside the layers, where the size is that of a vocabulary.
+# Names that mean tokens outside the layers, where the size is that of the vocabulary.
 LIKELY_INPUT = re.compile(
     r"(.*[./])?(shared|embeddings?|input_embeddings?|input_embeds_layer|emb|embd|embed|w)\.weight"
 )
 LIKELY_OUTPUT = re.compile(
-    r"(.*[./])?(output|heads?|decoder|ff_out|proj_out|out|classifier_head|embedding_decoder|prediction_head|ctc_head"
-    r"|mmm_text_head)\.(weight|bias)"
+    r"(.*[./])?(output(_layer|_projection)?|heads?|decoder|ff_out|proj_out|out|classifier_head|embedding_decoder"
+    r"|prediction_head|ctc_head|speech_head|mmm_text_head)\.(weight|bias)"
 )
 # The same with tokens in another dimension than the first.
 TURNED = re.compile(r"(.*[./])?(final_logits_bias|predictions\.dense\.weight)")
@@ -39,27 +39,28 @@ NUMBERED = re.compile(r"(.*[./])?\d+\.")
 class Vocabulary:
     """The tensors of a model that are indexed by tokens."""
 
-    model: Source
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
 
     @cached_property
     def num_rows(self) -> int:
         """One for every token, and for padding; 0: there is no such tensor."""
-        sizes = [size.value for size in self._sizes]
+        sizes = [size.value for size in self._sizes if size.is_of_language]
         for kind in (INPUT, LIKELY_INPUT):
-            named = [info.shape for name, info in self.model.tensors.items() if kind.fullmatch(name)]
+            named = [info.shape for name, info in self.tensors.items() if kind.fullmatch(name)]
             rows = [shape[0] for shape in named if len(shape) > 1 and shape[0] > 1]
             if known := [size for size in sizes if size in rows]:
                 return known[0]
             if rows and (kind is INPUT or not sizes):
                 return max(rows)
-        lengths = {length for info in self.model.tensors.values() for length in info.shape}
+        lengths = {length for info in self.tensors.values() for length in info.shape}
         return next((size for size in sizes if size in lengths), 0)
 
     @cached_property
     def axes(self) -> dict[str, int]:
         """Which dimension of a tensor is that of tokens."""
         found = {}
-        for name, info in self.model.tensors.items():
+        for name, info in self.tensors.items():
             axis = self._axis(name, info.shape)
             if axis is not None:
                 found[name] = axis
@@ -68,16 +69,14 @@ class Vocabulary:
     @cached_property
     def short(self) -> frozenset[str]:
         """Names of `axes` with rows for the first tokens only, as the configuration says."""
-        return frozenset(
-            name for name, axis in self.axes.items() if self.model.tensors[name].shape[axis] != self.num_rows
-        )
+        return frozenset(name for name, axis in self.axes.items() if self.tensors[name].shape[axis] != self.num_rows)
 
     @cached_property
     def unknown(self) -> frozenset[str]:
         """Tensors that may have a row for every token, and may not."""
         return frozenset(
             name
-            for name, info in self.model.tensors.items()
+            for name, info in self.tensors.items()
             if name not in self.axes and (self._may_be(name, info.shape) or self._is_of_another(name, info.shape))
         )
 
@@ -93,12 +92,12 @@ class Vocabulary:
 
     @cached_property
     def _sizes(self) -> list[Size]:
-        return sizes_in(self.model.config or {})
+        return sizes_in(self.config)
 
     @cached_property
     def _other_sizes(self) -> frozenset[int]:
         """What else a dimension of that length may be."""
-        numbers = numbers_in(self.model.config or {})
+        numbers = numbers_in(self.config)
         return frozenset(
             value
             for path, value in numbers
@@ -114,7 +113,7 @@ class Vocabulary:
     @cached_property
     def _widths(self) -> frozenset[int]:
         """Of the tensors in layers."""
-        shapes = [info.shape for name, info in self.model.tensors.items() if NUMBERED.match(name)]
+        shapes = [info.shape for name, info in self.tensors.items() if NUMBERED.match(name)]
         return frozenset(length for shape in shapes for length in shape[1:])
 
     def _axis(self, name: str, shape: tuple[int, ...]) -> int | None:
@@ -131,11 +130,22 @@ class Vocabulary:
         return 0 if name.endswith("_per_layer.weight") and shape[0] in per_layer else None
 
 
+def vocabulary_of(model: Source) -> Vocabulary:
+    """Of a model; looked for once."""
+    if model not in _FOUND:
+        _FOUND[model] = Vocabulary(model.tensors, model.config or {})
+    return _FOUND[model]
+
+
+_FOUND: WeakKeyDictionary[Source, Vocabulary] = WeakKeyDictionary()
+
+
 def tied_to(name: str, model: Source) -> str | None:
     """The input layer of a model that stores its output layer `name` as nothing but that."""
-    if not OUTPUT.fullmatch(name) or not name.endswith(".weight") or _is_untied(model.config or {}):
+    is_output = OUTPUT.fullmatch(name) or (LIKELY_OUTPUT.fullmatch(name) and not NUMBERED.match(name))
+    if not is_output or not name.endswith(".weight") or _is_untied(model.config or {}):
         return None
-    vocabulary = Vocabulary(model)
+    vocabulary = vocabulary_of(model)
     full = [own for own in vocabulary.axes if own not in vocabulary.short and own not in model.tied]
     for kind in (INPUT, LIKELY_INPUT):
         if inputs := [own for own in full if kind.fullmatch(own)]:

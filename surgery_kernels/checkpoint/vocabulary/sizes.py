@@ -27,11 +27,15 @@ class Size:
     path: tuple[str, ...]
     value: int
 
+    @property
+    def is_of_language(self) -> bool:
+        return self.path[-1] in PLAIN and set(self.path[:-1]) <= set(LANGUAGE)
+
 
 def sizes_in(config: Mapping[str, Any]) -> list[Size]:
     """Of the vocabularies of a configuration and of those in it; that of the tokenizer comes first."""
     found = [Size(path, value) for path, value in numbers_in(config) if "vocab" in path[-1] and "type" not in path[-1]]
-    return sorted(found, key=lambda size: _rank(size.path))
+    return sorted(found, key=lambda size: (not size.is_of_language, len(size.path)))
 
 
 def numbers_in(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -58,12 +62,14 @@ def resized(config: Mapping[str, Any], before: int, after: int, per_layer: int |
             changed = _put(changed, size.path, per_layer)
     if before == after:
         return changed
-    plain = [size for size in sizes_in(config) if size.path[-1] != PER_LAYER]
-    saying = [size.path for size in plain if size.value == before]
-    if not saying:  # a number that it leaves to the defaults, or a wrong one
+    sizes = [size for size in sizes_in(config) if size.path[-1] != PER_LAYER]
+    saying = [size.path for size in sizes if size.value == before]
+    if not saying:  # a number that it leaves to the defaults, or another one
         inside = next((key for key in LANGUAGE if isinstance(config.get(key), Mapping)), None)
-        of_language = [size.path for size in plain if size.path[-1] in PLAIN and set(size.path[:-1]) <= set(LANGUAGE)]
+        of_language = [size.path for size in sizes if size.is_of_language]
         saying = of_language[:1] or [("vocab_size",) if inside is None else (inside, "vocab_size")]
+        # OLMo's name for the number of rows, where that is not the number of tokens
+        saying += [path for path, value in numbers_in(config) if path[-1] == "embedding_size" and value == before]
     for path in saying:
         changed = _put(changed, path, after)
     return changed
@@ -72,9 +78,3 @@ def resized(config: Mapping[str, Any], before: int, after: int, per_layer: int |
 def _put(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[str, Any]:
     key, *inner = path
     return {**config, key: _put(config[key], inner, value) if inner else value}
-
-
-def _rank(path: tuple[str, ...]) -> tuple[bool, bool, int]:
-    """Of the language model before others, of a model before those inside it."""
-    inside = [key for key in path[:-1] if key not in LANGUAGE]
-    return bool(inside), path[-1] not in PLAIN, len(path)

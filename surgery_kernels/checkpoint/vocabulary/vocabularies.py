@@ -13,7 +13,7 @@ from ..reading.source import Source
 from . import notices
 from .by_token import ByToken, Member, Named
 from .chat_templates import template_for
-from .layers import Vocabulary
+from .layers import vocabulary_of
 from .result import ResultTokenizer, result_tokenizer
 from .rows import Rows, common_rows
 from .sizes import resized
@@ -30,7 +30,6 @@ class Vocabularies:
         self._sources = {reference: sources[reference] for reference in recipe.references}
         self._donor = self._sources[recipe.donor]
         self._find = find
-        self._known: dict[int, Vocabulary] = {}
         self._num_rows: dict[bool, int] = {}  # of tensors of the result, by whether they are short of rows
         self._result: ResultTokenizer | None = None
         self.notices: list[str] = []
@@ -53,19 +52,19 @@ class Vocabularies:
         """
         first, own = tensors[0]
         shape = first.tensors[own].shape
-        axis = self._vocabulary(first).axes.get(name)
+        axis = vocabulary_of(first).axes.get(name)
         if axis is None:
             return shape, [None] * len(tensors)
         if self._by_token is None:
             num_rows, rows = shape[axis], common_rows(tensors, axis)
         else:
             num_rows, rows = self._by_token.arranged(tensors, axis, base)
-        self._num_rows[name in self._vocabulary(first).short] = num_rows
+        self._num_rows[name in vocabulary_of(first).short] = num_rows
         return (*shape[:axis], num_rows, *shape[axis + 1 :]), rows
 
     def configured(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of the donor with the number of tokens of the result; after all tensors are arranged."""
-        before = self._vocabulary(self._donor).num_rows
+        before = vocabulary_of(self._donor).num_rows
         return resized(config, before, self._num_rows.get(False, before), self._num_rows.get(True))
 
     def check(self, first: Source, names: Sequence[str]) -> None:
@@ -73,7 +72,7 @@ class Vocabularies:
 
         Rows only move where the tokens of the models, or their number, differ from those of the result.
         """
-        vocabulary = self._vocabulary(first)
+        vocabulary = vocabulary_of(first)
         if self._by_token is None or not self._by_token.moves(vocabulary.num_rows):
             return
         copied = {name for name in vocabulary.axes if not first.tensors[name].dtype.is_floating_point}
@@ -88,9 +87,6 @@ class Vocabularies:
             raise ValueError(
                 f"{first.name} must have a tensor with a row for every token for a merge by token, got none"
             )
-
-    def _vocabulary(self, source: Source) -> Vocabulary:
-        return self._known.setdefault(id(source), Vocabulary(source))
 
     def _read(self) -> ByToken | None:
         """How rows follow tokens; None: they are merged by their numbers."""
@@ -122,7 +118,7 @@ class Vocabularies:
     def _merged_by_token(self, settings: TokenizerSettings, tokens: Mapping[ModelReference, Tokens]) -> ByToken:
         donor, of_donor = self._recipe.donor, tokens[self._recipe.donor]
         members = {
-            model: Member(source, tokens.get(model, of_donor), self._vocabulary(source).num_rows or of_donor.num_rows)
+            model: Member(source, tokens.get(model, of_donor), vocabulary_of(source).num_rows or of_donor.num_rows)
             for model, source in self._sources.items()
         }
         others = [member for model, member in members.items() if model in tokens and model != donor]
@@ -133,7 +129,7 @@ class Vocabularies:
             if model not in tokens:
                 self.notices.append(f"{model} has no tokenizer: it is taken to have the tokens of {donor}")
             self.notices += notices.without_rows(str(model), member.tokens, member.limit)
-        before = self._vocabulary(self._donor).num_rows
+        before = vocabulary_of(self._donor).num_rows
         self.notices += notices.other_number(str(donor), before, by_token.num_rows, result)
         self.notices += notices.moved_ids(self._donor.config or {}, of_donor, result.tokens)
         self._result = result
@@ -157,7 +153,7 @@ class Vocabularies:
         folders = dict(self._folders)
         ours = folders.pop(self._recipe.donor, None)
         for model, folder in folders.items() if ours is not None else ():
-            if ours is None or notices.same_files([ours, folder]) or not self._vocabulary(self._sources[model]).axes:
+            if ours is None or notices.same_files([ours, folder]) or not vocabulary_of(self._sources[model]).axes:
                 continue
             try:
                 tokens = read_tokens(ours), read_tokens(folder)

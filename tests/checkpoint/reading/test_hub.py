@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from surgery_kernels.checkpoint import merge
-from surgery_kernels.checkpoint.reading.opening import open_checkpoint
+from surgery_kernels.checkpoint.reading.opening import find_folder, open_checkpoint
 from tests.checkpoints import refused, save_lora, save_safetensors, save_torch, state_dict
 from tests.hub import Hub, serving
 
@@ -43,6 +43,15 @@ def test_only_the_weights_that_count_are_fetched(hub: Hub, tmp_path: Path) -> No
     hub.put("org/some.model-1", folder)
     check_weights("org/some.model-1@main", state_dict())
     assert hub.fetched == {"model.safetensors"}
+
+
+def test_of_a_model_that_gives_its_tokenizer_no_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    folder = save_safetensors(tmp_path / "a", state_dict(), config={})
+    (folder / "tokenizer.json").write_text("{}")
+    hub.put("org/a", folder)
+    assert (find_folder("org/a") / "tokenizer.json").read_text() == "{}"
+    assert not hub.fetched & {"model.safetensors"}
+    assert find_folder(str(folder)) == folder
 
 
 @pytest.mark.parametrize("save", [save_safetensors, save_torch])

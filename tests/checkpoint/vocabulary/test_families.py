@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery_kernels.checkpoint import merge
+from surgery_kernels.checkpoint.vocabulary.sizes import numbers_in
 from tests.cases import assert_same
 from tests.checkpoints import save_safetensors
 from tests.llama_checkpoints import loaded
@@ -216,6 +217,9 @@ def test_families_of_others(tmp_path: Path, name: str) -> None:
     for key, tensor in loaded(tmp_path / "out").items():
         rows = (slice(NUM_TOKENS), order) if key in of_tokens else (..., ...)
         assert_same(tensor, 0.5 * base[key][rows[0]] + 0.5 * expert[key][rows[1]], key)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    sizes = {value for _, value in numbers_in(written)}
+    assert NUM_TOKENS in sizes and R not in sizes
 
 
 @pytest.mark.parametrize(
