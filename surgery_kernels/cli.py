@@ -131,8 +131,8 @@ def merge(
     """Merge the checkpoints that RECIPE names into the new folder OUT.
 
     RECIPE is mergekit's YAML; `surgery-kernels methods` lists its methods, `scope: model` takes the thresholds of ties
-    over the whole model. Models are folders (of transformers, diffusers, sentence-transformers, timm, open_clip), files
-    of weights, PEFT LoRA folders or ids of the Hugging Face hub.
+    and breadcrumbs over the whole model. Models are folders (of transformers, diffusers, sentence-transformers, timm,
+    open_clip), files of weights, PEFT LoRA folders or ids of the Hugging Face hub.
 
     Of several documents those with a `name` are merged first, into OUT.partial or --intermediate-dir, and others name
     their results as models; the one without a name becomes OUT.

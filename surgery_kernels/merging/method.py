@@ -209,6 +209,7 @@ class Method(ABC):
     # What decides together: an "element", a "tensor", a "row" or the "model"; "scope": a tensor or the model, as asked
     decides: ClassVar[str] = "element"
     decides_by: ClassVar[tuple[str, ...]] = ()  # "scope": parameters that must be the same for a whole model
+    scope: ClassVar[str] = "tensor"  # "scope": of `merge_state_dicts`, where none is asked for
     in_recipes: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = ()  # keys of mergekit that change no result
 

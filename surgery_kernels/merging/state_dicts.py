@@ -25,7 +25,7 @@ def merge_state_dicts(
     experts: Sequence[StateDict],
     *,
     method: str = "ties",
-    scope: str = "model",
+    scope: str | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -36,9 +36,10 @@ def merge_state_dicts(
             ones are copied from here. None where the method needs none: then they are those of the first expert.
         experts: num_tasks >= 1 state dicts with the names, shapes, dtypes and devices of `base`.
         method: The name of one of `surgery_kernels.merging.METHODS`; ``surgery-kernels methods NAME`` explains it.
-        scope: Of methods that can decide over one tensor or over several ("ties"). "model": thresholds, the number kept
-            and the sign of drawn elections are taken over all tensors together, in the order of `base`, as the TIES
-            paper does; "tensor": over each alone, as mergekit and PEFT do.
+        scope: Of methods that can decide over one tensor or over several ("ties", "breadcrumbs", "breadcrumbs_ties").
+            "model": thresholds, the number kept and the sign of drawn elections are taken over all tensors together, in
+            the order of `base`, as the TIES paper does; "tensor": over each alone, as mergekit and PEFT do. None:
+            "model" for "ties", "tensor" for the others.
         progress: A bar on stderr: True, False, or None for one that appears after two seconds.
         **options: The parameters of the method; see its class.
 
@@ -52,11 +53,11 @@ def merge_state_dicts(
         RuntimeError: NaN or infinity under ``nonfinite="error"``; names tensor, expert and count.
     """
     arguments.check_one_of("method", method, tuple(METHODS))
-    arguments.check_one_of("scope", scope, SCOPES)
     if not experts:
         raise ValueError("experts must be at least one state dict, got none")
     merging = _method(method, options)
     merging.check(len(experts))
+    whole = _whole(merging, scope)
     if base is None and merging.base == "required":
         raise ValueError(f"base must be given for {method}, got None")
     first = experts[0] if base is None else base
@@ -64,7 +65,6 @@ def merge_state_dicts(
 
     owner = _tied(first, experts)
     merged = [name for name, tensor in first.items() if tensor.is_floating_point() and owner[name] == name]
-    whole = merging.decides == "model" or (merging.decides == "scope" and scope == "model")
     if whole and merging.decides_by and len({first[name].dtype == torch.float64 for name in merged}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     result = {
@@ -141,6 +141,18 @@ def wise_ft_curve(
         for point, one in zip(curve, merged, strict=True):
             point[name] = one
     return curve
+
+
+def _whole(merging: Method, scope: str | None) -> bool:
+    """Whether all tensors are decided together."""
+    if scope is not None:
+        arguments.check_one_of("scope", scope, SCOPES)
+    if merging.decides == "scope":
+        return (scope or merging.scope) == "model"
+    only = "model" if merging.decides == "model" else "tensor"
+    if scope not in (None, only) and merging.decides != "element":
+        raise ValueError(f"scope must be {only!r} for {merging.name}, got {scope!r}")
+    return only == "model"
 
 
 def _method(name: str, options: Mapping[str, Any]) -> Method:

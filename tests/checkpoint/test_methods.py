@@ -120,6 +120,34 @@ def test_as_in_memory(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
         assert_same(tensor, expected[key], key)
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if METHODS[name].decides == "scope"])
+def test_over_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Limits of all tensors together, found once, also by a merge that is taken up again."""
+    state_dicts = models(gaussians, torch.bfloat16)
+    given = {**recipe(name, save(tmp_path, state_dicts)), "scope": "model"}
+    merge(given, tmp_path / "whole")
+    options = {"density": 0.3} if name == "ties" else {"density": 0.6, "gamma": 0.1}
+    rounding = {"semantics" if name == "ties" else "arithmetic": "mergekit"}
+    # sorted as in the files, which decides among ties
+    base, *experts = ({key: state[key] for key in sorted(state)} for state in state_dicts[:4])
+    expected = merge_state_dicts(base, experts, method=name, scope="model", weights=0.4, **options, **rounding)
+    for key, tensor in loaded(tmp_path / "whole").items():
+        assert_same(tensor, expected[key], key)
+    calls, pwrite = itertools.count(), os.pwrite
+
+    def full(*arguments: Any) -> int:
+        if next(calls) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            merge(given, tmp_path / "out")
+    merge(given, tmp_path / "out", resume=True)
+    assert files_in(tmp_path / "out")["model.safetensors"] == files_in(tmp_path / "whole")["model.safetensors"]
+
+
 @pytest.mark.parametrize("stream", ["mergekit", "counter"])
 @pytest.mark.parametrize("name", ["dare_ties", "della_linear"])
 def test_random_masks_survive_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stream: str) -> None:

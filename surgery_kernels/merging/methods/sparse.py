@@ -54,7 +54,7 @@ class Sparse(Method):
             semantics=self.arithmetic,
             elect=self.elect,
             normalize=normalize,
-            nonfinite=self.nonfinite,
+            nonfinite=self.nonfinite if scope.decided is None else scope.checked(self.nonfinite),
             names=scope.names,
             out=scope.out,
             **kept,
@@ -243,6 +243,8 @@ class Breadcrumbs(Sparse):
     formula = "base + lam * sum_t weights[t] * m_t * (expert_t - base), m_t: ranks between both tails"
     source = "Model Breadcrumbs (arXiv 2312.06795); mergekit 0.1.5 `breadcrumbs`"
     elect = "none"
+    decides = "scope"
+    decides_by = ("density", "gamma")
 
     gamma: PerExpert = per_model(0.01, range=SHARE, meaning="share of the largest entries that go, where enough remain")
     rescale: bool = shared(False, kind=bool, meaning="scale what is kept to the L1 norm of the task vector")
@@ -251,26 +253,36 @@ class Breadcrumbs(Sparse):
     def reads(self) -> int:
         return 3 if self.rescale else 2
 
-    def merge(self, scope: Scope) -> None:
-        for part in scope.parts():
-            lower, upper = self._limits(part)
-            self._merge(
-                part,
-                thresholds=lower[0],
-                cuts=lower[1].tolist(),
-                upper=upper[0],
-                upper_cuts=upper[1].tolist(),
-                rescale=self.rescale,
-            )
+    def decide(self, scope: Scope) -> dict[str, Any]:
+        """Limits over the scope, read once; under ``nonfinite="error"`` it is known to be finite afterwards."""
+        thresholds, cuts = self._limits(scope)
+        return {"thresholds": thresholds.tolist(), "cuts": cuts.tolist()}
 
-    def _limits(self, scope: Scope) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Thresholds and cuts [num_tasks] of the entries that are not among the smallest, and of the largest."""
+    def merge(self, scope: Scope) -> None:
+        if scope.decided is None:
+            thresholds, cuts = self._limits(scope)
+        else:
+            thresholds = torch.tensor(scope.decided["thresholds"], dtype=torch.float64)
+            cuts = torch.tensor(scope.decided["cuts"], dtype=torch.int64) - scope.offset
+        self._merge(
+            scope,
+            thresholds=thresholds[::2],
+            cuts=cuts[::2].tolist(),
+            upper=thresholds[1::2],
+            upper_cuts=cuts[1::2].tolist(),
+            rescale=self.rescale,
+        )
+
+    def _limits(self, scope: Scope) -> tuple[Tensor, Tensor]:
+        """Thresholds and cuts [2 * num_tasks]: what an expert's entries that are not among the smallest have at least,
+        and what its largest, which go, have."""
+        numel = sum(experts[0].numel() for experts in scope.experts)
         ranks: list[int] = []
         densities = arguments.per_expert("density", self.density, scope.num_tasks)
         gammas = arguments.per_expert("gamma", self.gamma, scope.num_tasks)
         for density, gamma in zip(densities, gammas, strict=True):
-            ranks += kept_ranks(scope.out[0].numel(), density, gamma)
-        thresholds, cuts = torch.ops.surgery_kernels.trim_limits(
+            ranks += kept_ranks(numel, density, gamma)
+        return torch.ops.surgery_kernels.trim_limits(
             scope.base,
             scope.flat_experts,
             [1.0] * scope.num_tasks,
@@ -279,7 +291,6 @@ class Breadcrumbs(Sparse):
             names=scope.names,
             ranks=ranks,
         )
-        return (thresholds[::2], cuts[::2]), (thresholds[1::2], cuts[1::2])
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Ties(Method):
     source = "TIES-Merging (arXiv 2306.01708)"
     decides = "scope"
     decides_by = ("density",)
+    scope = "model"
     ignored = ("int8_mask",)
 
     density: PerExpert = per_model(0.2, meaning="share of its entries an expert keeps", range=SHARE, recipe_default=1.0)

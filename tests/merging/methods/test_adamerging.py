@@ -190,7 +190,7 @@ def test_mixed_dtypes() -> None:
         seen.update({name: x.dtype for name, x in merged.items()})
         return sum(x.float().square().sum() for x in merged.values())
 
-    merged, learned = learn(base, experts, objective=objective, scope="tensor", steps=2)
+    merged, learned = learn(base, experts, objective=objective, steps=2)
     assert {name: x.dtype for name, x in merged.items()} == {name: x.dtype for name, x in base.items()}
     assert seen == {name: base[name].dtype for name in learned.names}
 

@@ -176,3 +176,16 @@ def test_weights_that_cancel(name: str) -> None:
     semantics = {"semantics": "mergekit"} if name == "ties" else {}
     for tensor in merged(name, base, experts, **weights, **normalize, **semantics).values():
         assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scope(name: str) -> None:
+    """Refused where it would change who decides together."""
+    base, experts = models(counts_of(name, 3))
+    only = {"tensor": "tensor", "row": "tensor", "model": "model"}.get(METHODS[name].decides)
+    for scope in ("tensor", "model"):
+        if only in (None, scope):
+            merged(name, base, experts, scope=scope)
+            continue
+        with pytest.raises(ValueError, match=f"^scope must be '{only}' for {name}, got '{scope}'$"):
+            merged(name, base, experts, scope=scope)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surgery_kernels import masks, merge_state_dicts, reference
 from surgery_kernels.ops.masks import unpack
-from tests.cases import assert_same, bits, gaussian, inputs
+from tests.cases import assert_same, bits, gaussian, grid, inputs
 from tests.untied import untied
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -118,6 +118,23 @@ def test_breadcrumbs_are_mergekits(name: str, rescale: bool, dtype: torch.dtype)
             else:
                 far = (actual[key] - tensor).abs() > 8 * torch.finfo(dtype).eps * tensor.abs().clamp(min=0.01)
                 assert far.float().mean() < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("name", CRUMBS)
+def test_breadcrumbs_over_the_whole_model(name: str, dtype: torch.dtype) -> None:
+    """As of one long vector."""
+    kind = gaussian if dtype == torch.float64 else grid
+    base, experts = inputs(kind, 3000, 3, dtype)
+    sizes = {"b": 1000, "a": 1, "c": 1999}
+    states = [dict(zip(sizes, x.split(list(sizes.values())), strict=True)) for x in (base, *experts)]
+    for density, gamma in ((0.3, 0.1), (1e-5, 0.01), ([0.95, 0.2, 1.0], [0.3, 0.01, 0.5])):
+        options: dict[str, Any] = {"method": name, "weights": WEIGHTS, "density": density, "gamma": gamma}
+        merged = merge_state_dicts(states[0], states[1:], scope="model", **options)
+        whole = merge_state_dicts({"w": base}, [{"w": x} for x in experts], **options)["w"]
+        assert_same(torch.cat(list(merged.values())), whole)
+        by_tensor = merge_state_dicts(states[0], states[1:], **options)
+        assert density == 1e-5 or not torch.equal(torch.cat(list(by_tensor.values())), whole)
 
 
 def test_breadcrumbs_by_hand() -> None:
