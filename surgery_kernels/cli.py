@@ -31,6 +31,7 @@ from .merging.methods.sparse import STREAMS
 from .ops.arguments import NONFINITE, check_one_of
 from .recipes import load_recipes
 from .recipes.parameters import check_given
+from .recipes.recipe import DTYPES
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 DECIDES = {
@@ -104,6 +105,9 @@ def main() -> None:
 @click.option("--nonfinite", type=click.Choice(NONFINITE), default="error", show_default=True, help="NaN and infinity.")
 @click.option("--random-seed", type=int, help="Of random masks, which are mergekit's then; none: 0, drawn by counter.")
 @click.option("--stream", type=click.Choice(STREAMS), help="How random masks are drawn, whatever the seed.")
+@click.option(
+    "--lora-merge-dtype", type=click.Choice(list(DTYPES)), help="Of what adapters change; none: the recipe's."
+)
 @click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
 @click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
@@ -119,6 +123,7 @@ def merge(
     nonfinite: str,
     random_seed: int | None,
     stream: str | None,
+    lora_merge_dtype: str | None,
     strict: bool,
     intermediate_dir: str | None,
     resume: bool,
@@ -142,6 +147,7 @@ def merge(
         "nonfinite": nonfinite,
         "random_seed": random_seed,
         "stream": stream,
+        "lora_merge_dtype": lora_merge_dtype,
         "max_shard_bytes": max_shard_size,
     }
     say = (lambda _: None) if quiet else click.echo

@@ -23,10 +23,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from surgery_kernels import _C, cli
-from surgery_kernels.checkpoint import estimate
+from surgery_kernels.checkpoint import estimate, open_checkpoint
 from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.merging import METHODS
-from tests.checkpoints import files_in, save_models, save_safetensors, state_dict, ties_recipe
+from tests.checkpoints import files_in, save_lora, save_models, save_safetensors, state_dict, ties_recipe
 
 pytestmark = pytest.mark.any_isa
 
@@ -213,6 +213,14 @@ def test_sizes(text: str, nbytes: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(cli.click.BadParameter, match="must be a number of bytes such as 500MB or 5GB, got"):
         cli.Size().convert(text, None, None)
+
+
+def test_dtype_of_adapters(tmp_path: Path, folders: list[str], out: Path) -> None:
+    adapter = save_lora(tmp_path / "adapter", {"layers.0": (torch.ones(2, 6), torch.ones(6, 2))})
+    path = tmp_path / "adapters.yml"
+    path.write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": f"{folders[0]}+{adapter}"}]}))
+    assert run("merge", path, out, "--lora-merge-dtype", "float64").exit_code == 0
+    assert open_checkpoint(out).tensors["layers.0.weight"].dtype == torch.float64
 
 
 def test_shards_and_threads(recipe: str, out: Path, restored_threads: None) -> None:

@@ -16,6 +16,7 @@ from .. import _C
 from ..ops import arguments
 from ..recipes import Recipe
 from ..recipes.model_reference import Location, ModelReference
+from ..recipes.recipe import DTYPES
 from .differences import ALLOWABLE, Difference, check_allowed
 from .layer_lists import uncertain_layers
 from .reading.companions import Companions, companions
@@ -122,6 +123,7 @@ def plan_merge(
     recipe: Recipe,
     *,
     results: Mapping[str, Path] | None = None,
+    lora_merge_dtype: str | None = None,
     allow: Collection[str] = (),
     nonfinite: str = "error",
     random_seed: int | None = None,
@@ -133,6 +135,8 @@ def plan_merge(
     Args:
         recipe: From `load_recipe`.
         results: Folders of models that the recipe names otherwise: those of earlier documents.
+        lora_merge_dtype: Of models with an adapter, what the adapter changes, by its name such as "float32"; None: that
+            of the recipe, or else that of the model.
         allow: Which differences between the checkpoints are accepted: "missing" tensors and those of another "shape"
             are stood in for by the base's, "extra" ones are left out, of a "vocabulary" of another size the common rows
             are merged, of a "buffer" (integers) that differs the base's is kept.
@@ -150,11 +154,14 @@ def plan_merge(
     for kind in allow:
         arguments.check_one_of("allow", kind, tuple(ALLOWABLE))
     arguments.check_one_of("nonfinite", nonfinite, arguments.NONFINITE)
+    if lora_merge_dtype is not None:
+        arguments.check_one_of("lora_merge_dtype", lora_merge_dtype, tuple(DTYPES))
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_bytes}")
     sources: dict[ModelReference, Source] = {}
     try:
-        for reference, source in _opened(recipe, results or {}):
+        lora_dtype = recipe.dtype if lora_merge_dtype is None else DTYPES[lora_merge_dtype]
+        for reference, source in _opened(recipe, results or {}, lora_dtype):
             sources[reference] = source
         options = {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream}
         return _plan(recipe, results or {}, sources, frozenset(allow), options, max_shard_bytes)
@@ -164,11 +171,13 @@ def plan_merge(
         raise
 
 
-def _opened(recipe: Recipe, results: Mapping[str, Path]) -> Iterator[tuple[ModelReference, Source]]:
+def _opened(
+    recipe: Recipe, results: Mapping[str, Path], lora_dtype: torch.dtype | None
+) -> Iterator[tuple[ModelReference, Source]]:
     """Every checkpoint once: the base first, adapters over the model they name or else over the base."""
 
     def opened(at: Location, below: Source | None = None) -> Source:
-        source = open_checkpoint(str(results.get(at.path, at)), base=below)
+        source = open_checkpoint(str(results.get(at.path, at)), base=below, lora_dtype=lora_dtype)
         source.name = str(at)
         return source
 

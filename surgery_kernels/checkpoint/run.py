@@ -37,6 +37,7 @@ def merge(
     *,
     strict: bool = False,
     intermediate_dir: str | os.PathLike[str] | None = None,
+    lora_merge_dtype: str | None = None,
     allow: Collection[str] = (),
     nonfinite: str = "error",
     random_seed: int | None = None,
@@ -58,7 +59,7 @@ def merge(
         out: Folder to make; None for documents that all have names.
         strict: Refuse what the recipe says without effect; else it is warned of.
         intermediate_dir: Folder of the results of documents that have names; None: they go when `out` is finished.
-        allow, nonfinite, random_seed, stream, max_shard_bytes: As in `plan_merge`.
+        lora_merge_dtype, allow, nonfinite, random_seed, stream, max_shard_bytes: As in `plan_merge`.
         resume: Go on with the `<out>.partial` of the same merge, if there is one. The files come out the same.
         device: Where tensors are merged: "cpu", or "cuda" with or without an index.
         threads: Of the kernels on the CPU, at least 1; None: as torch has it.
@@ -75,6 +76,7 @@ def merge(
             with plan_merge(
                 stage.recipe,
                 results=stage.results,
+                lora_merge_dtype=lora_merge_dtype,
                 allow=allow,
                 nonfinite=nonfinite,
                 random_seed=random_seed,

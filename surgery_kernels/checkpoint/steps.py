@@ -39,7 +39,7 @@ class Input:
 
     @property
     def identity(self) -> list[str | None]:
-        return [self.source.name, self.name, None if self.rows is None else self.rows.identity]
+        return [self.source.name, self.name, str(self.info.dtype), None if self.rows is None else self.rows.identity]
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,37 @@ def test_adapters_as_experts(
 
 
 @pytest.mark.any_isa
+@pytest.mark.parametrize(
+    ("of_recipe", "given", "of_adapter"),
+    [
+        (None, None, "bfloat16"),
+        ("float32", None, "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+        (None, "float32", "float32"),
+    ],
+)
+def test_the_dtype_of_adapters(
+    saved: Any, tmp_path: Path, of_recipe: str | None, given: str | None, of_adapter: str
+) -> None:
+    """That of the recipe, unless another is asked for: what they change is rounded once."""
+    (base,) = models(dtype=torch.bfloat16, num_tasks=0)
+    (folder,) = saved([base])
+    module = "model.layers.1.mlp"
+    down, up = torch.randint(-8, 9, (2, 20)).float(), torch.randint(-8, 9, (8, 2)).float()
+    adapter = save_lora(tmp_path / "adapter", {module: (down, up)}, r=2, lora_alpha=2)
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{folder}+{adapter}"}], "dtype": of_recipe}
+    merge(recipe, tmp_path / "out", lora_merge_dtype=given)
+    merged = loaded(tmp_path / "out")
+    name = f"{module}.weight"
+    expected = (base[name].double() + (up @ down).double()).to(getattr(torch, of_adapter))
+    written = getattr(torch, of_recipe or of_adapter)
+    assert_same(merged[name], expected.to(written))
+    assert_same(merged["lm_head.weight"], base["lm_head.weight"].to(getattr(torch, of_recipe or "bfloat16")))
+    with pytest.raises(ValueError, match="lora_merge_dtype must be one of 'float64', .*, got 'int8'"):
+        merge(recipe, tmp_path / "wrong", lora_merge_dtype="int8")
+
+
+@pytest.mark.any_isa
 def test_every_checkpoint_is_opened_and_closed_once(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,13 +22,15 @@ BLOCK = 1 << 18  # elements of a product in memory: 1 MiB stays in the cache
 class LoraExpert:
     """A `Source`: ``base + scaling * lora_B @ lora_A`` where the adapter has a product, else the base's own tensors.
 
-    Computed when asked for, in float32 (for a float64 base in float64), rounded once to the dtype of the base. Modules
-    that were trained as a whole (modules_to_save, bias) replace those of the base.
+    Computed when asked for, in float32 (in float64 for float64), rounded once to the dtype that was asked for, or to
+    that of the base. Modules that were trained as a whole (modules_to_save, bias) replace those of the base.
 
     Source: LoRA (arXiv 2106.09685), section 4.1; rank-stabilized: arXiv 2312.03732.
     """
 
-    def __init__(self, name: str, base: Source, adapter: Checkpoint, settings: LoraSettings) -> None:
+    def __init__(
+        self, name: str, base: Source, adapter: Checkpoint, settings: LoraSettings, dtype: torch.dtype | None
+    ) -> None:
         targets = match(adapter, settings, base)
         self.name = name
         self.folder = base.folder
@@ -38,8 +40,7 @@ class LoraExpert:
         owners = targets.replaced.keys() | targets.products.keys()
         self.changed = frozenset(name for name in base.tensors if base.tied.get(name, name) in owners)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: replace(info, file=None, offset=None, strides=None) if name in self.changed else info
-            for name, info in base.tensors.items()
+            name: _computed(info, dtype) if name in self.changed else info for name, info in base.tensors.items()
         }
         self.tied = base.tied
         self.notices = adapter.notices
@@ -56,7 +57,7 @@ class LoraExpert:
             weight = self._adapter.tensor(self._targets.replaced[name]).to(dtype)
         else:
             weight = self._base.tensor(name)
-        return self._add(weight, self._targets.products[name]) if name in self._targets.products else weight
+        return self._add(weight, self._targets.products[name], dtype) if name in self._targets.products else weight
 
     def release(self) -> None:
         self._base.release()
@@ -66,15 +67,15 @@ class LoraExpert:
         """Lets go of the adapter; the base is somebody else's."""
         self._adapter.close()
 
-    def _add(self, weight: Tensor, product: Product) -> Tensor:
-        out = torch.empty_like(weight)
+    def _add(self, weight: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
+        out = torch.empty_like(weight, dtype=dtype)
         if not weight.numel():
             return out
-        compute = torch.promote_types(weight.dtype, torch.float32)
+        compute = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
         left, right = self._factors(product, compute)
         num_rows = max(1, BLOCK // right.shape[1])
         # one block for all: fresh memory costs more than the product
-        memory = None if compute == weight.dtype else torch.empty(num_rows, right.shape[1], dtype=compute)
+        memory = None if compute == dtype else torch.empty(num_rows, right.shape[1], dtype=compute)
         matrices = (x.view(len(left), -1).split(num_rows) for x in (out, weight))
         for into, rows, of_rows in zip(*matrices, left.split(num_rows), strict=True):
             block = into if memory is None else memory[: len(into)]
@@ -92,8 +93,14 @@ class LoraExpert:
         return (down.T, up.T) if product.transposed else (up, down)
 
 
-def open_lora(name: str, folder: Path, base: Source) -> LoraExpert:
-    """The expert that the adapter in `folder` makes of `base`."""
+def _computed(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    dtype = dtype or info.dtype
+    nbytes = info.nbytes // info.dtype.itemsize * dtype.itemsize
+    return replace(info, dtype=dtype, nbytes=nbytes, file=None, offset=None, strides=None)
+
+
+def open_lora(name: str, folder: Path, base: Source, dtype: torch.dtype | None = None) -> LoraExpert:
+    """The expert that the adapter in `folder` makes of `base`, in that dtype or in the base's."""
     settings = LoraSettings.read(folder / ADAPTER_CONFIG)
     check_plain(base)
     for file in ADAPTER_FILES:
@@ -103,4 +110,4 @@ def open_lora(name: str, folder: Path, base: Source) -> LoraExpert:
     else:
         raise FileNotFoundError(f"{name} must be a folder with {' or '.join(ADAPTER_FILES)}, got neither of them")
 
-    return LoraExpert(name, base, adapter, settings)
+    return LoraExpert(name, base, adapter, settings, dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
+import torch
+
 from .folder import holds, open_file, open_folder
 from .hub import download
 from .lora import open_lora
@@ -14,7 +16,9 @@ from .quantized import check_file
 from .source import Source
 
 
-def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = None) -> Source:
+def open_checkpoint(
+    reference: str | PathLike[str], *, base: Source | None = None, lora_dtype: torch.dtype | None = None
+) -> Source:
     """A model by its name, ready to be read tensor by tensor; no more than its headers is read.
 
     Args:
@@ -24,6 +28,7 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
             shards, or else a model of the Hub, ``org/name`` or ``org/name@revision``, which is downloaded into the
             Hub's cache.
         base: What a LoRA is added to, as it was opened; other models do not need it. It stays the caller's to close.
+        lora_dtype: Of what a LoRA changes; None: that of `base`.
 
     Returns:
         A `Source`. Files in pickle format are read with torch's `weights_only`.
@@ -51,7 +56,7 @@ def open_checkpoint(reference: str | PathLike[str], *, base: Source | None = Non
         raise ValueError(f"{name} must be a folder with a model or an adapter, got both: name the file of the model")
     if base is None:
         raise ValueError(f"base must be given for {name}, which is an adapter, got None")
-    return open_lora(name, path, base)
+    return open_lora(name, path, base, lora_dtype)
 
 
 def find_folder(reference: str) -> Path:

@@ -125,6 +125,21 @@ def test_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(expert.tensor("layer.weight"), exact(weight, down, up, 0.25))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounded_once_to_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Not to that of the base before."""
+    torch.manual_seed(0)
+    weight, down, up = torch.randn(301, 33).bfloat16(), integers(2, 33), integers(301, 2)
+    base = open_checkpoint(save_safetensors(tmp_path / "base", {"layer.weight": weight, "head.weight": -weight}))
+    whole = {"head.weight": torch.randn(301, 33)}
+    adapter = save_lora(tmp_path / "adapter", {"layer": (down, up)}, whole, modules_to_save=["head"], lora_alpha=2)
+    expert = open_checkpoint(adapter, base=base, lora_dtype=dtype)
+    for name, expected in {"layer.weight": weight.double() + up.double() @ down.double(), **whole}.items():
+        info = expert.tensors[name]
+        assert (info.dtype, info.nbytes) == (dtype, 301 * 33 * dtype.itemsize)
+        assert torch.equal(expert.tensor(name), expected.to(dtype))
+
+
 def test_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery_kernels.checkpoint.reading.lora.BLOCK", 100)
     torch.manual_seed(0)
