@@ -11,6 +11,7 @@ from pathlib import Path
 from ..recipes import Recipe
 from ..recipes.documents import needed
 from .plan import Plan
+from .reading.opening import find_folder
 from .writing.durable import fsync_folder, write_text
 from .writing.output import OutputFolder
 
@@ -79,7 +80,8 @@ def stages(
         resume: Go on with an unfinished result.
 
     Raises:
-        ValueError: there is no place for a result, or a recipe names what is neither a document nor a model.
+        ValueError, FileNotFoundError: there is no place for a result, or a recipe names what is neither a document nor
+            a model.
     """
     folder = None if out is None else OutputFolder(out)
     if len(recipes) == 1 and folder:
@@ -139,12 +141,12 @@ def _check_places(
 
 
 def _check_models(recipes: Sequence[Recipe], names: Collection[str]) -> None:
-    """A name that means nothing is found out before hours were spent on the documents before it."""
-    for recipe in recipes:
-        for model in recipe.references:
-            path = model.model.path
-            if "/" not in path and path not in names and not Path(path).expanduser().exists():
-                raise ValueError(
-                    f"models must be documents of the recipe ({', '.join(names)}), folders or models of the Hub, "
-                    f"got {path!r}"
-                )
+    """A model that is not there is found out before hours were spent on the documents before."""
+    models = [model for recipe in recipes for model in recipe.references]
+    for at in dict.fromkeys(at for model in models for at in (model.model, model.lora) if at and at.path not in names):
+        if "/" not in at.path and not Path(at.path).expanduser().exists():
+            raise ValueError(
+                f"models must be documents of the recipe ({', '.join(names)}), folders or models of the Hub, "
+                f"got {at.path!r}"
+            )
+        find_folder(str(at))

@@ -158,9 +158,10 @@ def test_dry_run(recipe: Path, out: Path) -> None:
 def test_a_second_document_that_does_not_fit(recipe: Path, folders: list[str], out: Path, tmp_path: Path) -> None:
     """Is a failure on the way; what was done stays, and is used when the document is right."""
     given = documents(folders)
-    given[1]["models"][1]["model"] = str(tmp_path / "absent")
+    smaller = {name: tensor[:4] for name, tensor in loaded(Path(folders[3])).items()}
+    given[1]["models"][1]["model"] = save(tmp_path / "smaller", [smaller])[0]
     result = run("merge", written(recipe, given), out)
-    assert result.exit_code == 1 and "absent" in result.stderr
+    assert result.exit_code == 1 and "to go on allow vocabulary, shape" in result.stderr
     assert (out.with_name("out.partial") / "intermediates" / "left").is_dir() and not out.exists()
     result = run("merge", written(recipe, documents(folders)), out)
     assert result.exit_code == 2 and "resume it, or remove it" in result.stderr
@@ -195,6 +196,10 @@ def test_errors(recipe: Path, folders: list[str], out: Path, tmp_path: Path) -> 
         assert os.listdir(out.parent) == []
 
     refused("out must be given for a recipe without a name, got none", None, intermediate_dir=tmp_path / "x")
+    given[1]["models"].append({"model": str(tmp_path / "absent" / "model")})
+    with pytest.raises(FileNotFoundError, match="reference must be a path or a model of the Hub, .*absent/model"):
+        merge(written(recipe, given), out)
+    del given[1]["models"][2]
     given[1]["models"][0]["model"] = "lfet"
     refused("models must be documents of the recipe (right, left), folders or models of the Hub, got 'lfet'")
     del given[0], given[0]["models"][0]
