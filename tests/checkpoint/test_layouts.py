@@ -167,6 +167,10 @@ def test_parts_that_are_missing(pipelines: list[Path], tmp_path: Path) -> None:
     message = f"{folder / 'vae'} must be a folder with the AutoencoderKL of {folder}, got none"
     with pytest.raises(FileNotFoundError, match=f"^{message}$"):
         open_checkpoint(folder)
+    (folder / "vae").symlink_to(pipelines[1] / "vae")
+    message = message.replace("got none", "got a link: put a copy in its place")
+    with pytest.raises(FileNotFoundError, match=f"^{message}$"):
+        open_checkpoint(folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(
         json.dumps({**index, "../unet": ["diffusers", "UNet"], "vae": [None, None]})

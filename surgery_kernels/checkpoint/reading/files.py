@@ -47,5 +47,5 @@ def files_below(folder: Path) -> Iterator[str]:
 def link_out_of(folder: Path, path: Path) -> Path | None:
     """Where a link leads to that leaves `folder`; None for what lies in it, and in the Hub's cache beside it."""
     root, target = folder.resolve(), path.resolve()
-    cache = [root.parents[1] / "blobs"] if root.parent.name == "snapshots" else []
+    cache = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
     return None if any(target.is_relative_to(inside) for inside in (root, *cache)) else target

@@ -186,7 +186,8 @@ def _pipeline(name: str, root: Path, names: Collection[str]) -> Anatomy:
             continue
         _check_inside(root / PIPELINE, component)
         if not any(file.startswith(f"{component}/") for file in names):
-            raise FileNotFoundError(f"{root / component} must be a folder with the {what[1]} of {name}, got none")
+            instead = "a link: put a copy in its place" if (root / component).is_symlink() else "none"
+            raise FileNotFoundError(f"{root / component} must be a folder with the {what[1]} of {name}, got {instead}")
         folders.add(component)
         if part := weights_in(root, component, names):
             parts.append(part)

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from surgery_kernels.checkpoint import merge
+from surgery_kernels.checkpoint.reading.companions import companions
 from surgery_kernels.checkpoint.reading.opening import find_folder, open_checkpoint
 from tests.checkpoints import refused, save_lora, save_safetensors, save_torch, state_dict
 from tests.hub import Hub, serving
@@ -128,6 +129,17 @@ def test_what_is_in_the_cache_does_without_a_network(hub: Hub, tmp_path: Path, m
     check_weights("org/a", state_dict())
     message = "reference must be a path or a model of the Hub that can be had, got 'org/b': "
     refused("org/b", message, FileNotFoundError)
+
+
+def test_a_component_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+    """Its files are links, to what the cache keeps beside the model."""
+    component = save_safetensors(tmp_path / "a" / "unet", state_dict(), config={"_class_name": "Toy"})
+    (tmp_path / "a" / "model_index.json").write_text('{"unet": ["diffusers", "Toy"]}')
+    hub.put("org/a", component.parent)
+    files = [stamp.path for stamp in open_checkpoint("org/a").files]
+    assert files[0].parent.name == "unet" and files[0].is_symlink()
+    source = open_checkpoint(files[0].parent)
+    assert not source.notices and companions(source).files.keys() == {"config.json"}
 
 
 def test_a_folder_comes_first(hub: Hub, tmp_path: Path) -> None:
