@@ -82,11 +82,12 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "bool wide=False, *, Tensor(a!)[] out) -> Tensor");
 
   // Limits of the keys that such a program stores, those of trim_limits: thresholds in the compute type and cuts among
-  // the elements of its tensor, [num_blocks, num_ranks]. ranks: the same for every block, as in trim_limits. Keys are
-  // not rounded; their magnitude counts, and NaN is the largest.
+  // the elements of its tensor, [num_blocks, num_ranks]. ranks: the same for every block, as in trim_limits. whole: of
+  // each tensor, [num_tensors, num_ranks], though numbers are by row. Keys are not rounded; their magnitude counts, and
+  // NaN is the largest.
   m.def(
       "steps_limits(Tensor[] inputs, int num_inputs, int[] program, Tensor numbers, int[] ranks, "
-      "str axis=\"tensor\", bool wide=False) -> (Tensor, Tensor)");
+      "str axis=\"tensor\", bool wide=False, bool whole=False) -> (Tensor, Tensor)");
 
   // x^T W x, x^T W y and the sums of the rows of W x and W y of every task, W the diagonal of weights: [num_tasks, dim,
   // dim], [num_tasks, dim, y_dim], [num_tasks, dim], [num_tasks, y_dim]; y_dim is 0 without y. x, y: [num_tasks, rows,

@@ -14,36 +14,41 @@ namespace {
 
 constexpr int64_t kHeld = 1 << 16;  // keys of a vector that are held together; those of a larger one are formed again
 
-// What forms the keys of one vector.
+// What forms the keys of some vectors, from element `offset` of their tensor on, each with its own numbers.
 class ProgramKeys : public FormedKeys {
  public:
-  ProgramKeys(const Program& program, int64_t num_inputs, const double* numbers, int64_t offset, bool wide)
-      : program_(program), num_inputs_(num_inputs), numbers_(numbers), offset_(offset), wide_(wide) {}
+  ProgramKeys(const Program& program, const StepsInputs& inputs, const Numbers& numbers, int64_t first, int64_t size,
+              int64_t offset)
+      : program_(program), inputs_(inputs), numbers_(numbers), first_(first), size_(size), offset_(offset) {}
 
-  std::unique_ptr<KeyFormer> former() const override {
-    auto former = std::make_unique<Former>(program_, num_inputs_, wide_);
-    former->thread.args.numbers = numbers_;
-    former->thread.args.keys = true;
-    former->thread.offset = offset_;
-    return former;
-  }
+  std::unique_ptr<KeyFormer> former() const override { return std::make_unique<Former>(*this); }
 
  private:
   struct Former : KeyFormer {
+    const ProgramKeys& of;
     StepsThread thread;
 
-    Former(const Program& program, int64_t num_inputs, bool wide) : thread(program, num_inputs, wide) {}
+    explicit Former(const ProgramKeys& of) : of(of), thread(of.program_, of.inputs_.scope.num_tasks, of.inputs_.wide) {
+      thread.args.keys = true;
+      thread.offset = of.offset_;
+    }
     void form(const Part& part, int64_t begin, int64_t n, void* keys) override {
-      thread.outputs[0] = keys;
-      thread.run(part, begin, n);
+      const int64_t end = begin + n;
+      for (int64_t last; begin < end; begin = last) {
+        const int64_t vector = of.numbers_.are_shared() ? 0 : begin / of.size_;
+        last = of.numbers_.are_shared() ? end : std::min(end, (vector + 1) * of.size_);
+        thread.args.numbers = of.numbers_.of(of.first_ + vector);
+        thread.outputs[0] = keys;
+        thread.run(part, begin, last - begin);
+        keys = static_cast<char*>(keys) + (last - begin) * (of.inputs_.wide ? 8 : 4);
+      }
     }
   };
 
   const Program& program_;
-  const int64_t num_inputs_;
-  const double* const numbers_;
-  const int64_t offset_;
-  const bool wide_;
+  const StepsInputs& inputs_;
+  const Numbers& numbers_;
+  const int64_t first_, size_, offset_;
 };
 
 // The limits of keys that are all in memory. Entry i lies at begin + i * stride of its tensor.
@@ -72,11 +77,15 @@ class Search {
   Search(const StepsInputs& inputs, const Program& program, const Numbers& numbers, const std::vector<int64_t>& ranks)
       : inputs_(inputs), program_(program), numbers_(numbers), ranks_(ranks) {}
 
-  // limits: [num_blocks, num_ranks]
-  void run(Limit<Key>* limits) const {
+  // limits: [num_blocks, num_ranks], or of whole tensors [num_tensors, num_ranks]
+  void run(Limit<Key>* limits, bool whole) const {
     for (size_t p = 0; p < inputs_.vectors.size(); ++p) {
       const Vectors& vectors = inputs_.vectors[p];
-      const std::vector<Place> places = places_of(vectors);
+      const std::vector<Place> places = places_of(whole ? inputs_.scope.parts[p].numel : vectors.size);
+      if (whole) {
+        search(p, places, 0, inputs_.scope.parts[p].numel, vectors.first, limits + p * places.size());
+        continue;
+      }
       Limit<Key>* const of_tensor = limits + vectors.first * int64_t(ranks_.size());
       if (vectors.by_column)
         search_columns(p, places, of_tensor);
@@ -88,33 +97,37 @@ class Search {
   }
 
  private:
-  std::vector<Place> places_of(const Vectors& vectors) const {
+  std::vector<Place> places_of(int64_t size) const {
     std::vector<Place> places;
     for (const int64_t rank : ranks_) {
-      require(rank >= -vectors.size && rank <= vectors.size, "ranks must be in [-", vectors.size, ", ", vectors.size,
-              "], the number of entries, got ", rank);
-      places.push_back({0, rank < 0 ? vectors.size + 1 + rank : rank, rank < 0});
+      require(rank >= -size && rank <= size, "ranks must be in [-", size, ", ", size, "], the number of entries, got ",
+              rank);
+      places.push_back({0, rank < 0 ? size + 1 + rank : rank, rank < 0});
     }
     return places;
   }
 
   void search_large(size_t p, const std::vector<Place>& places, Limit<Key>* limits) const {
     const Vectors& vectors = inputs_.vectors[p];
+    for (int64_t v = 0; v < vectors.count; ++v)
+      search(p, places, v * vectors.size, vectors.size, vectors.first + v, limits + v * int64_t(places.size()));
+  }
+
+  // Elements begin to begin + n of a tensor, which start with vector `first` of all.
+  void search(size_t p, const std::vector<Place>& places, int64_t begin, int64_t n, int64_t first,
+              Limit<Key>* limits) const {
     const Part& part = inputs_.scope.parts[p];
-    for (int64_t v = 0; v < vectors.count; ++v) {
-      const int64_t begin = v * vectors.size;
-      const ProgramKeys keys(program_, inputs_.scope.num_tasks, numbers_.of(vectors.first + v), begin, inputs_.wide);
-      Scope scope;
-      scope.num_tasks = inputs_.scope.num_tasks;
-      scope.formed = &keys;
-      std::vector<const char*> pointers;
-      for (int64_t i = 0; i < scope.num_tasks; ++i) pointers.push_back(part.expert_at(i, begin));
-      scope.add(part.dtype, vectors.size, nullptr, std::move(pointers));
-      scope.mixed = true;
-      for (Limit<Key> limit : limits_at<Key>(scope, places, /*all_ties=*/false, NonFinite::propagate, {})) {
-        if (limit.cut > 0) limit.cut += begin;
-        *limits++ = limit;
-      }
+    const ProgramKeys keys(program_, inputs_, numbers_, first, inputs_.vectors[p].size, begin);
+    Scope scope;
+    scope.num_tasks = inputs_.scope.num_tasks;
+    scope.formed = &keys;
+    std::vector<const char*> pointers;
+    for (int64_t i = 0; i < scope.num_tasks; ++i) pointers.push_back(part.expert_at(i, begin));
+    scope.add(part.dtype, n, nullptr, std::move(pointers));
+    scope.mixed = true;
+    for (Limit<Key> limit : limits_at<Key>(scope, places, /*all_ties=*/false, NonFinite::propagate, {})) {
+      if (limit.cut > 0) limit.cut += begin;
+      *limits++ = limit;
     }
   }
 
@@ -172,7 +185,7 @@ class Search {
 
 std::tuple<Tensor, Tensor> steps_limits(std::vector<Tensor> inputs, int64_t num_inputs, std::vector<int64_t> words,
                                         Tensor numbers_tensor, std::vector<int64_t> ranks, std::string axis_name,
-                                        bool wide) {
+                                        bool wide, bool whole) {
   const Axis axis = parse_axis(axis_name);
   const StepsInputs taken(inputs, num_inputs, axis, wide);
   Numbers numbers(numbers_tensor);
@@ -182,15 +195,17 @@ std::tuple<Tensor, Tensor> steps_limits(std::vector<Tensor> inputs, int64_t num_
   require(program.num_outputs == 1 && program.num_sums == 0, "program must store its keys and nothing else, got ",
           program.num_outputs, " outputs and ", program.num_sums, " sums");
   require(!ranks.empty(), "ranks must be at least one, got none");
+  require(!whole || axis != Axis::column, "whole must be False by column, got True");
 
-  const std::vector<int64_t> shape{taken.num_blocks, int64_t(ranks.size())};
+  const int64_t num_limits = whole ? int64_t(taken.scope.parts.size()) : taken.num_blocks;
+  const std::vector<int64_t> shape{num_limits, int64_t(ranks.size())};
   const ScalarType dtype = taken.wide ? ScalarType::Double : ScalarType::Float;
   const Tensor thresholds = torch::stable::new_empty(numbers_tensor, shape, dtype);
   const Tensor cuts = torch::stable::new_empty(numbers_tensor, shape, ScalarType::Long);
   const auto fill = [&](auto key) {
     using Key = decltype(key);
     std::vector<Limit<Key>> limits(size_t(thresholds.numel()));
-    Search<Key>(taken, program, numbers, ranks).run(limits.data());
+    Search<Key>(taken, program, numbers, ranks).run(limits.data(), whole);
     for (size_t i = 0; i < limits.size(); ++i) {
       memcpy(static_cast<Key*>(thresholds.data_ptr()) + i, &limits[i].threshold, sizeof(Key));
       static_cast<int64_t*>(cuts.data_ptr())[i] = limits[i].cut;

@@ -277,6 +277,7 @@ class Steps:
         *,
         axis: str = "tensor",
         wide: bool = False,
+        whole: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Exact order statistics of the one value that the program stores: its keys, which lie in no tensor.
 
@@ -287,10 +288,12 @@ class Steps:
         Args:
             inputs, numbers, axis, wide: As in `run`.
             ranks: From -n to n, for every block of n elements the same.
+            whole: Whether they are of whole tensors, though `numbers` are of rows; not of columns.
 
         Returns:
             thresholds, float32 (float64 for float64 tensors, or where `wide`) and cuts, int64, both [num_blocks,
-            num_ranks]. Keys are not rounded to the stored dtype. Their sign is ignored; NaN is above all.
+            num_ranks], or [num_tensors, num_ranks] of `whole` ones. Keys are not rounded to the stored dtype. Their
+            sign is ignored; NaN is above all.
 
         Raises:
             ValueError, TypeError: an argument is outside its range, or shapes, dtypes or devices differ.
@@ -302,8 +305,8 @@ class Steps:
                 "the program must store its keys and nothing else, "
                 f"got {self.num_outputs} outputs and {self.num_sums} sums"
             )
-        table = self.table(numbers)
-        return _ops.steps_limits(inputs, self.num_inputs, self.program, table, list(ranks), axis=axis, wide=bool(wide))
+        options = {"axis": axis, "wide": bool(wide), "whole": bool(whole)}
+        return _ops.steps_limits(inputs, self.num_inputs, self.program, self.table(numbers), list(ranks), **options)
 
     @property
     def program(self) -> list[int]:
@@ -455,7 +458,9 @@ def _(
     ranks: Sequence[int],
     axis: str = "tensor",
     wide: bool = False,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    shape = (sum(num_blocks_of(tensor.shape, axis) for tensor in inputs[::num_inputs]), len(ranks))
+    counts = [1 if whole else num_blocks_of(tensor.shape, axis) for tensor in inputs[::num_inputs]]
+    shape = (sum(counts), len(ranks))
     compute = torch.float64 if wide else torch.promote_types(inputs[0].dtype, torch.float32)
     return inputs[0].new_empty(shape, dtype=compute), inputs[0].new_empty(shape, dtype=torch.int64)

@@ -51,6 +51,7 @@ def steps_limits(
     *,
     axis: str = "tensor",
     wide: bool = False,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Thresholds and cuts of `torch.ops.surgery_kernels.steps_limits`, by stable sorts."""
     limits = []
@@ -60,12 +61,13 @@ def steps_limits(
         count = _num_blocks(inputs[i].shape, axis)
         of_tensor = numbers if len(numbers) == 1 else numbers[first : first + count]
         (keys,), _ = run(inputs[i : i + num_inputs], program, of_tensor, block_of, wide, keys=True)
-        limits += [[_limit(keys.abs(), block_of == block, rank) for rank in ranks] for block in range(count)]
+        chosen = [block_of >= 0] if whole else [block_of == block for block in range(count)]
+        limits += [[_limit(keys.abs(), of_block, rank) for rank in ranks] for of_block in chosen]
         first += count
     compute = torch.float64 if wide else torch.promote_types(inputs[0].dtype, torch.float32)
     thresholds = torch.tensor([[threshold for threshold, _ in of_block] for of_block in limits], dtype=compute)
     cuts = torch.tensor([[cut for _, cut in of_block] for of_block in limits], dtype=torch.int64)
-    return thresholds.reshape(first, len(ranks)), cuts.reshape(first, len(ranks))
+    return thresholds.reshape(-1, len(ranks)), cuts.reshape(-1, len(ranks))
 
 
 def _limit(keys: Tensor, chosen: Tensor, rank: int) -> tuple[float, int]:

@@ -45,9 +45,12 @@ def steps_limits(
     ranks: Sequence[int],
     axis: str = "tensor",
     wide: bool = False,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if not ranks:
         raise RuntimeError("ranks must be at least one, got none")
+    if whole and axis == "column":
+        raise RuntimeError("whole must be False by column, got True")
     call = Call(inputs, num_inputs, program, numbers, axis, wide)
     if (call.program.num_outputs, call.program.num_sums) != (1, 0):
         raise RuntimeError(
@@ -62,12 +65,12 @@ def steps_limits(
         before += count
         keys = torch.empty(first.numel(), dtype=call.compute, device=first.device)
         Call(of_part, num_inputs, program, of_blocks, axis, wide, keys=keys).run()
-        found.append(_of_tensor(keys, first.shape, count, ranks, axis))
+        found.append(_of_tensor(keys, first.shape, *((1, "tensor") if whole else (count, axis)), ranks))
     return torch.cat([thresholds for thresholds, _ in found]), torch.cat([cuts for _, cuts in found])
 
 
 def _of_tensor(
-    keys: Tensor, shape: Sequence[int], count: int, ranks: Sequence[int], axis: str
+    keys: Tensor, shape: Sequence[int], count: int, axis: str, ranks: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Both [count, num_ranks]."""
     by_column = axis == "column" and len(shape) > 1

@@ -94,6 +94,16 @@ def test_as_many_are_within_as_the_rank_says(axis: str) -> None:
     assert counting.run([base, expert], limits, axis=axis).unique(dim=0).tolist() == [[33.0, 20.0]]
 
 
+def test_whole_tensors_with_numbers_of_rows() -> None:
+    shapes = [(50, 40), (3, 30_000), (50,), (70_000, 1), (0, 3)]
+    tensors = [x for shape in shapes for x in inputs(grid, shape, 2, torch.bfloat16)[1]]
+    count = sum(num_blocks(x.shape, "row") for x in tensors[::2])
+    for numbers in (torch.ones(1, 1), torch.arange(1.0, count + 1)[:, None]):
+        options = {"axis": "row", "whole": True}
+        compare(tensors[:8], scaled_distance().program, numbers.double(), [1, 30, -2, 0], **options)
+        compare(tensors[8:], scaled_distance().program, numbers[:1].double(), [0], **options)
+
+
 def test_limits_of_a_program_with_limits_of_its_own() -> None:
     """Places count within the tensor, in rows and in pieces too."""
     x = torch.randint(0, 9, (2, 70_000), generator=torch.Generator().manual_seed(0)).float()
@@ -131,6 +141,7 @@ A, B = torch.zeros(4, 3), torch.ones(4, 3)
         ("ranks must be in [-12, 12], the number of entries, got 13", {"ranks": [1, 13]}),
         ("ranks must be in [-3, 3], the number of entries, got -4", {"ranks": [-4], "axis": "row"}),
         ("ranks must be at least one, got none", {"ranks": []}),
+        ("whole must be False by column, got True", {"whole": True, "axis": "column"}),
         ("inputs must be all float64 or none, got both", {"inputs": [A, B, A.double(), B.double()]}),
         ("numbers must be of 1 block or of 4, got 2", {"numbers": torch.zeros(2, 1), "axis": "row"}),
     ],

@@ -214,6 +214,18 @@ def test_limits_of_odd_numbers(axis: str, gpu: torch.device) -> None:
         assert_same(x.cpu(), wanted)
 
 
+def test_limits_of_whole_tensors_with_numbers_of_rows(gpu: torch.device) -> None:
+    from surgery_kernels.triton.steps import steps_limits
+
+    base, (expert,) = inputs(gaussian, (30, 11), 1, torch.float32)
+    numbers = torch.arange(1.0, 31)[:, None].double()
+    given = (2, scaled_distance().program, numbers, [1, 37, -50], "row", False, True)
+    for x, wanted in zip(
+        steps_limits(on(gpu, [base, expert]), *given), ops.steps_limits([base, expert], *given), strict=True
+    ):
+        assert_same(x.cpu(), wanted)
+
+
 def test_limits_of_large_vectors(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut may lie anywhere between two ties."""
     from surgery_kernels.triton import steps as module
@@ -275,6 +287,7 @@ def test_refused(change: dict[str, Any], error: type[Exception], message: str, g
     ("change", "message"),
     [
         ({"ranks": []}, "ranks must be at least one, got none"),
+        ({"axis": "column", "whole": True}, "whole must be False by column, got True"),
         ({"ranks": [13]}, "ranks must be in [-12, 12], the number of entries, got 13"),
         ({"program": [*STORE, Code.SUM, 0, 0, 0, 0]},
          "program must store its keys and nothing else, got 1 outputs and 1 sums"),

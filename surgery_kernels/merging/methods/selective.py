@@ -1,27 +1,62 @@
 """Methods that decide for every entry by how far it moved and how much the models agree: NearSwap, SCE, RAM, Arcee.
 
-RAM is a merge of TIES' op; the others are a few steps of torch over blocks that stay in the cache, in mergekit's order.
+RAM is a merge of TIES' op; the others are programs of steps (`programs.py`), with a few numbers between their reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...ops.ties_merge import check_options
-from ..blocks import Block, blocks, ranked
 from ..method import AT_LEAST_0, FINITE, SHARE, Method, arithmetic_of, nonfinite_policy, shared
 from ..scope import Scope
+from . import programs
 
-SMALLEST = 1e-6  # distance, weight or sum of weights that is divided by
-OFFSET = 1e-8  # what arcee_fusion adds to probabilities
+SMALLEST = 1e-6  # sum of weights that is divided by
+
+
+class Stepwise(Method):
+    """What methods of programs share: each tensor alone, and that NaN and infinity show in the sums of a first read."""
+
+    nonfinite: str
+
+    def merge(self, scope: Scope) -> None:
+        for part in scope.parts():
+            if part.out[0].numel():
+                self._merge_tensor(part)
+
+    @abstractmethod
+    def _merge_tensor(self, scope: Scope) -> None: ...
+
+    @property
+    def _rounded(self) -> bool:
+        """Whether every step is rounded to the stored dtype, as mergekit's are."""
+        return getattr(self, "arithmetic", "exact") == "mergekit"
+
+    def _is_known(self, scope: Scope, sums: Tensor) -> bool:
+        """Whether to go on. Sums of task vectors or their squares, which may be too large without any that is."""
+        if self.nonfinite == "propagate" or bool(sums.isfinite().all()):
+            return True
+        if self.nonfinite == "error":
+            scope.check_finite(dtype=scope.out[0].dtype if self._rounded else scope.compute)
+        return self.nonfinite == "error"
+
+    def _merge_what_is_known(self, scope: Scope) -> None:
+        """Task vectors that are not finite are 0, and a base that is not stays; costs copies of all inputs."""
+        inputs = _inputs(scope)
+        known = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        programs.known(scope.num_tasks, self._rounded).run(inputs, out=known)
+        merging = replace(self, nonfinite="propagate")  # type: ignore[call-arg]
+        merging._merge_tensor(replace(scope, base=known[:1], experts=[known[1:]]))
+        programs.restored().run([scope.base[0], scope.out[0]], out=scope.out)
 
 
 @dataclass(frozen=True)
-class NearSwap(Method):
+class NearSwap(Stepwise):
     """Moves every entry of the base towards the other model's, by `t` at most: near ones are swapped."""
 
     name = "nearswap"
@@ -34,16 +69,14 @@ class NearSwap(Method):
     arithmetic: str = arithmetic_of()
     nonfinite: str = nonfinite_policy()
 
-    def merge(self, scope: Scope) -> None:
-        for part in scope.parts():
-            for block in blocks(part, _dtype(part, self.arithmetic), nonfinite=self.nonfinite):
-                base, expert = block.base, block.experts[0]
-                weight = (self.t / (base - expert).abs().clamp(min=SMALLEST)).clamp(0, 1)
-                block.write(weight * expert + (1 - weight) * base)
+    def _merge_tensor(self, scope: Scope) -> None:
+        sums = programs.nearswap(self._rounded).run(_inputs(scope), [self.t], out=scope.out)
+        if not self._is_known(scope, sums):
+            self._merge_what_is_known(scope)
 
 
 @dataclass(frozen=True)
-class Sce(Method):
+class Sce(Stepwise):
     """Selects the entries that vary most, weighs experts by how much they changed, and erases minorities."""
 
     name = "sce"
@@ -59,55 +92,33 @@ class Sce(Method):
 
     @property
     def reads(self) -> int:
-        return 2 if self.select_topk >= 1 else 6
-
-    def merge(self, scope: Scope) -> None:
-        for part in scope.parts():
-            self._merge_tensor(part)
+        return 2 if self.select_topk >= 1 else 5
 
     def _merge_tensor(self, scope: Scope) -> None:
-        threshold, ties = self._selected(scope) if self.select_topk < 1 else (None, 0)
-        dtype = _dtype(scope, self.arithmetic)
-        squares = torch.zeros(scope.num_tasks, dtype=torch.float64, device=scope.out[0].device)
-        for _, task_vectors in self._masked(scope, dtype, threshold, ties):
-            squares += task_vectors.square().double().sum(dim=1)
-        means = (squares / max(scope.out[0].numel(), 1)).to(dtype)
+        inputs = _inputs(scope)
+        form = (scope.num_tasks, self._rounded, self.select_topk < 1)
+        limit = None
+        if self.select_topk < 1:
+            varying = programs.variance_sums(*form[:2]).run(inputs, wide=True)
+            if not self._is_known(scope, varying):
+                return self._merge_what_is_known(scope)
+            count = int(varying[0, 0].item() * self.select_topk)
+            thresholds, cuts = programs.variances(*form[:2]).limits(inputs, [count], wide=True)
+            limit = torch.cat([thresholds, cuts], dim=1).double()
+        else:
+            limit = torch.empty(1, 0, dtype=torch.float64, device=scope.out[0].device)
+        squares = programs.sce_squares(*form).run(inputs, limit, wide=self.select_topk < 1)
+        if not self._is_known(scope, squares):
+            return self._merge_what_is_known(scope)
+        numbers = torch.cat([limit, self._weights(scope, squares[0])[None]], dim=1)
+        programs.sce(*form).run(inputs, numbers, wide=self.select_topk < 1, out=scope.out)
+
+    def _weights(self, scope: Scope, squares: Tensor) -> Tensor:
+        """Mean squares by their sum, rounded as the arithmetic says.  # float64 [num_tasks]"""
+        dtype = scope.out[0].dtype if self._rounded else scope.compute
+        means = (squares / scope.out[0].numel()).to(dtype)
         total = means.sum().item()
-        weights = means / total if abs(total) >= SMALLEST else torch.ones_like(means) / scope.num_tasks
-        for block, task_vectors in self._masked(scope, dtype, threshold, ties):
-            elected = (task_vectors.sum(dim=0) >= 0).to(dtype) * 2 - 1
-            agreeing = weights[:, None] * (task_vectors.sign() == elected)
-            merged = (task_vectors * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=SMALLEST)
-            block.write(block.base + merged)
-
-    def _selected(self, scope: Scope) -> tuple[Tensor | None, int]:
-        """The smallest variance that is selected, and how many equal to it; None where nothing is."""
-        varying = sum(int((key > 0).sum()) for key in self._variances(scope))
-        count = int(varying * self.select_topk)
-        if count == 0:
-            return torch.full((), torch.inf, device=scope.out[0].device), 0
-        (threshold,) = ranked(lambda: self._variances(scope), [scope.out[0].numel() - count])
-        return threshold, count - sum(int((key > threshold).sum()) for key in self._variances(scope))
-
-    def _variances(self, scope: Scope) -> Iterator[Tensor]:
-        """Over the experts, as far as the arithmetic keeps them apart."""
-        dtype = _dtype(scope, self.arithmetic)
-        for block in blocks(scope, dtype, nonfinite=self.nonfinite):
-            yield block.task_vectors.var(dim=0, unbiased=False).to(scope.compute)
-
-    def _masked(
-        self, scope: Scope, dtype: torch.dtype, threshold: Tensor | None, ties: int
-    ) -> Iterator[tuple[Block, Tensor]]:
-        """Every block with its task vectors, 0 where not selected; of equal variances the first in flat order stay."""
-        for block in blocks(scope, dtype, nonfinite=self.nonfinite):
-            task_vectors = block.task_vectors
-            if threshold is not None:
-                key = task_vectors.var(dim=0, unbiased=False).to(scope.compute)
-                equal = key == threshold
-                first = equal & (equal.cumsum(0) <= ties)
-                ties -= int(first.sum())
-                task_vectors = task_vectors * ((key > threshold) | first)
-            yield block, task_vectors
+        return (means / total if abs(total) >= SMALLEST else torch.ones_like(means) / scope.num_tasks).double()
 
 
 @dataclass(frozen=True)
@@ -161,25 +172,20 @@ class RamPlus(Ram):
 
     @property
     def reads(self) -> int:
-        return 3
+        return 2
 
     def merge(self, scope: Scope) -> None:
-        scales = torch.stack([self._scales(part) for part in scope.parts()])
-        self._merge(scope, scales)
+        together, alone = self._counts(scope)
+        self._merge(scope, 1 + self.r * (together / alone.clamp(min=self.epsilon)).clamp(0, self.alpha))
 
-    def _scales(self, scope: Scope) -> Tensor:
-        """float64 [num_tasks], of the lone entries of one tensor."""
-        counts = torch.zeros(2, scope.num_tasks, dtype=torch.int64, device=scope.out[0].device)
-        for block in blocks(scope, scope.compute, nonfinite=self.nonfinite):
-            moved = block.task_vectors.abs() > self.epsilon
-            several = moved.sum(dim=0) > 1
-            counts += torch.stack([(moved & several).sum(dim=1), (moved & ~several).sum(dim=1)])
-        together, alone = counts.double().cpu()
-        return 1 + self.r * (together / alone.clamp(min=self.epsilon)).clamp(0, self.alpha)
+    def _counts(self, scope: Scope) -> Tensor:
+        """Of the entries that every expert moved with others, and alone.  # float64 [2, num_tensors, num_tasks]"""
+        sums = programs.moved(scope.num_tasks, self.nonfinite == "drop").run(_inputs(scope), [self.epsilon])
+        return sums.cpu().view(-1, 2, scope.num_tasks).movedim(1, 0)
 
 
 @dataclass(frozen=True)
-class ArceeFusion(Method):
+class ArceeFusion(Stepwise):
     """Takes over the changes that matter most: far from the base, in rows whose softmax the model has changed.
 
     Importance is computed in float64 and the quartiles are exact. mergekit's, in bfloat16, is rounding noise, and above
@@ -197,36 +203,28 @@ class ArceeFusion(Method):
 
     @property
     def reads(self) -> int:
-        return 5
-
-    def merge(self, scope: Scope) -> None:
-        for part in scope.parts():
-            if part.out[0].numel():
-                self._merge_tensor(part)
+        return 6
 
     def _merge_tensor(self, scope: Scope) -> None:
-        divergences = [_divergence(block) for block in self._rows(scope, torch.float64)]  # [rows] in all
-
-        def importance() -> Iterator[Tensor]:
-            for block, divergence in zip(self._rows(scope, scope.compute), divergences, strict=True):
-                yield block.task_vectors[0].abs() * divergence.to(scope.compute)[:, None]
-
-        last = scope.out[0].numel() - 1
-        first, median, third = ranked(importance, [int(share * last) for share in (0.25, 0.5, 0.75)])
-        threshold = median + 1.5 * (third - first)
-        for block, key in zip(self._rows(scope, scope.compute), importance(), strict=True):
-            block.write(block.base + torch.where(key >= threshold, block.task_vectors[0], 0.0))
-
-    def _rows(self, scope: Scope, dtype: torch.dtype) -> Iterator[Block]:
-        return blocks(scope, dtype, nonfinite=self.nonfinite, by_row=True)
-
-
-def _divergence(block: Block) -> Tensor:
-    """Of the softmax of every row from that of the base; rounding leaves none below 0.  # [rows]"""
-    p, q = (x.softmax(dim=-1) + OFFSET for x in (block.experts[0], block.base))
-    return (p * (p / q).log()).sum(dim=-1).clamp(min=0)
+        inputs = _inputs(scope)
+        largest = [_rows_of(x).amax(dim=1).double() for x in inputs]
+        sums = programs.exponentials().run(inputs, torch.stack(largest, dim=1), axis="row", wide=True)
+        if not self._is_known(scope, sums):
+            return self._merge_what_is_known(scope)
+        numbers = torch.stack([*largest, *(1 / sums[:, :2]).unbind(dim=1)], dim=1)
+        divergences = programs.divergence().run(inputs, numbers, axis="row", wide=True).clamp(min=0)  # [rows, 1]
+        numel = scope.out[0].numel()
+        ranks = [numel - int(share * (numel - 1)) for share in (0.25, 0.5, 0.75)]
+        quartiles, _ = programs.importance().limits(inputs, ranks, divergences, axis="row", whole=True)
+        first, median, third = quartiles[0]
+        threshold = (median + 1.5 * (third - first)).double().expand_as(divergences)
+        programs.fusion().run(inputs, torch.cat([divergences, threshold], dim=1), axis="row", out=scope.out)
 
 
-def _dtype(scope: Scope, arithmetic: str) -> torch.dtype:
-    """What the steps are rounded to."""
-    return scope.out[0].dtype if arithmetic == "mergekit" else scope.compute
+def _inputs(scope: Scope) -> list[Tensor]:
+    """The base and the experts of every tensor."""
+    return scope.with_base_first().flat_experts
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1)

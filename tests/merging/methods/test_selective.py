@@ -12,20 +12,12 @@ from mergekit.merge_methods.api import merge_tensors
 from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
-from surgery_kernels.merging import blocks as blocks_module
-from surgery_kernels.merging.blocks import ranked
 from tests.cases import assert_same, gaussian, inputs
 from tests.untied import untied
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1,), (63,), (65, 33), (3, 20, 11)]
 ROWS = torch.tensor([[4.0, -1, 0, 2], [2, 3, 0, -2], [-1, 1, 5, 2]], dtype=torch.float64)  # task vectors
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor of these tests has several."""
-    monkeypatch.setattr(blocks_module, "BLOCK", 50)
 
 
 def merged(name: str, base: Tensor, experts: list[Tensor], **options: Any) -> Tensor:
@@ -109,18 +101,6 @@ def test_identical_models_empty_tensors_and_scalars(name: str, dtype: torch.dtyp
     assert_same(merged(name, x[0], [x[0]] * count, **options), x[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_ranks_are_those_of_a_sort(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    keys = torch.randn(1_001, dtype=dtype).abs()
-    keys[::3] = keys[0]
-    keys[::7] = 0.0
-    ranks = [0, 1, 250, 500, 999, 1_000]
-    for chunks in (1, 7):
-        found = ranked(lambda chunks=chunks: iter(keys.chunk(chunks)), ranks)
-        assert_same(torch.stack(found), keys.sort().values[ranks])
-
-
 @pytest.mark.parametrize("name", ["nearswap", "sce", "ramplus_tl", "arcee_fusion"])
 def test_nonfinite_values(name: str) -> None:
     base, (x,) = inputs(gaussian, 257, 1, torch.float32)
@@ -152,6 +132,36 @@ def test_a_base_that_is_not_finite_and_an_overflow(name: str, of_base: float, of
     assert_same(dropped[200], base[200])
     assert dropped[:200].isfinite().all() and dropped[201:].isfinite().all()
     assert merged(name, base, [x], nonfinite="propagate", **options).shape == base.shape
+
+
+ON_DEVICES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
+    ("nearswap", torch.bfloat16, {"t": 0.1, "arithmetic": "mergekit"}),
+    ("nearswap", torch.float32, {"t": 0.1, "nonfinite": "drop"}),
+    ("sce", torch.float32, {}),
+    ("sce", torch.float32, {"select_topk": 0.4}),
+    ("sce", torch.bfloat16, {"select_topk": 0.4, "arithmetic": "mergekit", "nonfinite": "drop"}),
+    ("ramplus_tl", torch.bfloat16, {}),
+    ("arcee_fusion", torch.bfloat16, {}),
+    ("arcee_fusion", torch.float32, {"nonfinite": "drop"}),
+]
+
+
+def merged_on(device: torch.device | str, name: str, dtype: torch.dtype, options: dict[str, Any]) -> Tensor:
+    base, experts = untied((13, 21), 1 if name in ("nearswap", "arcee_fusion") else 3, dtype)
+    if "nonfinite" in options:
+        experts[0][3, 5] = math.nan
+    return merged(name, base.to(device), [expert.to(device) for expert in experts], **options).cpu()
+
+
+@pytest.fixture(scope="module")
+def merged_on_the_cpu() -> list[Tensor]:
+    return [merged_on("cpu", *case) for case in ON_DEVICES]
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("place", range(len(ON_DEVICES)))
+def test_the_bits_of_the_cpu_on_cuda(place: int, merged_on_the_cpu: list[Tensor], device: torch.device) -> None:
+    assert_same(merged_on(device, *ON_DEVICES[place]), merged_on_the_cpu[place])
 
 
 @pytest.mark.parametrize(

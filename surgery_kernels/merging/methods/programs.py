@@ -1,0 +1,206 @@
+"""Programs of steps that the methods of `selective.py` run, over a base and experts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import cache, reduce
+from math import inf
+from operator import add
+
+from ...ops.steps import Steps, Value
+
+SMALLEST = 1e-6  # distance or sum of weights that is divided by
+OFFSET = 1e-8  # what arcee_fusion adds to probabilities
+
+
+def _arithmetic(steps: Steps, rounded: bool) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if rounded else steps.exact()
+
+
+def _task_vectors(steps: Steps, num_tasks: int) -> list[Value]:
+    base = steps.load(0)
+    return [steps.load(1 + t) - base for t in range(num_tasks)]
+
+
+def _is_finite(x: Value) -> Value:
+    return abs(x) < inf
+
+
+@cache
+def known(num_tasks: int, rounded: bool) -> Steps:
+    """The base with 0 and the experts with that where they, or what they differ in, are not finite."""
+    steps = Steps(1 + num_tasks)
+    with _arithmetic(steps, rounded):
+        base = steps.load(0)
+        of_base = _is_finite(base).where(base, 0.0)
+        known = [_is_finite(x).where(steps.load(1 + t), of_base) for t, x in enumerate(_task_vectors(steps, num_tasks))]
+    for x in (of_base, *known):
+        steps.store(x)
+    return steps
+
+
+@cache
+def restored() -> Steps:
+    """What was merged, and the base where that is not finite."""
+    steps = Steps(2)
+    base, merged = steps.load(0), steps.load(1)
+    steps.store(_is_finite(base).where(merged, base))
+    return steps
+
+
+@cache
+def nearswap(rounded: bool) -> Steps:
+    """Number 0 is t; the sum is of the differences."""
+    steps = Steps(2)
+    with _arithmetic(steps, rounded):
+        base, expert = steps.load(0), steps.load(1)
+        difference = base - expert
+        weight = (1.0 / abs(difference).maximum(SMALLEST) * steps.number(0)).maximum(0.0).minimum(1.0)
+        steps.store(weight * expert + (1.0 - weight) * base)
+    steps.sum(difference)
+    return steps
+
+
+def _variance(steps: Steps, task_vectors: Sequence[Value], rounded: bool) -> Value:
+    """Over the experts, in float64 where a run is wide, as far as the arithmetic keeps them apart."""
+    count = float(len(task_vectors))
+    with steps.exact():
+        mean = reduce(add, task_vectors) / count
+        squares = [x - mean for x in task_vectors]
+        total = squares[0] * squares[0]
+        for x in squares[1:]:
+            total = x.times_plus(x, total)
+    with _arithmetic(steps, rounded):
+        return total / count
+
+
+@cache
+def variances(num_tasks: int, rounded: bool) -> Steps:
+    steps = Steps(1 + num_tasks)
+    with _arithmetic(steps, rounded):
+        task_vectors = _task_vectors(steps, num_tasks)
+    steps.store(_variance(steps, task_vectors, rounded))
+    return steps
+
+
+@cache
+def variance_sums(num_tasks: int, rounded: bool) -> Steps:
+    """How many are not 0, and their sum."""
+    steps = Steps(1 + num_tasks)
+    with _arithmetic(steps, rounded):
+        task_vectors = _task_vectors(steps, num_tasks)
+    variance = _variance(steps, task_vectors, rounded)
+    steps.sum(variance > 0.0)
+    steps.sum(variance)
+    return steps
+
+
+def _selected(steps: Steps, num_tasks: int, rounded: bool, selects: bool) -> list[Value]:
+    """The task vectors, 0 where the variance is not within numbers 0 and 1."""
+    with _arithmetic(steps, rounded):
+        task_vectors = _task_vectors(steps, num_tasks)
+        if not selects:
+            return task_vectors
+        kept = _variance(steps, task_vectors, rounded).within(0)
+        return [x * kept for x in task_vectors]
+
+
+@cache
+def sce_squares(num_tasks: int, rounded: bool, selects: bool) -> Steps:
+    """The sum of the squares of every expert."""
+    steps = Steps(1 + num_tasks)
+    for x in _selected(steps, num_tasks, rounded, selects):
+        with _arithmetic(steps, rounded):
+            steps.sum(x * x)
+    return steps
+
+
+@cache
+def sce(num_tasks: int, rounded: bool, selects: bool) -> Steps:
+    """Weights are the last numbers. Sums over experts are rounded once."""
+    steps = Steps(1 + num_tasks)
+    task_vectors = _selected(steps, num_tasks, rounded, selects)
+    with steps.exact():
+        total = reduce(add, task_vectors)
+    with _arithmetic(steps, rounded):
+        positive = total * 1.0 >= 0.0
+    with steps.exact():
+        elected = positive * 2.0 - 1.0
+        agreeing = [steps.number((2 if selects else 0) + t) * (x * elected > 0.0) for t, x in enumerate(task_vectors)]
+        weight = reduce(add, agreeing)
+    with _arithmetic(steps, rounded):
+        terms = [x * of_expert for x, of_expert in zip(task_vectors, agreeing, strict=True)]
+    with steps.exact():
+        total = reduce(add, terms)
+    with _arithmetic(steps, rounded):
+        steps.store(steps.load(0) + total * 1.0 / (weight * 1.0).maximum(SMALLEST))
+    return steps
+
+
+@cache
+def moved(num_tasks: int, finite: bool) -> Steps:
+    """How many entries of every expert moved further than number 0 where another's did, and where none did.
+
+    finite: infinity is no move.
+    """
+    steps = Steps(1 + num_tasks)
+    with steps.exact():
+        distances = [abs(x) for x in _task_vectors(steps, num_tasks)]
+        moved = [x > steps.number(0) for x in distances]
+        if finite:
+            moved = [x * _is_finite(distance) for x, distance in zip(moved, distances, strict=True)]
+        several = reduce(add, moved) > 1.0
+        together = [x * several for x in moved]
+    for x in together:
+        steps.sum(x)
+    with steps.exact():
+        for x, of_several in zip(moved, together, strict=True):
+            steps.sum(x - of_several)
+    return steps
+
+
+@cache
+def exponentials() -> Steps:
+    """The sums over a row of e^(x - number) of both models, number being their largest; and of the task vector."""
+    steps = Steps(2)
+    with steps.exact():
+        for i in range(2):
+            steps.sum((steps.load(i) - steps.number(i)).exp())
+    steps.sum(steps.load(1) - steps.load(0))
+    return steps
+
+
+@cache
+def divergence() -> Steps:
+    """Of the expert's softmax over a row from the base's: numbers are the largest, and one over both sums."""
+    steps = Steps(2)
+    with steps.exact():
+        q, p = ((steps.load(i) - steps.number(i)).exp() * steps.number(2 + i) + OFFSET for i in range(2))
+        steps.sum(p * (p / q).log())
+    return steps
+
+
+def _importance(steps: Steps) -> tuple[Value, Value]:
+    """The task vector, and its importance, where number 0 is the divergence of the row."""
+    (task_vector,) = _task_vectors(steps, 1)
+    return task_vector, abs(task_vector) * steps.number(0)
+
+
+@cache
+def importance() -> Steps:
+    steps = Steps(2)
+    with steps.exact():
+        _, importance = _importance(steps)
+        steps.store(importance)
+    return steps
+
+
+@cache
+def fusion() -> Steps:
+    """The task vector is added where its importance is at least number 1."""
+    steps = Steps(2)
+    with steps.exact():
+        task_vector, importance = _importance(steps)
+        steps.store(steps.load(0) + (importance >= steps.number(1)).where(task_vector, 0.0))
+    return steps
