@@ -35,18 +35,25 @@ class ByToken:
 
     A token that a model has keeps its own row. Of a token that it lacks, the row comes from the one model that has it;
     where several have it, from the base, else it is the mean over those that have it; where none has it, zeros. What
-    the recipe says about a token goes before that. Rows without a token are the mean of the others.
+    the recipe says about a token goes before that. Rows of padding are the mean of the others. A number that the
+    tokenizer leaves out keeps the row of the model whose tokenizer it is.
 
-    Source: mergekit 0.1.5, row for row.
+    Source: mergekit 0.1.5, row for row; it cannot merge tokenizers that leave numbers out.
     """
 
     def __init__(
-        self, ids: Mapping[str, int], members: Mapping[ModelReference, Member], settings: TokenizerSettings
+        self,
+        ids: Mapping[str, int],
+        members: Mapping[ModelReference, Member],
+        settings: TokenizerSettings,
+        owner: Source | None,
     ) -> None:
+        """`owner` is the model whose numbers `ids` are, if it is one of the members."""
         multiple = settings.pad_to_multiple_of or 1
         self.num_tokens = 1 + max(ids.values())
         self.num_rows = -(-self.num_tokens // multiple) * multiple
         self._ids = ids
+        self._owner = owner
         self._members = members
         self._said = {ids[token]: row for token, row in settings.tokens.items() if row.source is not None}
         self._places = {id(member.source): self._places_in(member) for member in members.values()}
@@ -108,12 +115,20 @@ class ByToken:
         several = torch.where(has[among.index(base)], among.index(base), MEAN) if base in among else torch.tensor(MEAN)
         giver = torch.where(count > 1, several, giver)
         row = places.gather(0, giver.clamp(min=0)[None])[0]
+        padding = ~self._has_token[: len(count)]
         forced = torch.zeros(len(count), dtype=torch.bool)
+        if self._owner in among:
+            of_owner = among.index(self._owner)
+            source, name = giving[of_owner]
+            left_out = padding.clone()
+            left_out[min(self.num_tokens, source.tensors[name].shape[axis]) :] = False
+            giver[left_out], row[left_out] = of_owner, torch.arange(len(count))[left_out]
+            padding &= ~left_out
         for at, said in self._said.items():
             if at < len(count) and (said.force or not has[:, at].all()):
                 giver[at], row[at] = self._giver(said, at, giving, places, axis)
                 forced[at] = said.force
-        return _Lent(giver, row, forced, ~self._has_token[: len(count)])
+        return _Lent(giver, row, forced, padding)
 
     def _giver(self, said: TokenRow, at: int, giving: Sequence[Named], places: Tensor, axis: int) -> tuple[int, int]:
         """The model and the row that the recipe names for a token."""

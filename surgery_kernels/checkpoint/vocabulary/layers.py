@@ -32,6 +32,8 @@ LIKELY_OUTPUT = re.compile(
 )
 # The same with tokens in another dimension than the first.
 TURNED = re.compile(r"(.*[./])?(final_logits_bias|predictions\.dense\.weight)")
+# Rows that continue those of another tensor, as in Idefics.
+MORE = re.compile(r"(^|\.)additional_(embedding|fc)\.")
 NUMBERED = re.compile(r"(.*[./])?\d+\.")
 
 
@@ -87,8 +89,9 @@ class Vocabulary:
         return not (NUMBERED.match(name) and self._is_product)
 
     def _is_of_another(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Its name means tokens, and its length is that of no vocabulary that the configuration knows."""
-        return _is_named(name) and bool(shape) and shape[0] not in {size.value for size in self._sizes}
+        """Its name means tokens, and its length is neither that of this vocabulary nor of one that is known apart."""
+        others = {size.value for size in self._sizes if not size.is_of_language}
+        return bool(MORE.search(name)) or (_is_named(name) and bool(shape) and shape[0] not in others)
 
     @cached_property
     def _sizes(self) -> list[Size]:

@@ -13,7 +13,7 @@ from ..reading.source import Source
 from . import notices
 from .by_token import ByToken, Member, Named
 from .chat_templates import template_for
-from .layers import vocabulary_of
+from .layers import MORE, vocabulary_of
 from .result import ResultTokenizer, result_tokenizer
 from .rows import Rows, common_rows
 from .sizes import resized
@@ -73,7 +73,7 @@ class Vocabularies:
         Rows only move where the tokens of the models, or their number, differ from those of the result.
         """
         vocabulary = vocabulary_of(first)
-        if self._by_token is None or not self._by_token.moves(vocabulary.num_rows):
+        if self._by_token is None or not (self._by_token.moves(vocabulary.num_rows) or self._loses_tokens):
             return
         copied = {name for name in vocabulary.axes if not first.tensors[name].dtype.is_floating_point}
         for name in names:
@@ -87,6 +87,12 @@ class Vocabularies:
             raise ValueError(
                 f"{first.name} must have a tensor with a row for every token for a merge by token, got none"
             )
+
+    @property
+    def _loses_tokens(self) -> bool:
+        """Whether the donor has tokens for which no row was found."""
+        donor = self._members[self._recipe.donor]
+        return donor.tokens.num_rows > donor.limit and any(MORE.search(name) for name in donor.source.tensors)
 
     def _read(self) -> ByToken | None:
         """How rows follow tokens; None: they are merged by their numbers."""
@@ -124,7 +130,8 @@ class Vocabularies:
         others = [member for model, member in members.items() if model in tokens and model != donor]
         named = self._named(settings, tokens)
         result = result_tokenizer(settings, members[donor], others, self._folders[donor], named)
-        by_token = ByToken(result.tokens.ids, members, settings)
+        owner = members.get(settings.source) if isinstance(settings.source, ModelReference) else members[donor]
+        by_token = ByToken(result.tokens.ids, members, settings, owner.source if owner else None)
         for model, member in members.items():
             if model not in tokens:
                 self.notices.append(f"{model} has no tokenizer: it is taken to have the tokens of {donor}")
@@ -132,7 +139,7 @@ class Vocabularies:
         before = vocabulary_of(self._donor).num_rows
         self.notices += notices.other_number(str(donor), before, by_token.num_rows, result)
         self.notices += notices.moved_ids(self._donor.config or {}, of_donor, result.tokens)
-        self._result = result
+        self._result, self._members = result, members
         return by_token
 
     def _named(

@@ -44,8 +44,8 @@ class Model:
 
 
 @st.composite
-def merges(draw: st.DrawFn) -> tuple[list[Model], dict[str, int], TokenizerSettings, int, int | None]:
-    """Models, ids of the result, what the recipe says, the dimension of tokens, and which model is the base."""
+def merges(draw: st.DrawFn) -> tuple[list[Model], dict[str, int], TokenizerSettings, int, int | None, int | None]:
+    """Models, ids of the result, what the recipe says, the dimension of tokens, the base, and whose ids they are."""
     axis = draw(st.sampled_from([0, 0, 1]))
     models = []
     for number in range(draw(st.integers(1, 4))):
@@ -67,12 +67,18 @@ def merges(draw: st.DrawFn) -> tuple[list[Model], dict[str, int], TokenizerSetti
         source = draw(st.sampled_from(sources))
         tokens[token] = TokenRow(source, source is not None and draw(st.booleans()))
     settings = TokenizerSettings("base", tokens, draw(st.sampled_from([None, 4, 16])))
-    base = draw(st.sampled_from([None, *range(len(models))]))
-    return models, ids, settings, axis, base
+    base, owner = (draw(st.sampled_from([None, *range(len(models))])) for _ in range(2))
+    return models, ids, settings, axis, base, owner
 
 
 def expected(
-    model: Model, models: list[Model], ids: dict[str, int], settings: TokenizerSettings, axis: int, base: int | None
+    model: Model,
+    models: list[Model],
+    ids: dict[str, int],
+    settings: TokenizerSettings,
+    axis: int,
+    base: int | None,
+    owner: int | None,
 ) -> Tensor:
     num_tokens, multiple = 1 + max(ids.values()), settings.pad_to_multiple_of or 1
     rows = torch.full((-(-num_tokens // multiple) * multiple, 3), float("nan"), dtype=torch.float64)
@@ -96,23 +102,28 @@ def expected(
             rows[at] = sum(other.row(other.ids[token], axis) for other in having) / len(having)
         else:
             rows[at] = 0
+    for at in range(num_tokens) if owner is not None else ():
+        if at not in ids.values() and at < models[owner].tensors[NAME].shape[axis]:
+            rows[at] = models[owner].row(at, axis)
     padding = rows.isnan().any(1)
     rows[padding] = rows[~padding].mean(0)
     return rows.movedim(0, axis)
 
 
 @given(merges(), st.sampled_from([1, 2, 4096]))
-def test_rows(case: tuple[list[Model], dict[str, int], TokenizerSettings, int, int | None], at_once: int) -> None:
-    models, ids, settings, axis, base = case
+def test_rows(
+    case: tuple[list[Model], dict[str, int], TokenizerSettings, int, int | None, int | None], at_once: int
+) -> None:
+    models, ids, settings, axis, base, owner = case
     members = {model.reference: Member(model, Tokens(model.ids), len(model.ids)) for model in models}
-    by_token = ByToken(ids, members, settings)
+    by_token = ByToken(ids, members, settings, None if owner is None else models[owner])
     pairs = [(model, NAME) for model in models]
     num_rows, arranged = by_token.arranged(pairs, axis, None if base is None else models[base])
     assert num_rows == by_token.num_rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_module, "ROWS_AT_ONCE", at_once)
         for model, rows in zip(models, arranged, strict=True):
-            wanted = expected(model, models, ids, settings, axis, base)
+            wanted = expected(model, models, ids, settings, axis, base, owner)
             if rows is None:
                 got = model.tensor(NAME).narrow(axis, 0, num_rows)
             else:
@@ -122,7 +133,9 @@ def test_rows(case: tuple[list[Model], dict[str, int], TokenizerSettings, int, i
 
 def test_no_rows_are_moved_where_all_stay() -> None:
     model = Model(0, {word: i for i, word in enumerate(WORDS)}, 11, 0)
-    by_token = ByToken(model.ids, {model.reference: Member(model, Tokens(model.ids), 11)}, TokenizerSettings("base"))
+    by_token = ByToken(
+        model.ids, {model.reference: Member(model, Tokens(model.ids), 11)}, TokenizerSettings("base"), None
+    )
     assert by_token.arranged([(model, NAME)], 0, None) == (9, [None])
     assert by_token.moves(11) and not by_token.moves(9)
 
@@ -130,7 +143,7 @@ def test_no_rows_are_moved_where_all_stay() -> None:
 def test_identities_differ_with_the_rows() -> None:
     models = [Model(i, {word: (j * k) % 9 for j, word in enumerate(WORDS)}, 9, 0) for i, k in enumerate((1, 2, 4))]
     members = {model.reference: Member(model, Tokens(model.ids), 9) for model in models}
-    _, arranged = ByToken(models[0].ids, members, TokenizerSettings("base")).arranged(
+    _, arranged = ByToken(models[0].ids, members, TokenizerSettings("base"), models[0]).arranged(
         [(model, NAME) for model in models], 0, None
     )
     assert arranged[0] is None

@@ -251,6 +251,20 @@ def test_what_may_be_of_tokens_is_refused_by_name(
     merge(by_token(tmp_path), tmp_path / "out")  # where no row moves there is nothing to know
 
 
+def test_rows_in_two_tensors_are_refused(tmp_path: Path) -> None:
+    """Llama 3.2 Vision has eight rows more than its head, Idefics those of its own tokens in a tensor of their own."""
+    shapes = {"embed_tokens.weight": (R + 8, H), "lm_head.weight": (R, H)}
+    plain(tmp_path / "base", {"text_config": {"vocab_size": R}}, shapes, torch.arange(R))
+    plain(tmp_path / "expert", {"text_config": {"vocab_size": R}}, shapes, torch.arange(R))
+    with pytest.raises(ValueError, match="^'lm_head.weight' of .* must be known to have a row for every token"):
+        merge(by_token(tmp_path), tmp_path / "out")
+    shapes = {"embed_tokens.weight": (R, H), "embed_tokens.additional_embedding.weight": (2, H)}
+    for of in ("base", "expert"):
+        plain(tmp_path / of, {"vocab_size": R, "additional_vocab_size": 2}, shapes, torch.arange(R + 2))
+    with pytest.raises(ValueError, match="^'embed_tokens.additional_embedding.weight' of .* must be known"):
+        merge(by_token(tmp_path), tmp_path / "out")
+
+
 def test_a_length_that_is_another_too_is_not_of_tokens(tmp_path: Path) -> None:
     config = {"vocab_size": R, "max_position_embeddings": R, "hidden_size": H}
     shapes = {"wte.weight": (R, H), "wpe.weight": (R, H), "h.0.mlp.weight": (24, H)}
