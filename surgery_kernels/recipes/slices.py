@@ -150,7 +150,9 @@ def _read_models(node: Node, context: Context) -> tuple[Slice, ...]:
     """One slice of whole models."""
     listed = []
     for entry in node.entries():
-        keys = entry.given(("model", "parameters"), "a model of a merge")
+        keys = entry.given(("model", "parameters", "revision", "layer_range"), "a model of a merge")
+        if "layer_range" in keys:
+            keys["layer_range"].ignored(", as by mergekit: slices pick layers, models are whole")
         listed.append(_read_source(entry, keys, context))
     return (_slice(node, listed, context),)
 
@@ -169,7 +171,7 @@ def _read_stack(node: Node, context: Context) -> tuple[Slice, ...]:
         sources = entry.required(keys, "sources")
         listed = []
         for source in sources.entries():
-            of_source = source.given(("model", "layer_range", "parameters"), "a source")
+            of_source = source.given(("model", "layer_range", "parameters", "revision"), "a source")
             layers = _read_range(source.required(of_source, "layer_range"))
             listed.append(replace(_read_source(source, of_source, inside), layers=layers))
         if len({len(source.layers or ()) for source in listed}) > 1:
@@ -183,6 +185,9 @@ def _read_stack(node: Node, context: Context) -> tuple[Slice, ...]:
 
 def _read_source(node: Node, keys: dict[str, Node], context: Context) -> Source:
     model = ModelReference.read(node.required(keys, "model"))
+    if "revision" in keys:
+        meant = replace(model, model=replace(model.model, revision=keys["revision"].value))
+        keys["revision"].ignored(f", as by mergekit: write {meant} to have it")
     return Source(model, read_settings(keys.get("parameters"), context.method, of_model=True), at=node.at)
 
 

@@ -141,7 +141,7 @@ REFERENCE = "(or {model: {path: ...}})"
         ("genome: {}", " must be of a merge, got 'genome' of mergekit-evolve: run it with that command"),
         (
             "merge_method: linear\nmodels: [a]",
-            ".models[0] must be a mapping with keys among model, parameters, got 'a'",
+            ".models[0] must be a mapping with keys among layer_range, model, parameters, revision, got 'a'",
         ),
         ("merge_method: linear\nmodels: [{}]", ".models[0].model must be given, got none"),
         (
@@ -204,7 +204,17 @@ def test_errors_after_a_change(old: str, new: str, message: str) -> None:
         (
             "  - model: ./",
             "  - revision: v1\n    model: ./",
-            ".models[1].revision is ignored: a model of a merge has no",
+            ".models[1].revision is ignored, as by mergekit: write ./expert_b@v1+./adapter to have it",
+        ),
+        (
+            "  - model: ./",
+            "  - layer_range: [0, 8]\n    model: ./",
+            ".models[1].layer_range is ignored, as by mergekit: slices pick layers, models are whole",
+        ),
+        (
+            "  - model: ./",
+            "  - depth: 3\n    model: ./",
+            ".models[1].depth is ignored: a model of a merge has no such",
         ),
         (
             "org/base",
