@@ -108,6 +108,9 @@ def main() -> None:
 @click.option(
     "--lora-merge-dtype", type=click.Choice(list(DTYPES)), help="Of what adapters change; none: the recipe's."
 )
+@click.option(
+    "--merge-computed", is_flag=True, help="Merge buffers too, such as inv_freq; else those of the donor stay."
+)
 @click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
 @click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
@@ -124,6 +127,7 @@ def merge(
     random_seed: int | None,
     stream: str | None,
     lora_merge_dtype: str | None,
+    merge_computed: bool,
     strict: bool,
     intermediate_dir: str | None,
     resume: bool,
@@ -148,6 +152,7 @@ def merge(
         "random_seed": random_seed,
         "stream": stream,
         "lora_merge_dtype": lora_merge_dtype,
+        "merge_computed": merge_computed,
         "max_shard_bytes": max_shard_size,
     }
     say = (lambda _: None) if quiet else click.echo

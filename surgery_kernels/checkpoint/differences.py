@@ -23,6 +23,7 @@ NOTED = {
     "tied": "the input layer stands in",
     "tokens": "rows are merged by token",
     "dtype": "such tensors are merged in the wider dtype",
+    "computed": "they are not learned, and those of {first} are kept",
 }
 SHOWN = 3  # tensors in a sentence
 
@@ -95,11 +96,16 @@ def match(
         if got.dtype != wanted.dtype and not casts:
             found["dtype"].append(f"{name!r} in {_short(got.dtype)} instead of {_short(wanted.dtype)}")
         names[pair.ours] = own
-    for pair in (pair for pair in pairs if not pair.merged and pair.theirs in model.tensors):
-        if not torch.equal(first.tensor(pair.ours), model.tensor(pair.theirs)):
-            found["buffer"].append(f"other values in {pair.theirs!r} of {_short(first.tensors[pair.ours].dtype)}")
-        first.release()
-        model.release()
+    for pair in (pair for pair in pairs if not pair.merged):
+        dtype = first.tensors[pair.ours].dtype
+        if pair.theirs in model.tensors:
+            if not torch.equal(first.tensor(pair.ours), model.tensor(pair.theirs)):
+                kind = "computed" if dtype.is_floating_point else "buffer"
+                found[kind].append(f"other values in {pair.theirs!r} of {_short(dtype)}")
+            first.release()
+            model.release()
+        elif dtype.is_floating_point:
+            found["missing"].append(f"no {pair.theirs!r}")
     known = {pair.theirs for pair in pairs}
     found["extra"] = [f"{name!r} besides" for name in belonging if name not in known]
     return Match(
@@ -127,6 +133,14 @@ def check_allowed(differences: Collection[Difference], allow: Collection[str]) -
             + "; ".join(f"{d.kind}: {d.sentence}" for d in refused)
             + f"; to go on allow {', '.join(kind for kind in ALLOWABLE if kind in kinds)}"
         )
+
+
+def refuse_stranger(first: Source, model: Source) -> None:
+    """Raises ValueError for a model that no slice takes a tensor from, whatever is allowed."""
+    names = {name.partition(".layers.")[2]: name for name in first.tensors if ".layers." in name}
+    alike = [(name, names[end]) for name in model.tensors if (end := name.partition(".layers.")[2]) in names]
+    way_on = f": its {alike[0][0]!r} may be the {alike[0][1]!r} there, under another name" if alike else ""
+    raise ValueError(f"models must have tensors of {first.name} to take part, got none in {model.name}{way_on}")
 
 
 def _differ_in_rows(axis: int | None, got: TensorInfo, wanted: TensorInfo) -> bool:

@@ -27,6 +27,12 @@ class Loader:
         memory = self._buffers if step.dtype == step.out_dtype else self._scratch
         return memory.empty(step.shape, step.dtype)
 
+    def copied(self, tensor: Tensor) -> Tensor:
+        """A copy that may be written to."""
+        if tensor.device.type != "cpu":
+            return tensor.clone(memory_format=torch.contiguous_format)
+        return self._scratch.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
     def _on_cpu(self, wanted: Input, step: Step) -> Tensor:
         if wanted.rows is not None:
             return wanted.rows.fill(self._scratch.empty(step.shape, step.dtype))

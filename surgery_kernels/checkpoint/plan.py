@@ -128,6 +128,7 @@ def plan_merge(
     nonfinite: str = "error",
     random_seed: int | None = None,
     stream: str | None = None,
+    merge_computed: bool = False,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Plan:
     """Opens the checkpoints of a recipe and decides what happens to every tensor.
@@ -145,6 +146,8 @@ def plan_merge(
         random_seed: Of methods that draw masks, any integer of 64 bits. Given, masks are those of mergekit's
             ``--random-seed``; None: seed 0, and every entry is drawn by its own counter, which is faster.
         stream: "counter" or "mergekit": how masks are drawn, whether there is a seed or not.
+        merge_computed: Merge also the floating-point tensors that models compute and do not learn, such as inv_freq or
+            position_ids; else those of the donor are kept.
         max_shard_bytes: Of tensors in one file, at least 1; a larger tensor has a file of its own.
 
     Raises:
@@ -164,7 +167,7 @@ def plan_merge(
         for reference, source in _opened(recipe, results or {}, lora_dtype):
             sources[reference] = source
         options = {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream}
-        return _plan(recipe, results or {}, sources, frozenset(allow), options, max_shard_bytes)
+        return _plan(recipe, results or {}, sources, frozenset(allow), options, max_shard_bytes, merge_computed)
     except BaseException:
         for source in sources.values():
             source.close()
@@ -205,11 +208,12 @@ def _plan(
     allow: frozenset[str],
     options: Mapping[str, Any],
     max_shard_bytes: int,
+    merge_computed: bool,
 ) -> Plan:
     for source in sources.values():
         check_plain(source)
     vocabularies = Vocabularies(recipe, sources, lambda model: results.get(model) or find_folder(model))
-    steps, differences = plan_steps(recipe, sources, vocabularies, options)
+    steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..merging.progress import progress_bar
 from ..merging.scope import Scope
 from ..recipes import Recipe, load_recipes
+from .infinities import Produced, shared, without
 from .loader import Loader
 from .memory import Releasing, Scratch, given_back
 from .plan import Plan, plan_merge
@@ -42,6 +43,7 @@ def merge(
     nonfinite: str = "error",
     random_seed: int | None = None,
     stream: str | None = None,
+    merge_computed: bool = False,
     resume: bool = False,
     device: str = "cpu",
     threads: int | None = None,
@@ -59,7 +61,7 @@ def merge(
         out: Folder to make; None for documents that all have names.
         strict: Refuse what the recipe says without effect; else it is warned of.
         intermediate_dir: Folder of the results of documents that have names; None: they go when `out` is finished.
-        lora_merge_dtype, allow, nonfinite, random_seed, stream, max_shard_bytes: As in `plan_merge`.
+        lora_merge_dtype, allow, nonfinite, random_seed, stream, merge_computed, max_shard_bytes: As in `plan_merge`.
         resume: Go on with the `<out>.partial` of the same merge, if there is one. The files come out the same.
         device: Where tensors are merged: "cpu", or "cuda" with or without an index.
         threads: Of the kernels on the CPU, at least 1; None: as torch has it.
@@ -81,6 +83,7 @@ def merge(
                 nonfinite=nonfinite,
                 random_seed=random_seed,
                 stream=stream,
+                merge_computed=merge_computed,
                 max_shard_bytes=max_shard_bytes,
             ) as plan:
                 for notice in plan.notices:
@@ -145,21 +148,37 @@ def _write_model(
                     ahead.wait_for(number)
                     facts = {"decided": decided, "offset": offsets[step.name], "generator": draws.before(step)}
                     scope = _scope(step, loader, **facts)
-                    writer.write(step.name, _merged(step, scope, loader))
+                    look = Produced(step).check if plan.nonfinite == "error" and step.method is not None else None
+                    writer.write(step.name, _merged(plan, step, scope, loader), look)
         complete = True
     finally:
         writer.close(complete=complete)
     write_companions(folder.model, plan, folder.out.name)
 
 
-def _merged(step: Step, scope: Scope | None, loader: Loader) -> Tensor:
+def _merged(plan: Plan, step: Step, scope: Scope | None, loader: Loader) -> Tensor:
     """The tensor of one step, on the CPU and in the dtype it is written in."""
     if step.method is None or scope is None:
         return loader.load(step.first, step).to("cpu", step.out_dtype)
     scope.out.append(loader.empty(step))
     with _models_named(step):
-        step.method.merge(scope)
+        _merge(plan, step, scope, loader)
     return scope.out[0].to("cpu", step.out_dtype)
+
+
+def _merge(plan: Plan, step: Step, scope: Scope, loader: Loader) -> None:
+    assert step.method is not None
+    before = None if scope.generator is None else scope.generator.get_state()
+    try:
+        step.method.merge(scope)
+    except RuntimeError:
+        found = shared(step) if plan.nonfinite == "error" else None
+        if found is None:
+            raise
+        if scope.generator is not None and before is not None:
+            scope.generator.set_state(before)
+        step.method.merge(without(scope, [found], loader))
+        found.put_back(scope.out[0])
 
 
 def _scope(step: Step, loader: Loader, **facts: Any) -> Scope | None:
@@ -202,7 +221,14 @@ def _decided(plan: Plan, loader: Loader, journal: Journal) -> Any:
             given_back(in_files),
             ReadAhead((step.spans for step in steps), math.inf) as ahead,
         ):
-            decided = method.decide(model)
+            try:
+                decided = method.decide(model)
+            except RuntimeError:
+                found = [shared(step) if plan.nonfinite == "error" else None for step in steps]
+                if not any(found):
+                    raise
+                # the copies lie in other memory, whose pages are not to be given back: those of the files still are
+                decided = method.decide(without(model, found, loader))
             ahead.wait_for(len(steps) - 1)
         journal.decide(decided)
     return journal.decided

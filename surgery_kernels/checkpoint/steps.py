@@ -17,7 +17,8 @@ from ..recipes import Recipe
 from ..recipes.model_reference import ModelReference
 from ..recipes.parameters import resolve_methods
 from ..recipes.slices import Output, Slice
-from .differences import Difference, Match, Pair, match, together
+from .computed import is_computed
+from .differences import Difference, Match, Pair, match, refuse_stranger, together
 from .one_model import check_one_model
 from .reading.read_ahead import Span
 from .reading.source import Source, TensorInfo
@@ -105,8 +106,12 @@ def plan_steps(
     sources: Mapping[ModelReference, Source],
     vocabularies: Vocabularies,
     options: Mapping[str, Any],
+    *,
+    merge_computed: bool = False,
 ) -> tuple[list[Step], list[Difference]]:
     """The steps of all slices, and in what their models differ.
+
+    `merge_computed`: What models compute and do not learn is merged too, where it is floating-point.
 
     Raises:
         ValueError: a model has nothing to merge, or not what the recipe asks of it.
@@ -114,10 +119,16 @@ def plan_steps(
     check_one_model(recipe, sources)
     steps: list[Step] = []
     differences: list[Difference] = []
+    compared: list[tuple[Source, Source, Match]] = []
     for part in recipe.slices:
-        of_part = _SliceOf(recipe, part, sources, vocabularies)
+        of_part = _SliceOf(recipe, part, sources, vocabularies, merge_computed)
+        compared += of_part.compared
         differences += of_part.differences
         steps += of_part.steps(options)
+    taking_part = {model.name for _, model, found in compared if found.names}
+    for first, model, _ in compared:
+        if model.name not in taking_part:
+            refuse_stranger(first, model)
     return steps, together(differences)
 
 
@@ -130,16 +141,18 @@ class _SliceOf:
         part: Slice,
         sources: Mapping[ModelReference, Source],
         vocabularies: Vocabularies,
+        merge_computed: bool,
     ) -> None:
         self._recipe, self._part, self._vocabularies = recipe, part, vocabularies
         self._first = sources[part.first.model]
         self._experts = [sources[expert.model] for expert in part.experts]
         self._outputs = part.outputs(self._first.tensors, num_layers(self._first.config or {}))
-        self._merged = {output.name for output in self._outputs if self._kept(output).info.dtype.is_floating_point}
+        self._merged = {output.name for output in self._outputs if self._is_merged(output, merge_computed)}
         if not self._merged:
             raise ValueError(f"{self._first.name} must have floating-point tensors to merge, got none")
         self._vocabularies.check(self._first, [self._kept(output).name for output in self._outputs])
         self._matches = self._matched()
+        self.compared = [(self._first, model, found) for model, found in zip(self._experts, self._matches, strict=True)]
         self.differences = [difference for found in self._matches for difference in found.differences]
 
     def steps(self, options: Mapping[str, Any]) -> list[Step]:
@@ -149,6 +162,10 @@ class _SliceOf:
             self._merging(output, methods[output.name]) if output.name in methods else self._copying(output)
             for output in self._outputs
         ]
+
+    def _is_merged(self, output: Output, merge_computed: bool) -> bool:
+        kept = self._kept(output)
+        return kept.info.dtype.is_floating_point and (merge_computed or not is_computed(kept.name, kept.info))
 
     def _kept(self, output: Output) -> Input:
         return Input(self._first, self._part.first.own_name(output))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,10 +13,15 @@ from torch import Tensor
 
 from .durable import fsync_folder, make_folders, reserve
 from .journal import Journal
-from .layout import Layout
+from .layout import Layout, Place
 
 PENDING_BYTES = 128 << 20  # merged, not yet written: from here on the next merge waits
+PIECE = 1 << 18  # elements written at a time where they are looked at: they are still in the cache
 SYNC_BYTES = 64 << 20  # written between two syncs: the disk is busy from early on, and a crash costs little
+
+
+# Sees a part of a flat tensor, from where to where, before it is written, and may change it or raise.
+Look = Callable[[Tensor, int, int], None]
 
 
 class Writer:
@@ -28,7 +34,7 @@ class Writer:
             OSError: they cannot be made, or one with tensors that the journal calls done is not there any more.
         """
         self._layout, self._journal = layout, journal
-        self._queue: deque[tuple[str, Tensor] | None] = deque()
+        self._queue: deque[tuple[str, Tensor, Look | None] | None] = deque()
         self._pending = 0  # bytes handed over, not yet written
         self._change = threading.Condition()
         self._error: BaseException | None = None
@@ -58,11 +64,11 @@ class Writer:
             self._change.wait_for(lambda: self._pending <= PENDING_BYTES or self._error)
             self._check()
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Takes a contiguous tensor on the CPU, which must not change any more."""
+    def write(self, name: str, tensor: Tensor, look: Look | None = None) -> None:
+        """Takes a contiguous tensor on the CPU, which must not change any more but by `look`."""
         with self._change:
             self._check()
-            self._queue.append((name, tensor))
+            self._queue.append((name, tensor, look))
             self._pending += tensor.nbytes
             self._change.notify_all()
 
@@ -102,12 +108,12 @@ class Writer:
                 if item is None:
                     self._sync(written)
                     return
-                name, tensor = item
+                name, tensor, look = item
                 place = self._layout.places[name]
-                _write_at(self._files[place.shard], _bytes_of(tensor), place.offset)
+                self._put(tensor, look, place)
                 written.append(name)
                 unsynced += place.nbytes
-                del item, tensor  # its memory is free before anybody hears of it
+                del item, tensor, look  # its memory is free before anybody hears of it
                 with self._change:
                     self._pending -= place.nbytes
                     self._change.notify_all()
@@ -118,6 +124,14 @@ class Writer:
             with self._change:
                 self._error = error
                 self._change.notify_all()
+
+    def _put(self, tensor: Tensor, look: Look | None, place: Place) -> None:
+        file, flat, size = self._files[place.shard], tensor.reshape(-1), tensor.dtype.itemsize
+        for begin in range(0, len(flat), PIECE if look else len(flat) or 1):
+            end = min(begin + PIECE, len(flat)) if look else len(flat)
+            if look:
+                look(flat, begin, end)
+            _write_at(file, _bytes_of(flat[begin:end]), place.offset + begin * size)
 
     def _sync(self, names: list[str]) -> None:
         for shard in sorted({self._layout.places[name].shard for name in names}):
