@@ -32,6 +32,7 @@ class Vocabularies:
         self._find = find
         self._num_rows: dict[bool, int] = {}  # of tensors of the result, by whether they are short of rows
         self._result: ResultTokenizer | None = None
+        self._parted = False
         self.notices: list[str] = []
         self._by_token = self._read()
         self.files = self._with_template({} if self._result is None else self._result.files)
@@ -73,7 +74,7 @@ class Vocabularies:
         Rows only move where the tokens of the models, or their number, differ from those of the result.
         """
         vocabulary = vocabulary_of(first)
-        if self._by_token is None or not (self._by_token.moves(vocabulary.num_rows) or self._loses_tokens):
+        if self._by_token is None or not (self._by_token.moves(vocabulary.num_rows) or self._parted):
             return
         copied = {name for name in vocabulary.axes if not first.tensors[name].dtype.is_floating_point}
         for name in names:
@@ -87,12 +88,6 @@ class Vocabularies:
             raise ValueError(
                 f"{first.name} must have a tensor with a row for every token for a merge by token, got none"
             )
-
-    @property
-    def _loses_tokens(self) -> bool:
-        """Whether the donor has tokens for which no row was found."""
-        donor = self._members[self._recipe.donor]
-        return donor.tokens.num_rows > donor.limit and any(MORE.search(name) for name in donor.source.tensors)
 
     def _read(self) -> ByToken | None:
         """How rows follow tokens; None: they are merged by their numbers."""
@@ -139,7 +134,10 @@ class Vocabularies:
         before = vocabulary_of(self._donor).num_rows
         self.notices += notices.other_number(str(donor), before, by_token.num_rows, result)
         self.notices += notices.moved_ids(self._donor.config or {}, of_donor, result.tokens)
-        self._result, self._members = result, members
+        # Idefics: rows of the last tokens are in a tensor of their own
+        beyond = of_donor.num_rows > members[donor].limit
+        self._parted = beyond and any(MORE.search(name) for name in self._donor.tensors)
+        self._result = result
         return by_token
 
     def _named(
