@@ -198,6 +198,10 @@ class Steps:
             raise ValueError(f"k must be 0 or greater, got {k}")
         return self._record(Code.NUMBER, (), place=k, rounds=False)
 
+    def constant(self, number: float) -> Value:
+        """A number of every run."""
+        return self._value(number)
+
     def store(self, value: Value) -> int:
         """Makes `value` the next output, rounded to the stored dtype; returns which one it is."""
         self._record(Code.STORE, (value,), place=self.num_outputs, rounds=False)

@@ -63,16 +63,16 @@ def nearswap(rounded: bool) -> Steps:
 
 
 def _variance(steps: Steps, task_vectors: Sequence[Value], rounded: bool) -> Value:
-    """Over the experts, in float64 where a run is wide, as far as the arithmetic keeps them apart."""
+    """Over the experts, rounded once. Differences to the first one cancel nothing, and are 0 where all are the same."""
     count = float(len(task_vectors))
     with steps.exact():
-        mean = reduce(add, task_vectors) / count
-        squares = [x - mean for x in task_vectors]
-        total = squares[0] * squares[0]
-        for x in squares[1:]:
-            total = x.times_plus(x, total)
+        total = squares = steps.constant(0.0)
+        for x in task_vectors[1:]:
+            difference = x - task_vectors[0]
+            total, squares = total + difference, difference.times_plus(difference, squares)
+        times_count = squares - total * total * (1 / count)
     with _arithmetic(steps, rounded):
-        return total / count
+        return times_count * (1 / count)
 
 
 @cache
@@ -85,34 +85,31 @@ def variances(num_tasks: int, rounded: bool) -> Steps:
 
 
 @cache
-def variance_sums(num_tasks: int, rounded: bool) -> Steps:
-    """How many are not 0, and their sum."""
+def nonzero_variances(num_tasks: int, rounded: bool) -> Steps:
+    """How many there are."""
     steps = Steps(1 + num_tasks)
     with _arithmetic(steps, rounded):
         task_vectors = _task_vectors(steps, num_tasks)
-    variance = _variance(steps, task_vectors, rounded)
-    steps.sum(variance > 0.0)
-    steps.sum(variance)
+    steps.sum(_variance(steps, task_vectors, rounded) > 0.0)
     return steps
 
 
-def _selected(steps: Steps, num_tasks: int, rounded: bool, selects: bool) -> list[Value]:
-    """The task vectors, 0 where the variance is not within numbers 0 and 1."""
-    with _arithmetic(steps, rounded):
-        task_vectors = _task_vectors(steps, num_tasks)
-        if not selects:
-            return task_vectors
-        kept = _variance(steps, task_vectors, rounded).within(0)
-        return [x * kept for x in task_vectors]
+def _kept(steps: Steps, task_vectors: Sequence[Value], rounded: bool, selects: bool) -> Value | None:
+    """1 where the variance is within numbers 0 and 1, else 0; None where all are selected."""
+    return _variance(steps, task_vectors, rounded).within(0) if selects else None
 
 
 @cache
 def sce_squares(num_tasks: int, rounded: bool, selects: bool) -> Steps:
-    """The sum of the squares of every expert."""
+    """The sum of the squares of what is selected of every expert, and then how many variances are not 0."""
     steps = Steps(1 + num_tasks)
-    for x in _selected(steps, num_tasks, rounded, selects):
-        with _arithmetic(steps, rounded):
-            steps.sum(x * x)
+    with _arithmetic(steps, rounded):
+        task_vectors = _task_vectors(steps, num_tasks)
+        kept = _kept(steps, task_vectors, rounded, selects)
+        for x in task_vectors:
+            steps.sum(x * x) if kept is None else steps.dot(x * x, kept)
+    if kept is not None:
+        steps.sum(_variance(steps, task_vectors, rounded) > 0.0)
     return steps
 
 
@@ -120,7 +117,9 @@ def sce_squares(num_tasks: int, rounded: bool, selects: bool) -> Steps:
 def sce(num_tasks: int, rounded: bool, selects: bool) -> Steps:
     """Weights are the last numbers. Sums over experts are rounded once."""
     steps = Steps(1 + num_tasks)
-    task_vectors = _selected(steps, num_tasks, rounded, selects)
+    with _arithmetic(steps, rounded):
+        task_vectors = _task_vectors(steps, num_tasks)
+        kept = _kept(steps, task_vectors, rounded, selects)
     with steps.exact():
         total = reduce(add, task_vectors)
     with _arithmetic(steps, rounded):
@@ -134,7 +133,8 @@ def sce(num_tasks: int, rounded: bool, selects: bool) -> Steps:
     with steps.exact():
         total = reduce(add, terms)
     with _arithmetic(steps, rounded):
-        steps.store(steps.load(0) + total * 1.0 / (weight * 1.0).maximum(SMALLEST))
+        merged = total * 1.0 / (weight * 1.0).maximum(SMALLEST)
+        steps.store(steps.load(0) + (merged if kept is None else merged * kept))
     return steps
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,25 +97,36 @@ class Sce(Stepwise):
 
     def _merge_tensor(self, scope: Scope) -> None:
         inputs = _inputs(scope)
-        form = (scope.num_tasks, self._rounded, self.select_topk < 1)
-        limit = None
-        if self.select_topk < 1:
-            varying = programs.variance_sums(*form[:2]).run(inputs, wide=True)
-            if not self._is_known(scope, varying):
-                return self._merge_what_is_known(scope)
-            count = int(varying[0, 0].item() * self.select_topk)
-            thresholds, cuts = programs.variances(*form[:2]).limits(inputs, [count], wide=True)
-            limit = torch.cat([thresholds, cuts], dim=1).double()
-        else:
-            limit = torch.empty(1, 0, dtype=torch.float64, device=scope.out[0].device)
-        squares = programs.sce_squares(*form).run(inputs, limit, wide=self.select_topk < 1)
+        form = (scope.num_tasks, self._rounded)
+        limit, squares = self._select(inputs, *form) if self.select_topk < 1 else self._take_all(inputs, *form)
         if not self._is_known(scope, squares):
             return self._merge_what_is_known(scope)
-        numbers = torch.cat([limit, self._weights(scope, squares[0])[None]], dim=1)
-        programs.sce(*form).run(inputs, numbers, wide=self.select_topk < 1, out=scope.out)
+        numbers = torch.cat([limit, self._weights(scope, squares)], dim=1)
+        programs.sce(*form, self.select_topk < 1).run(inputs, numbers, out=scope.out)
+
+    def _take_all(self, inputs: list[Tensor], *form: Any) -> tuple[Tensor, Tensor]:
+        squares = programs.sce_squares(*form, False).run(inputs)
+        return squares[:, :0], squares
+
+    def _select(self, inputs: list[Tensor], *form: Any) -> tuple[Tensor, Tensor]:
+        """The smallest variance that is selected and where its ties end, [1, 2]; and the squares.  # [1, num_tasks]
+
+        Where all entries vary, as in most models of float32, they need not be counted before.
+        """
+        counting, some = programs.nonzero_variances(*form), [_first_rows(x) for x in inputs]
+        varying, counted = float(inputs[0].numel()), -1.0
+        if counting.run(some).item() < some[0].numel():
+            varying = counting.run(inputs).item()
+        while varying != counted:
+            count = int(varying * self.select_topk)
+            thresholds, cuts = programs.variances(*form).limits(inputs, [count])
+            limit = torch.cat([thresholds.double(), cuts], dim=1)
+            sums = programs.sce_squares(*form, True).run(inputs, limit)
+            varying, counted = sums[0, -1].item(), varying
+        return limit, sums[:, :-1]
 
     def _weights(self, scope: Scope, squares: Tensor) -> Tensor:
-        """Mean squares by their sum, rounded as the arithmetic says.  # float64 [num_tasks]"""
+        """Mean squares by their sum, rounded as the arithmetic says.  # float64 [1, num_tasks]"""
         dtype = scope.out[0].dtype if self._rounded else scope.compute
         means = (squares / scope.out[0].numel()).to(dtype)
         total = means.sum().item()
@@ -224,6 +236,10 @@ class ArceeFusion(Stepwise):
 def _inputs(scope: Scope) -> list[Tensor]:
     """The base and the experts of every tensor."""
     return scope.with_base_first().flat_experts
+
+
+def _first_rows(x: Tensor, most: int = 1 << 16) -> Tensor:
+    return x[: max(1, most * len(x) // x.numel())] if x.dim() else x
 
 
 def _rows_of(x: Tensor) -> Tensor:

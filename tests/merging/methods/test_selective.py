@@ -134,6 +134,13 @@ def test_a_base_that_is_not_finite_and_an_overflow(name: str, of_base: float, of
     assert merged(name, base, [x], nonfinite="propagate", **options).shape == base.shape
 
 
+def test_sce_counts_what_it_selects_beyond_what_float32_counts() -> None:
+    numel, kept = (1 << 24) + 1_001, (1 << 24) + 501
+    ones = torch.ones(numel, dtype=torch.bfloat16)
+    selected = merged("sce", torch.zeros_like(ones), [ones, 2 * ones], select_topk=(kept + 0.5) / numel)
+    assert selected[:kept].all() and not selected[kept:].any()
+
+
 ON_DEVICES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("nearswap", torch.bfloat16, {"t": 0.1, "arithmetic": "mergekit"}),
     ("nearswap", torch.float32, {"t": 0.1, "nonfinite": "drop"}),
