@@ -34,6 +34,7 @@ LIKELY_OUTPUT = re.compile(
 TURNED = re.compile(r"(.*[./])?(final_logits_bias|predictions\.dense\.weight)")
 # Rows that continue those of another tensor, as in Idefics.
 MORE = re.compile(r"(^|\.)additional_(embedding|fc)\.")
+PER_LAYER_END = "embed_tokens_per_layer.weight"  # of Gemma 3n: as many rows as the configuration says
 NUMBERED = re.compile(r"(.*[./])?\d+\.")
 
 
@@ -49,8 +50,8 @@ class Vocabulary:
         """One for every token, and for padding; 0: there is no such tensor."""
         sizes = [size.value for size in self._sizes if size.is_of_language]
         for kind in (INPUT, LIKELY_INPUT):
-            named = [info.shape for name, info in self.tensors.items() if kind.fullmatch(name)]
-            rows = [shape[0] for shape in named if len(shape) > 1 and shape[0] > 1]
+            named = [name for name in self.tensors if kind.fullmatch(name) and not name.endswith(PER_LAYER_END)]
+            rows = [shape[0] for name in named if len(shape := self.tensors[name].shape) > 1 and shape[0] > 1]
             if known := [size for size in sizes if size in rows]:
                 return known[0]
             if rows and (kind is INPUT or not sizes):
@@ -130,7 +131,7 @@ class Vocabulary:
         if shape[0] == self.num_rows:
             return 0
         per_layer = [size.value for size in self._sizes if size.path[-1] == PER_LAYER]
-        return 0 if name.endswith("_per_layer.weight") and shape[0] in per_layer else None
+        return 0 if name.endswith(PER_LAYER_END) and shape[0] in per_layer else None
 
 
 def vocabulary_of(model: Source) -> Vocabulary:
@@ -145,8 +146,9 @@ _FOUND: WeakKeyDictionary[Source, Vocabulary] = WeakKeyDictionary()
 
 def tied_to(name: str, model: Source) -> str | None:
     """The input layer of a model that stores its output layer `name` as nothing but that."""
-    is_output = OUTPUT.fullmatch(name) or (LIKELY_OUTPUT.fullmatch(name) and not NUMBERED.match(name))
-    if not is_output or not name.endswith(".weight") or _is_untied(model.config or {}):
+    ties = _ties(model.config or {})
+    likely = LIKELY_OUTPUT.fullmatch(name) and not NUMBERED.match(name) and True in ties
+    if not (OUTPUT.fullmatch(name) or likely) or not name.endswith(".weight") or False in ties:
         return None
     vocabulary = vocabulary_of(model)
     full = [own for own in vocabulary.axes if own not in vocabulary.short and own not in model.tied]
@@ -156,9 +158,10 @@ def tied_to(name: str, model: Source) -> str | None:
     return None
 
 
-def _is_untied(config: Mapping[str, Any]) -> bool:
+def _ties(config: Mapping[str, Any]) -> list[Any]:
+    """What a configuration says about tied layers, for itself and the language model in it."""
     inner = [config[key] for key in LANGUAGE if isinstance(config.get(key), Mapping)]
-    return any(of.get("tie_word_embeddings") is False for of in (config, *inner))
+    return [of.get("tie_word_embeddings") for of in (config, *inner)]
 
 
 def _is_named(name: str) -> bool:

@@ -126,6 +126,33 @@ def test_a_tied_output_layer_follows_its_tokens(tmp_path: Path) -> None:
     assert_merged_as(result, [base, in_rows({**expert, HEAD: expert[EMBEDDING]}, base, rows)])
 
 
+@pytest.mark.parametrize(
+    ("names", "config", "tied"),
+    [
+        ((EMBEDDING, HEAD), {}, True),
+        ((EMBEDDING, HEAD), {"tie_word_embeddings": False}, False),
+        ((EMBEDDING, HEAD), {"text_config": {"tie_word_embeddings": False}}, False),
+        (("shared.weight", HEAD), {}, True),
+        (("model.tok_embeddings.weight", "output.weight"), {"tie_word_embeddings": True}, True),
+        (("model.tok_embeddings.weight", "output.weight"), {}, False),  # InternLM2 has both
+        ((EMBEDDING, "score.weight"), {"tie_word_embeddings": True}, False),
+        ((EMBEDDING, "lm_head.bias"), {"tie_word_embeddings": True}, False),
+    ],
+)
+def test_heads_that_are_not_stored(tmp_path: Path, names: tuple[str, str], config: dict[str, Any], tied: bool) -> None:
+    """Beside another embedding, of part of the tokens."""
+    per_layer = {"model.embed_tokens_per_layer.weight": torch.randn(4, 3)}
+    base = {name: torch.randn(6, 3) for name in names} | per_layer
+    expert = {names[0]: torch.randn(6, 3)} | per_layer
+    folders = saved(tmp_path, [base, expert], [None, None], vocab_size=6, vocab_size_per_layer_input=4, **config)
+    if not tied:
+        with pytest.raises(ValueError, match=f"missing: .* has no {re.escape(repr(names[1]))}"):
+            merge(ties_recipe(folders), tmp_path / "out")
+        return
+    merge(ties_recipe(folders), tmp_path / "out")
+    assert_merged_as(load_file(tmp_path / "out" / "model.safetensors"), [base, {**expert, names[1]: expert[names[0]]}])
+
+
 def test_both_layers_tied_in_every_model(tmp_path: Path) -> None:
     base, expert = model(), model(7)
     tokenizer, _, rows = TOKENIZERS["permuted"]
