@@ -129,6 +129,8 @@ def plan_steps(
     for first, model, _ in compared:
         if model.name not in taking_part:
             refuse_stranger(first, model)
+    if recipe.origins is not None:
+        steps.sort(key=lambda step: step.name)  # as safetensors files have them, whichever slice they are of
     return steps, together(differences)
 
 

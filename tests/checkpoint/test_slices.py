@@ -15,7 +15,18 @@ from surgery_kernels.checkpoint.plan import plan_merge
 from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same
 from tests.checkpoints import save_lora, save_safetensors
-from tests.llama_checkpoints import EMBEDDING, HEAD, LAYERS, Merges, gaussians, loaded, models, save, written
+from tests.llama_checkpoints import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    Merges,
+    assert_same_bits,
+    gaussians,
+    loaded,
+    models,
+    save,
+    written,
+)
 
 pytestmark = [pytest.mark.any_isa, pytest.mark.filterwarnings("ignore:recipe")]
 
@@ -34,11 +45,9 @@ def slices(folders: list[str], *given: Sources, **keys: Any) -> list[dict[str, A
     ]
 
 
-def same_sorted(merges: Merges, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+def same(merges: Merges, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     stock, ours = merges(given)
-    assert ours.keys() == stock.keys()
-    for name, tensor in ours.items():
-        assert_same(tensor, stock[name], name)
+    assert_same_bits(stock, ours)
     return ours
 
 
@@ -52,7 +61,7 @@ FRANKENMERGES: list[list[Sources]] = [
 
 @pytest.mark.parametrize("given", FRANKENMERGES)
 def test_passthrough(merges: Merges, tmp_path: Path, folders: list[str], given: list[Sources]) -> None:
-    ours = same_sorted(merges, {"merge_method": "passthrough", "slices": slices(folders, *given), "dtype": "float16"})
+    ours = same(merges, {"merge_method": "passthrough", "slices": slices(folders, *given), "dtype": "float16"})
     count = sum(end - first for ((_, first, end),) in given)
     assert len({name.split(".")[2] for name in ours if ".layers." in name}) == count
     theirs, config = written(tmp_path, "config.json")
@@ -69,7 +78,7 @@ def test_scales(merges: Merges, folders: list[str]) -> None:
     given[1]["parameters"] = {
         "scale": [{"filter": "layers.1.", "value": "5e-1"}, {"filter": "q_proj", "value": [1, 3]}]
     }
-    same_sorted(
+    same(
         merges, {"merge_method": "passthrough", "slices": given, "parameters": {"scale": {"filter": "k_", "value": 4}}}
     )
 
@@ -78,7 +87,7 @@ def test_gradients_start_again(merges: Merges, folders: list[str]) -> None:
     given = slices(folders, [(0, 0, 3), (1, 0, 3)], [(1, 1, 3), (0, 0, 2)], [(0, 1, 2), (1, 2, 3)])
     given[1]["parameters"] = {"t": [{"filter": "mlp", "value": [0.2, 1]}]}
     recipe = {"merge_method": "nearswap", "base_model": folders[0], "parameters": {"t": [0, 0.125, 0.5]}}
-    ours = same_sorted(merges, {**recipe, "slices": given})
+    ours = same(merges, {**recipe, "slices": given})
     assert_same(
         ours["model.layers.0.mlp.up_proj.weight"], loaded(Path(folders[0]))["model.layers.0.mlp.up_proj.weight"]
     )
@@ -99,13 +108,13 @@ def test_modules(merges: Merges, folders: list[str], form: str) -> None:
         recipe |= {"modules": {"default": {**module, "parameters": weight}}, "parameters": {"weight": 0.75}}
     if form == "slices":
         recipe["parameters"]["weight"] = [*weight["weight"], {"value": 0.75}]
-    same_sorted(merges, recipe)
+    same(merges, recipe)
 
 
 def test_a_base_for_one_slice(merges: Merges, folders: list[str]) -> None:
     given = slices(folders, [(0, 0, 2), (1, 0, 2)], [(2, 1, 3), (3, 0, 2)])
     given[1]["base_model"] = folders[3]
-    same_sorted(
+    same(
         merges,
         {"merge_method": "task_arithmetic", "base_model": folders[0], "slices": given, "parameters": {"weight": 0.5}},
     )
