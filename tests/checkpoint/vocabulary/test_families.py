@@ -153,7 +153,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, tu
     "ChatGLM": (
         {"padded_vocab_size": R, "hidden_size": H},
         {"transformer.embedding.word_embeddings.weight": (R, H), "transformer.output_layer.weight": (R, H)},
-        {"transformer.encoder.layers.0.mlp.dense_4h_to_h.weight": (H, R), "transformer.rotary_pos_emb.inv_freq": (4,)},
+        {"transformer.encoder.layers.0.mlp.dense_4h_to_h.weight": (H, R), "transformer.final_layernorm.weight": (H,)},
     ),
     "OLMo": (
         {"vocab_size": 30, "embedding_size": R, "n_layers": 1},
