@@ -11,7 +11,7 @@ from typing import Any
 from ...recipes.tokenizer import TokenizerSettings
 from .by_token import Member
 from .tokenizer_files import Files, files_of, with_tokens
-from .tokens import Tokens
+from .tokens import FAST, Tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def result_tokenizer(
     if its_folder != folder:
         files = {**dict.fromkeys(files_of(folder)), **files_of(its_folder)}
     gone = before.ids.keys() - kept.ids.keys() - before.unlisted
-    if gone or (len(grown.ids), len(grown.added)) != (len(kept.ids), len(kept.added)):
+    new = (len(grown.ids), len(grown.added)) != (len(kept.ids), len(kept.added))
+    # files of another kind cannot be changed: they keep what only goes
+    if new or (gone and (its_folder / FAST).is_file()):
         files |= with_tokens(its_folder, before, grown.tokens)
     return ResultTokenizer(grown.tokens, its_folder, files)
 

@@ -8,14 +8,9 @@ from typing import Any
 
 # Where the configuration of a language model stands within another.
 LANGUAGE = (
-    "text_config",
-    "llm_config",
-    "language_config",
-    "lm_config",
-    "text_model_config",
-    "thinker_config",
-    "decoder",
-)
+    "text_config", "llm_config", "llm_cfg", "language_config", "language_model", "lm_config", "text_model_config",
+    "thinker_config", "decoder",
+)  # fmt: skip
 PLAIN = ("vocab_size", "padded_vocab_size", "n_vocab")
 PER_LAYER = "vocab_size_per_layer_input"
 

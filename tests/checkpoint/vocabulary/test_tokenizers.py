@@ -106,6 +106,19 @@ def test_none_means_that_of_the_donor(tmp_path: Path, base: str, short: str) -> 
     assert tokens_of(tmp_path / "out") == set(WORDS)
 
 
+def test_files_that_cannot_be_changed_keep_tokens_without_rows(tmp_path: Path, base: str, chat: str) -> None:
+    for file in Path(base).glob("*token*"):
+        file.unlink()
+    (Path(base) / "vocab.txt").write_text("\n".join([*WORDS, "one more"]))
+    (Path(base) / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    merge(linear([base, chat], tokenizer_source="base"), tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (Path(base) / "vocab.txt").read_bytes()
+    expected = (loaded(Path(base))[EMBEDDING] + loaded(Path(chat))[EMBEDDING][:24]) / 2
+    torch.testing.assert_close(loaded(tmp_path / "out")[EMBEDDING], expected)
+    with pytest.raises(ValueError, match=f"^{base} must have a tokenizer.json for its tokens to be changed, got none"):
+        merge(linear([base, chat], tokenizer_source="union"), tmp_path / "union")
+
+
 def test_slerp(tmp_path: Path, base: str, chat: str) -> None:
     given = linear([base, chat], tokenizer_source="union", merge_method="slerp", parameters={"t": 0.5})
     for entry in given["models"]:
