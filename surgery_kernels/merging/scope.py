@@ -39,15 +39,29 @@ class Scope:
         return [expert for experts in self.experts for expert in experts]
 
     @property
+    def inputs(self) -> list[Tensor]:
+        """The base, if there is one, and the experts of the first tensor, then of the second, ..."""
+        return self.with_base_first().flat_experts if self.base else self.flat_experts
+
+    @property
     def tensor_ids(self) -> list[int]:
         """What random numbers are keyed by: the same wherever a tensor lies in a model and whoever merges it."""
         return [zlib.crc32(name.encode()) for name in self.names]
 
     def parts(self) -> Iterator[Scope]:
         """Every tensor alone."""
-        for part, name in enumerate(self.names):
-            base, experts, out = self.base[part : part + 1], self.experts[part : part + 1], self.out[part : part + 1]
-            yield replace(self, names=[name], base=base, experts=experts, out=out)
+        for part in range(len(self.names)):
+            yield self.of_tensors([part])
+
+    def of_tensors(self, chosen: Sequence[int]) -> Scope:
+        """The scope of some of the tensors."""
+        return replace(
+            self,
+            names=[self.names[i] for i in chosen],
+            base=[self.base[i] for i in chosen] if self.base else [],
+            experts=[self.experts[i] for i in chosen],
+            out=[self.out[i] for i in chosen],
+        )
 
     def of_experts(self, chosen: Sequence[int]) -> Scope:
         """The scope of some of the experts."""

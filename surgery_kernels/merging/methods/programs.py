@@ -1,14 +1,18 @@
-"""Programs of steps that the methods of `selective.py` run, over a base and experts."""
+"""Programs of steps that methods run over a base and experts, and what these methods do about NaN and infinity."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, reduce
 from math import inf
 from operator import add
 
+import torch
+
 from ...ops.steps import Steps, Value
+from ..scope import Scope
 
 SMALLEST = 1e-6  # distance or sum of weights that is divided by
 OFFSET = 1e-8  # what arcee_fusion adds to probabilities
@@ -27,22 +31,43 @@ def _is_finite(x: Value) -> Value:
     return abs(x) < inf
 
 
+def only_finite(scope: Scope, rounded: bool) -> Scope:
+    """Copies of the inputs of one tensor in which task vectors (or experts) that are not finite are 0.
+
+    rounded: whether task vectors are rounded to the dtype.
+    """
+    inputs = scope.inputs
+    known = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    _only_finite(scope.num_tasks, bool(scope.base), rounded).run(inputs, out=known)
+    count = len(scope.base)
+    return replace(scope, base=known[:count], experts=[known[count:]])
+
+
+def restore(scope: Scope) -> None:
+    """A base that is not finite stays, whatever was merged there."""
+    if scope.base:
+        _restored().run([scope.base[0], scope.out[0]], out=scope.out)
+
+
 @cache
-def known(num_tasks: int, rounded: bool) -> Steps:
-    """The base with 0 and the experts with that where they, or what they differ in, are not finite."""
-    steps = Steps(1 + num_tasks)
+def _only_finite(num_tasks: int, has_base: bool, rounded: bool) -> Steps:
+    steps = Steps(num_tasks + has_base)
+    loaded = [steps.load(i) for i in range(num_tasks + has_base)]
+    if not has_base:
+        for x in loaded:
+            steps.store(_is_finite(x).where(x, 0.0))
+        return steps
+    base, *experts = loaded
     with _arithmetic(steps, rounded):
-        base = steps.load(0)
         of_base = _is_finite(base).where(base, 0.0)
-        known = [_is_finite(x).where(steps.load(1 + t), of_base) for t, x in enumerate(_task_vectors(steps, num_tasks))]
+        known = [_is_finite(x - base).where(x, of_base) for x in experts]
     for x in (of_base, *known):
         steps.store(x)
     return steps
 
 
 @cache
-def restored() -> Steps:
-    """What was merged, and the base where that is not finite."""
+def _restored() -> Steps:
     steps = Steps(2)
     base, merged = steps.load(0), steps.load(1)
     steps.store(_is_finite(base).where(merged, base))

@@ -48,12 +48,9 @@ class Stepwise(Method):
 
     def _merge_what_is_known(self, scope: Scope) -> None:
         """Task vectors that are not finite are 0, and a base that is not stays; costs copies of all inputs."""
-        inputs = _inputs(scope)
-        known = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        programs.known(scope.num_tasks, self._rounded).run(inputs, out=known)
         merging = replace(self, nonfinite="propagate")  # type: ignore[call-arg]
-        merging._merge_tensor(replace(scope, base=known[:1], experts=[known[1:]]))
-        programs.restored().run([scope.base[0], scope.out[0]], out=scope.out)
+        merging._merge_tensor(programs.only_finite(scope, self._rounded))
+        programs.restore(scope)
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class NearSwap(Stepwise):
     nonfinite: str = nonfinite_policy()
 
     def _merge_tensor(self, scope: Scope) -> None:
-        sums = programs.nearswap(self._rounded).run(_inputs(scope), [self.t], out=scope.out)
+        sums = programs.nearswap(self._rounded).run(scope.inputs, [self.t], out=scope.out)
         if not self._is_known(scope, sums):
             self._merge_what_is_known(scope)
 
@@ -96,7 +93,7 @@ class Sce(Stepwise):
         return 2 if self.select_topk >= 1 else 5
 
     def _merge_tensor(self, scope: Scope) -> None:
-        inputs = _inputs(scope)
+        inputs = scope.inputs
         form = (scope.num_tasks, self._rounded)
         limit, squares = self._select(inputs, *form) if self.select_topk < 1 else self._take_all(inputs, *form)
         if not self._is_known(scope, squares):
@@ -192,7 +189,7 @@ class RamPlus(Ram):
 
     def _counts(self, scope: Scope) -> Tensor:
         """Of the entries that every expert moved with others, and alone.  # float64 [2, num_tensors, num_tasks]"""
-        sums = programs.moved(scope.num_tasks, self.nonfinite == "drop").run(_inputs(scope), [self.epsilon])
+        sums = programs.moved(scope.num_tasks, self.nonfinite == "drop").run(scope.inputs, [self.epsilon])
         return sums.cpu().view(-1, 2, scope.num_tasks).movedim(1, 0)
 
 
@@ -218,7 +215,7 @@ class ArceeFusion(Stepwise):
         return 6
 
     def _merge_tensor(self, scope: Scope) -> None:
-        inputs = _inputs(scope)
+        inputs = scope.inputs
         largest = [_rows_of(x).amax(dim=1).double() for x in inputs]
         sums = programs.exponentials().run(inputs, torch.stack(largest, dim=1), axis="row", wide=True)
         if not self._is_known(scope, sums):
@@ -231,11 +228,6 @@ class ArceeFusion(Stepwise):
         first, median, third = quartiles[0]
         threshold = (median + 1.5 * (third - first)).double().expand_as(divergences)
         programs.fusion().run(inputs, torch.cat([divergences, threshold], dim=1), axis="row", out=scope.out)
-
-
-def _inputs(scope: Scope) -> list[Tensor]:
-    """The base and the experts of every tensor."""
-    return scope.with_base_first().flat_experts
 
 
 def _first_rows(x: Tensor, most: int = 1 << 16) -> Tensor:

@@ -6,6 +6,7 @@ tensor or row, however many iterations a method takes.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ...ops import arguments
 from ...ops.arguments import PerExpert
-from ..method import ABOVE_0, AT_LEAST_0, Method, model_weights, nonfinite_policy, shared
+from ..method import ABOVE_0, AT_LEAST_0, Method, arithmetic_of, model_weights, nonfinite_policy, shared
 from ..scope import Scope
+from . import spherical_rounded
 
 SMALLEST_NORM = 1e-8  # below it slerp does not normalise
 ALMOST_PARALLEL = 0.9995  # cosine beyond which slerp is linear
@@ -31,6 +33,24 @@ class Spherical(Method):
     @property
     def batched(self) -> bool:
         return True
+
+
+class SphericalOfMergekit(Spherical):
+    """What those share that can also round as mergekit does: tensors of 16 bits alone, others do not round."""
+
+    arithmetic: str
+
+    def merge(self, scope: Scope) -> None:
+        rounds = [self.arithmetic == "mergekit" and out.dtype.itemsize == 2 for out in scope.out]
+        for rounded, merge in ((True, self._merge_rounded), (False, self._merge_exactly)):
+            if chosen := [i for i, of_tensor in enumerate(rounds) if of_tensor is rounded]:
+                merge(scope.of_tensors(chosen))
+
+    @abstractmethod
+    def _merge_rounded(self, scope: Scope) -> None: ...
+
+    @abstractmethod
+    def _merge_exactly(self, scope: Scope) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ class Slerp(Spherical):
 
 
 @dataclass(frozen=True)
-class NuSlerp(Spherical):
+class NuSlerp(SphericalOfMergekit):
     """Along the great circle between two models, or between their task vectors where there is a base.
 
     Linear only where the angle vanishes; vectors are whole tensors, or the rows or columns of matrices.
@@ -78,22 +98,33 @@ class NuSlerp(Spherical):
     row_wise: bool = shared(
         False, kind=bool, key="nuslerp_row_wise", meaning="without flatten: vectors along dimension 0, not the last"
     )
+    arithmetic: str = arithmetic_of()
     nonfinite: str = nonfinite_policy()
 
-    def merge(self, scope: Scope) -> None:
+    @property
+    def _t(self) -> float:
         first, second = arguments.check_weights(self.weights, 2)
         total = first + second
-        t = 0.5 if abs(total) < SMALLEST_SUM else second / total
-        axis = "tensor" if self.flatten else "column" if self.row_wise else "row"
-        gram = scope.gram(axis=axis, nonfinite=self.nonfinite)
+        return 0.5 if abs(total) < SMALLEST_SUM else second / total
+
+    @property
+    def _axis(self) -> str:
+        return "tensor" if self.flatten else "column" if self.row_wise else "row"
+
+    def _merge_rounded(self, scope: Scope) -> None:
+        for part, squares in spherical_rounded.known_tensors(scope, self._axis, self.nonfinite):
+            spherical_rounded.nuslerp(part, squares, self._t, self._axis)
+
+    def _merge_exactly(self, scope: Scope) -> None:
+        gram = scope.gram(axis=self._axis, nonfinite=self.nonfinite)
         norms = _norms(gram).clamp(min=1e-7)
         cosine = (gram[:, 0, 1] / (norms[0] * norms[1])).clamp(-1, 1)
-        coefficients = interpolation(cosine, t, 1 - cosine.square() <= 1e-16)
-        scope.mix(coefficients, axis=axis, nonfinite=scope.checked(self.nonfinite))
+        coefficients = interpolation(cosine, self._t, 1 - cosine.square() <= 1e-16)
+        scope.mix(coefficients, axis=self._axis, nonfinite=scope.checked(self.nonfinite))
 
 
 @dataclass(frozen=True)
-class MultiSlerp(Spherical):
+class MultiSlerp(SphericalOfMergekit):
     """One step of the weighted mean on the sphere, of any number of models, or of their task vectors.
 
     The models are projected onto the tangent plane at their mean direction, averaged there, and projected back. One
@@ -109,6 +140,7 @@ class MultiSlerp(Spherical):
     weights: PerExpert = model_weights("weight of each model", default=1.0)
     normalize_weights: bool = shared(True, kind=bool, meaning="divide the weights by their sum")
     eps: float = shared(1e-8, range=ABOVE_0, meaning="smallest norm of the mean direction, and what norms get added")
+    arithmetic: str = arithmetic_of()
     nonfinite: str = nonfinite_policy()
 
     def check(self, num_tasks: int) -> None:
@@ -119,7 +151,15 @@ class MultiSlerp(Spherical):
     def merge(self, scope: Scope) -> None:
         if scope.num_tasks == 1:
             scope.copy(scope.flat_experts)
-            return
+        else:
+            super().merge(scope)
+
+    def _merge_rounded(self, scope: Scope) -> None:
+        weights = arguments.check_weights(self.weights, scope.num_tasks)
+        for part, squares in spherical_rounded.known_tensors(scope, "tensor", self.nonfinite):
+            spherical_rounded.multislerp(part, squares, weights, self.normalize_weights, self.eps)
+
+    def _merge_exactly(self, scope: Scope) -> None:
         weights = torch.tensor(arguments.check_weights(self.weights, scope.num_tasks), dtype=torch.float64)
         if self.normalize_weights:
             weights = weights / weights.sum()
@@ -204,7 +244,7 @@ class Karcher(Spherical):
 
 
 @dataclass(frozen=True)
-class ModelStock(Spherical):
+class ModelStock(SphericalOfMergekit):
     """Between the base and the mean of the experts, as far as the angles between their task vectors say."""
 
     name = "model_stock"
@@ -214,18 +254,28 @@ class ModelStock(Spherical):
     num_experts = (2, None)
 
     filter_wise: bool = shared(False, kind=bool, meaning="decide for every row of the last dimension, not per tensor")
+    arithmetic: str = arithmetic_of()
     nonfinite: str = nonfinite_policy()
 
-    def merge(self, scope: Scope) -> None:
-        axis = "row" if self.filter_wise else "tensor"
-        gram = scope.gram(axis=axis, nonfinite=self.nonfinite)
+    @property
+    def _axis(self) -> str:
+        return "row" if self.filter_wise else "tensor"
+
+    def _merge_rounded(self, scope: Scope) -> None:
+        for part, squares in spherical_rounded.known_tensors(scope, self._axis, self.nonfinite):
+            spherical_rounded.model_stock(part, squares, self._axis)
+
+    def _merge_exactly(self, scope: Scope) -> None:
+        gram = scope.gram(axis=self._axis, nonfinite=self.nonfinite)
         norms = _norms(gram)  # [num_tasks, num_blocks]
         i, j = torch.triu_indices(scope.num_tasks, scope.num_tasks, 1)
         cosine = (gram[:, i, j].T / (norms[i] * norms[j]).clamp(min=1e-6)).clamp(-1, 1).mean(dim=0)
         below = 1 + (scope.num_tasks - 1) * cosine
         singular = below.abs() < 1e-6
         t = torch.where(singular, 0.0, scope.num_tasks * cosine / torch.where(singular, 1.0, below))
-        scope.mix((t / scope.num_tasks).expand(scope.num_tasks, -1), axis=axis, nonfinite=scope.checked(self.nonfinite))
+        scope.mix(
+            (t / scope.num_tasks).expand(scope.num_tasks, -1), axis=self._axis, nonfinite=scope.checked(self.nonfinite)
+        )
 
 
 def interpolation(cosine: Tensor, t: float, linear: Tensor) -> Tensor:

@@ -77,6 +77,83 @@ def test_as_mergekit(
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+ROUNDED = [case for case in CASES if case[0] in ("nuslerp", "multislerp", "model_stock")]
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "num_tasks", "has_base", "ours", "theirs"), ROUNDED)
+def test_the_roundings_of_mergekit(
+    name: str, num_tasks: int, has_base: bool, ours: dict[str, Any], theirs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """To the bit; but for a row whose sum lies so near the middle of two numbers that torch's order decides."""
+    for shape in [(63,), (65, 33), (3, 20, 11), (20_001,)]:
+        base, experts = inputs(gaussian, shape, num_tasks, dtype)
+        given_base = base if has_base else None
+        expected = mergekits(name, given_base, experts, **theirs)
+        actual = merged(name, given_base, experts, **ours, arithmetic="mergekit")
+        wrong = (actual != expected).reshape(-1, shape[-1])
+        assert wrong.any(dim=1).sum() <= (1 if "filter_wise" in ours else 0), shape
+        exact = merged(name, given_base, experts, **ours)
+        assert num_tasks == 1 or not torch.equal(actual, exact)
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "model_stock"])
+def test_rounded_models_of_several_dtypes(name: str) -> None:
+    """Tensors of 16 bits round every step, each as if it were alone; what is wider never does."""
+    dtypes = {"half": torch.float16, "single": torch.float32, "short": torch.bfloat16, "empty": torch.bfloat16}
+    drawn = {key: inputs(gaussian, (0,) if key == "empty" else (9, 7), 2, x) for key, x in dtypes.items()}
+    base = {key: x for key, (x, _) in drawn.items()}
+    experts = [{key: of[t] for key, (_, of) in drawn.items()} for t in range(2)]
+    together = merge_state_dicts(base, experts, method=name, arithmetic="mergekit")
+    for key, (x, of_tensor) in drawn.items():
+        arithmetic = "exact" if key == "single" else "mergekit"
+        assert_same(together[key], merged(name, x, of_tensor, arithmetic=arithmetic), key)
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "model_stock"])
+def test_rounded_models_that_are_not_finite(name: str) -> None:
+    base, experts = inputs(gaussian, (9, 7), 2, torch.bfloat16)
+    known = [x.clone() for x in (base, *experts)]
+    base[1, 1], experts[0][2, 3] = math.nan, math.inf
+    known[0][1, 1] = known[1][1, 1] = known[2][1, 1] = 0.0
+    known[1][2, 3] = base[2, 3]
+    with pytest.raises(RuntimeError, match=r"^base must be finite, got 1 NaN or infinite values in tensor 'w'$"):
+        merged(name, base, experts, arithmetic="mergekit")
+    dropped = merged(name, base, experts, arithmetic="mergekit", nonfinite="drop")
+    expected = merged(name, known[0], known[1:], arithmetic="mergekit")
+    expected[1, 1] = math.nan
+    assert_same(dropped, expected)
+    if name != "model_stock":
+        experts[1][0, 0] = -math.inf
+        without = merged(name, None, experts, arithmetic="mergekit", nonfinite="drop")
+        finite = [torch.where(x.isfinite(), x, 0.0) for x in experts]
+        assert_same(without, merged(name, None, finite, arithmetic="mergekit"))
+
+
+@pytest.mark.any_isa
+def test_rounded_models_that_cancel() -> None:
+    x = torch.tensor([1.0, 2, -3], dtype=torch.bfloat16)
+    halves = merged("multislerp", None, [x, -x], arithmetic="mergekit")
+    assert_same(halves, mergekits("multislerp", None, [x, -x], weight=1.0))
+    message = "^weights must leave a mean direction, got models that cancel in tensor 'w'$"
+    with pytest.raises(ValueError, match=message):
+        merged("multislerp", None, [x, -x, 0 * x], arithmetic="mergekit")
+    assert_same(merged("multislerp", x, [x, x, x], arithmetic="mergekit"), x)
+    one = torch.tensor([0.5], dtype=torch.float16)  # where mergekit divides 0 by 0
+    assert merged("multislerp", None, [one, 2 * one], arithmetic="mergekit").item() == 0.75
+
+
+@pytest.mark.any_isa
+def test_rounded_models_of_64() -> None:
+    """More pairs of models than a program adds up."""
+    base, experts = inputs(gaussian, (40,), 64, torch.bfloat16)
+    expected = mergekits("model_stock", base, experts)
+    assert_same(merged("model_stock", base, experts, arithmetic="mergekit"), expected)
+
+
 @pytest.mark.parametrize(("name", "num_tasks", "has_base", "ours", "theirs"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_exact_is_rounded_once(
