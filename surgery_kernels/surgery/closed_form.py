@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,19 @@ from tqdm import tqdm
 from ..ops import arguments
 from .adapters import Rank, SurgeryAdapters
 from .attach import attach
-from .batches import Batches, Pool
+from .batches import Batches, Pool, TaskData
 from .bias import representation_bias
+from .cache import fingerprint
 from .experts import Expert, load_expert
 from .features import Recorder, check_finite
 from .frozen import device_of
-from .inputs import Inputs, batch_size
+from .inputs import Inputs
 from .maps import Map, Moments, map_of_few
 from .progress import progress_bar
 from .runner import BlockRunner, Started, read_weights, row_weights
 from .seeds import generator
 from .sites import Sites
+from .store import FeatureStore
 
 RowWeights = Callable[[Inputs], Tensor]
 
@@ -39,12 +42,10 @@ class Run:
     sites: Sites
     rank: Rank
     batch_size: int
+    cache: str | PathLike[str]
     autocast: torch.dtype | None
     num_workers: int
     progress: bool | None
-
-    def order(self, pool: Pool) -> tuple[Tensor, ...]:
-        return torch.arange(len(pool)).split(self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ class ClosedForm:
         for task in (*held, *run.experts) if held else ():
             if (task in held) != (task in run.experts):
                 raise ValueError(f"holdout must have samples for the tasks of experts, got {list(held)}")
-        with Recorder(run.merged, run.sites, run.autocast) as record:
+        with Recorder(run.merged, run.sites, run.autocast, token_mean=False) as record:
             probe = record(next(next(iter(run.pools.values())).stream([torch.zeros(1, dtype=torch.int64)])))
-        widths = {name: x.shape[1] for name, x in zip(run.sites.names, probe, strict=True)}
+        store = FeatureStore.like(probe, run.sites, run.cache, run.batch_size, run.autocast)
+        widths = dict(zip(run.sites.names, store.widths, strict=True))
         adapters = SurgeryAdapters(
             len(run.pools), widths, run.rank, tasks=tuple(run.pools), dtype=probe[-1].dtype, kind="linear", seed=0
         ).to(device_of(run.merged))
@@ -91,7 +93,7 @@ class ClosedForm:
         with progress_bar(2 * sum(map(len, run.pools.values())), "surgery", "sample", run.progress) as bar:
             for task, pool in run.pools.items():
                 expert = load_expert(task, run.experts[task], run.merged, run.sites)
-                bias.append(TaskSolver(self, run, adapters, task, bar).solve(expert, pool))
+                bias.append(TaskSolver(self, run, store, adapters, task, bar).solve(expert, pool))
                 if held:
                     held_out.append(self._held_out(run, adapters, task, expert, held[task]))
         return adapters, torch.stack(bias, dim=1), torch.stack(held_out, dim=1) if held else None
@@ -109,19 +111,23 @@ class ClosedForm:
 class TaskSolver:
     """All sites of one task after another; the corrected tokens feed the next block."""
 
-    def __init__(self, how: ClosedForm, run: Run, adapters: SurgeryAdapters, task: str, bar: tqdm) -> None:
-        self._how, self._run, self._adapters, self._task, self._bar = how, run, adapters, task, bar
+    def __init__(
+        self, how: ClosedForm, run: Run, store: FeatureStore, adapters: SurgeryAdapters, task: str, bar: tqdm
+    ) -> None:
+        self._how, self._run, self._store, self._adapters, self._task, self._bar = how, run, store, adapters, task, bar
         self._number = adapters.tasks.index(task)
         self._last = len(run.sites.blocks) - 1
 
     @torch.no_grad()
     def solve(self, expert: nn.Module, pool: Pool) -> Tensor:
         """Fills in the adapters; the bias before and after each of them.  # [2, num_sites]"""
-        targets = self._features("targets", expert, pool)
+        everything = torch.arange(len(pool))
+        data = TaskData(self._task, pool, everything[None], everything, everything[None])
+        targets = self._features("targets", expert, data)
         bias: list[list[float]] = []
         if self._run.sites.blocks:
             with BlockRunner("merged", self._run.merged, self._run.sites, self._run.autocast) as runner:
-                begun = [runner.start(inputs) for inputs in pool.stream(self._run.order(pool))]
+                begun = [runner.start(inputs) for inputs in pool.stream(everything.split(self._run.batch_size))]
                 streams = [batch.stream for batch in begun]
                 for site in range(self._last + 1):
                     wanted = [of_batch[site] for of_batch in targets]
@@ -130,20 +136,14 @@ class TaskSolver:
                 features = [runner.finish(batch, stream) for batch, stream in zip(begun, streams, strict=True)]
             self._bar.update(len(pool))
         else:
-            features = [of_batch[-1] for of_batch in self._features("features", self._run.merged, pool)]
+            features = [of_batch[-1] for of_batch in self._features("features", self._run.merged, data)]
         bias.append(self._final(torch.cat(features), torch.cat([of_batch[-1] for of_batch in targets])))
         return torch.tensor(bias).T
 
-    def _features(self, what: str, model: nn.Module, pool: Pool) -> list[list[Tensor]]:
+    def _features(self, what: str, model: nn.Module, data: TaskData) -> list[list[Tensor]]:
         """Of every batch those of all sites."""
-        of_batches = []
-        with Recorder(model, self._run.sites, self._run.autocast, token_mean=False) as record:
-            for inputs in pool.stream(self._run.order(pool)):
-                of_batches.append(record(inputs))
-                for site, of_site in zip(self._run.sites.names, of_batches[-1], strict=True):
-                    check_finite(f"{what} of task {self._task!r} at site {site!r}", of_site)
-                self._bar.update(batch_size(inputs))
-        return of_batches
+        identity = "" if self._store.folder is None else fingerprint([model.state_dict()])
+        return self._store.by_batch(self._store.features(what, model, identity, data, self._bar))
 
     def _block(
         self,

@@ -96,8 +96,8 @@ def fit(
             arguments of the model), a map-style dataset, or an iterable of batches, which is read to its end and kept.
             Of tuples the first item is used, of mappings all tensors but labels.
         mode: "v1" or "v2".
-        solver: "gradient", "closed_form" or a `ClosedForm` with options of its own. The closed form has no use for the
-            options from `steps` to `resume`, `batch_size` and `sites` aside.
+        solver: "gradient", "closed_form" or a `ClosedForm` with options of its own. The closed form has no use for
+            `steps`, `lr`, `legacy_zero_grad`, `detach_layers`, `seed` and `checkpoint`.
         rank: 1 or more; of the closed form also "full".
         steps: Steps of every task, 1 or more.
         batch_size: Samples of every task in each step, 1 or more; of the closed form those in one forward pass.
@@ -111,7 +111,7 @@ def fit(
         sites: Where `find_sites` is wrong.
         cache: "memory", or a folder for memory-mapped files that a later call with the same models and samples reads
             instead of running them. A change is recognised by the models' parameters, the samples' numbers and the
-            contents of a few of them.
+            contents of a few of them. The closed form keeps every token of the experts there.
         checkpoint: File that the state is written to, every `checkpoint_every` steps and at the end.
         resume: Go on from `checkpoint` where it exists, with the same result bit for bit; more `steps` than it was
             written for continue it. It is refused for other models, tasks, numbers of samples or options. False starts
@@ -137,11 +137,11 @@ def fit(
     sites = _sites(merged, mode, sites)
     if closed is not None:
         given = {"steps": steps != STEPS, "lr": lr != LR, "legacy_zero_grad": legacy_zero_grad}
-        given |= {"detach_layers": detach_layers, "cache": cache != "memory", "checkpoint": checkpoint is not None}
+        given |= {"detach_layers": detach_layers, "checkpoint": checkpoint is not None}
         for option in (name for name, there in given.items() if there):
-            raise ValueError(f"{option} must be left out with solver='closed_form', which takes no steps")
+            raise ValueError(f"{option} must be left out with solver='closed_form', got another than its default")
         pools = {task: pool_of(f"batches[{task!r}]", batches[task], num_workers) for task in experts}
-        run = Run(merged, experts, pools, sites, rank, batch_size, autocast, num_workers, progress)
+        run = Run(merged, experts, pools, sites, rank, batch_size, cache, autocast, num_workers, progress)
         adapters, bias, held_out = closed.solve(run, holdout)
         return Fit(adapters, Log(bias, adapters.tasks, adapters.sites, held_out))
     if holdout is not None:
@@ -155,14 +155,7 @@ def fit(
     with Recorder(merged, sites, autocast) as record:
         probe = record(data[0].first())
         sites_of_merged = replace(sites, token_major=record.token_major)
-    store = FeatureStore(
-        sites=sites,
-        widths=tuple(features.shape[1] for features in probe),
-        dtype=probe[-1].dtype,
-        folder=None if cache == "memory" else Path(cache),
-        batch_size=batch_size * len(data),
-        autocast=autocast,
-    )
+    store = FeatureStore.like(probe, sites, cache, batch_size * len(data), autocast)
     identified = store.folder is not None or checkpoint is not None
     features, targets, identities = _features_and_targets(store, merged, experts, data, mode, progress, identified)
 
