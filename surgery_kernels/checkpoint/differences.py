@@ -128,10 +128,11 @@ def check_allowed(differences: Collection[Difference], allow: Collection[str]) -
     refused = [d for d in differences if d.kind in ALLOWABLE and d.kind not in allow]
     if refused:
         kinds = {d.kind for d in refused}
+        by_token = ", or merge by token (tokenizer_source: base)" if "vocabulary" in kinds else ""
         raise ValueError(
             f"models must have the tensors of {refused[0].first} unless allowed, got "
             + "; ".join(f"{d.kind}: {d.sentence}" for d in refused)
-            + f"; to go on allow {', '.join(kind for kind in ALLOWABLE if kind in kinds)}"
+            + f"; to go on allow {', '.join(kind for kind in ALLOWABLE if kind in kinds)}{by_token}"
         )
 
 

@@ -122,8 +122,10 @@ def test_differences(
     folders = save_models(tmp_path, models)
     message = f"models must have the tensors of {folders[0]} unless allowed, got {kind}: {folders[2]} has {details}"
     given, out = ties_recipe(folders), tmp_path / "out"
-    refused(given, out, f"{message}; to go on allow {kind}")
-    refused(given, out, f"{message}; to go on allow {kind}", allow=["missing" if kind != "missing" else "extra"])
+    by_token = ", or merge by token (tokenizer_source: base)" if kind == "vocabulary" else ""
+    way_on = f"{message}; to go on allow {kind}{by_token}"
+    refused(given, out, way_on)
+    refused(given, out, way_on, allow=["missing" if kind != "missing" else "extra"])
     stand_in(models[2], models[0])
     assert_merged_as(merged(given, out, allow=[kind]), models)
 
