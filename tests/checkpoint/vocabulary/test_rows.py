@@ -153,6 +153,37 @@ def test_heads_that_are_not_stored(tmp_path: Path, names: tuple[str, str], confi
     assert_merged_as(load_file(tmp_path / "out" / "model.safetensors"), [base, {**expert, names[1]: expert[names[0]]}])
 
 
+@pytest.mark.parametrize("num_rows", [4, 6, 8])
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_common_rows_of_whatever_has_a_row_for_every_token(tmp_path: Path, num_rows: int, dtype: str | None) -> None:
+    """Without a word on the tokenizer, where another number of tokens is allowed."""
+
+    def of_rows(rows: int) -> StateDict:
+        shapes = {"shared.weight": (rows, 3), "lm_head.bias": (rows,), "final_logits_bias": (1, rows), "h.0.w": (3, 3)}
+        return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    base, expert = of_rows(6), of_rows(num_rows)
+    folders = saved(tmp_path, [base, expert], [None, None], vocab_size=6)
+    given = {
+        "merge_method": "linear",
+        "models": [{"model": folder, "parameters": {"weight": 0.5}} for folder in folders],
+        **({} if dtype is None else {"dtype": dtype, "out_dtype": "float32"}),
+    }
+    if num_rows != 6:
+        with pytest.raises(
+            ValueError, match=r"; to go on allow vocabulary, or merge by token \(tokenizer_source: base\)$"
+        ):
+            merge(given, tmp_path / "out")
+    merge(given, tmp_path / "out", allow=["vocabulary"])
+    both = min(num_rows, 6)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        expected = base[name].clone()
+        where = (slice(None), slice(both)) if name == "final_logits_bias" else slice(both)
+        expected[where] = 0.5 * base[name][where] + 0.5 * expert[name][where]
+        torch.testing.assert_close(tensor, expected, msg=name)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 6
+
+
 def test_both_layers_tied_in_every_model(tmp_path: Path) -> None:
     base, expert = model(), model(7)
     tokenizer, _, rows = TOKENIZERS["permuted"]
