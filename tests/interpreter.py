@@ -61,6 +61,11 @@ def _widened(handle: Any) -> Any:
     return Handle(widen(handle.data), tl.float32) if _is_bfloat16(handle) else handle
 
 
+def _compared(result: Any) -> Any:
+    """Truth values as such; stock: of the type that was compared, which 3.9 refuses as a mask."""
+    return Handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
+
 def _cast(stock: Callable[..., Any]) -> Callable[..., Any]:
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if _is_bfloat16(source) == (target.scalar == tl.bfloat16):
@@ -76,9 +81,9 @@ def _on_values(stock: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *arguments: Any) -> Any:
         *operands, operation = arguments
         if not _is_bfloat16(operands[-1]):  # the first may be a condition
-            return stock(self, *arguments)
+            return _compared(stock(self, *arguments))
         result = stock(self, *map(_widened, operands), operation)
-        return Handle(narrow(result.data), tl.bfloat16) if result.data.dtype == np.float32 else result
+        return Handle(narrow(result.data), tl.bfloat16) if result.data.dtype == np.float32 else _compared(result)
 
     return apply
 

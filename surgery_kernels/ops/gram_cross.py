@@ -35,7 +35,7 @@ def gram_cross(
     One read of x and y, and half of the products of the symmetric matrix. Rows are added up in runs of 512, and the
     runs one after the other: on the CPU results do not depend on the number of threads or of tasks; those of two
     instruction sets differ by rounding. On CUDA the products are torch's, with its setting
-    ``torch.backends.cuda.matmul.allow_tf32``.
+    ``torch.backends.cuda.matmul.fp32_precision``.
 
     Args:
         x: [num_tasks, rows, dim], or with `offsets` [rows, dim]; float64, float32, float16 or bfloat16. Any strides

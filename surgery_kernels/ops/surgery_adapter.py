@@ -56,7 +56,7 @@ def surgery_adapter(
 
     On CUDA sums are the same, and products take what tensor cores take: bfloat16 for bfloat16 adapters, else TF32 (10
     bits of mantissa, the range of float32) for float16 and bfloat16 features or where
-    ``torch.backends.cuda.matmul.allow_tf32`` is set, else float32 or float64. Under ``torch.autocast("cuda",
+    ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", else float32 or float64. Under ``torch.autocast("cuda",
     torch.bfloat16)`` float32 adapters are cast like the weights of ``nn.Linear``, while corrected features keep the
     dtype of `features`; under float16, which would lose small gradients, they are not.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from .. import _C
 
@@ -91,6 +92,13 @@ def _implementation(op: str) -> Callable[..., Any]:
     return call
 
 
+def _may_raise_for_numbers(op: OpOverload) -> bool:
+    return any(argument.name == "nonfinite" for argument in op._schema.arguments)
+
+
 _library = torch.library.Library("surgery_kernels", "IMPL")
 for _op in MODULES:
     _library.impl(_op, _implementation(_op), "CUDA")
+    # Under nonfinite="error" it looks at the device, which no graph can: torch.compile ends its CUDA graph before it.
+    if _may_raise_for_numbers(_overload := getattr(torch.ops.surgery_kernels, _op).default):
+        _overload.tags.append(torch.Tag.cudagraph_unsafe)

@@ -57,14 +57,19 @@ ADAPTER_TILES = {
 }
 
 
+def tf32_is_wanted() -> bool:
+    """Whichever name torch was asked by; to read the older one, `allow_tf32`, raises where it was the newer."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def products_of(features: Tensor, adapter: Tensor) -> Products:
     """bfloat16 for bfloat16 adapters; else TF32, which neither overflows nor loses a digit of a 16-bit feature, where
-    anything is 16-bit or torch.backends.cuda.matmul.allow_tf32 is set."""
+    anything is 16-bit or torch is asked for it."""
     if features.dtype == torch.float64:
         return FLOAT64
     if adapter.dtype == torch.bfloat16:
         return BFLOAT16
-    exact = features.dtype == adapter.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = features.dtype == adapter.dtype == torch.float32 and not tf32_is_wanted()
     return EXACT if exact else TF32
 
 

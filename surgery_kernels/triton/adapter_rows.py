@@ -68,7 +68,14 @@ class SampleOrder:
         order = torch.empty_like(layout.task_index, dtype=torch.int32)
         bounds = order.new_empty(layout.num_tasks + 2)
         _sort_kernel[(layout.num_tasks + 1,)](
-            layout.task_index, order, bounds, layout.samples, layout.num_tasks, BLOCK=SORTED_AT_ONCE, num_warps=8
+            layout.task_index,
+            order,
+            bounds,
+            layout.samples,
+            layout.num_tasks,
+            BLOCK=SORTED_AT_ONCE,
+            num_warps=8,
+            enable_fp_fusion=False,
         )
         return cls(order, bounds)
 

@@ -2,8 +2,9 @@
 
 One launch goes through all tensors of a dtype, program i through chunk i, so that a model of many small tensors takes
 as few launches as one large tensor. Row of a tensor in the table, int64: NUMEL, elements of the scope before it, chunks
-of the launch before it, chunks of the scope before it, addresses of out, base and every expert; for kernels of several
-outputs also the address of each of them, and the words of `places`.
+of the launch before it, chunks of the scope before it, whether all its addresses are multiples of 16, those addresses
+of out, base and every expert; for kernels of several outputs also the address of each of them, and the words of
+`places`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -22,8 +23,8 @@ from ..ops import arguments
 
 CHUNK = 4096  # elements a program goes through
 
-NUMEL, OFFSET, FIRST_CHUNK, SCOPE_CHUNK = (tl.constexpr(column) for column in range(4))
-OUT, BASE, EXPERTS = (tl.constexpr(column) for column in range(4, 7))
+NUMEL, OFFSET, FIRST_CHUNK, SCOPE_CHUNK, ALIGNED = (tl.constexpr(column) for column in range(5))
+OUT, BASE, EXPERTS = (tl.constexpr(column) for column in range(5, 8))
 
 TYPES = {
     torch.float64: tl.float64,
@@ -31,8 +32,6 @@ TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-
-_kept: list[Tensor] = []  # a captured graph reads the tables on the host again at every replay
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Group:
     table: Tensor  # int64 [num_parts, columns]
     numbers: Tensor  # float64
     num_chunks: int
-    aligned: bool  # every tensor starts at a multiple of 16 bytes
 
     @property
     def place(self) -> tuple[Tensor, int, int]:
@@ -92,7 +90,6 @@ class Scope:
         self.numel = self.num_chunks = 0
         self._alive: list[Tensor] = []
         rows: dict[torch.dtype, list[list[int]]] = {}
-        aligned: dict[torch.dtype, bool] = {}
         chunks: dict[torch.dtype, int] = {}
         for part, first in enumerate(experts[::num_tasks]):
             of_part = experts[part * num_tasks : (part + 1) * num_tasks]
@@ -101,15 +98,15 @@ class Scope:
             addresses += [self._address(expert) for expert in of_part]
             if places is not None:
                 addresses += outputs
-            aligned[first.dtype] = aligned.get(first.dtype, True) and all(x % 16 == 0 for x in addresses)
             before, count = chunks.get(first.dtype, 0), -(-first.numel() // CHUNK)
-            row = [first.numel(), self.numel, before, self.num_chunks, *addresses]
+            aligned = all(x % 16 == 0 for x in addresses)
+            row = [first.numel(), self.numel, before, self.num_chunks, int(aligned), *addresses]
             row += places[part] if places is not None else ()
             rows.setdefault(first.dtype, []).append(row + [0] * (len(row) % 2))
             chunks[first.dtype] = before + count
             self.numel += first.numel()
             self.num_chunks += count
-        self.groups = [self._group(dtype, rows[dtype], chunks[dtype], numbers(dtype), aligned[dtype]) for dtype in rows]
+        self.groups = [self._group(dtype, rows[dtype], chunks[dtype], numbers(dtype)) for dtype in rows]
 
     @property
     def compute(self) -> torch.dtype:
@@ -153,16 +150,14 @@ class Scope:
         self._alive.append(tensor.contiguous())
         return self._alive[-1].data_ptr()
 
-    def _group(
-        self, dtype: torch.dtype, rows: list[list[int]], num_chunks: int, numbers: list[float], aligned: bool
-    ) -> Group:
+    def _group(self, dtype: torch.dtype, rows: list[list[int]], num_chunks: int, numbers: list[float]) -> Group:
         size = len(rows) * len(rows[0])
         words = torch.empty(size + len(numbers), dtype=torch.int64)
         words[:size] = torch.tensor(rows, dtype=torch.int64).view(-1)
         words[size:] = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
         words = upload(words, self.device)
         table = words[:size].view(len(rows), len(rows[0]))
-        return Group(dtype, table, words[size:].view(torch.float64), num_chunks, aligned)
+        return Group(dtype, table, words[size:].view(torch.float64), num_chunks)
 
 
 def _check_out(
@@ -242,12 +237,21 @@ def is_capturing(device: torch.device) -> bool:
 
 def upload(words: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the host on the device, in the order of the stream and without waiting for it."""
+    if is_capturing(device):
+        return _as_arguments(words, device)
     if device.type == "cpu":
         return words
-    if is_capturing(device):
-        _kept.append(words)
-        return words.to(device, non_blocking=True)
     return words.pin_memory().to(device, non_blocking=True)
+
+
+def _as_arguments(words: Tensor, device: torch.device) -> Tensor:
+    """A graph that copies reads the memory of the host again at every replay: kernels take the words as arguments."""
+    words = words.contiguous()
+    padded = torch.zeros(words.nbytes // 8 + 1, dtype=torch.int64)
+    padded.view(torch.uint8)[: words.nbytes] = words.view(-1).view(torch.uint8)
+    sent = torch.zeros_like(padded, device=device)
+    torch._foreach_add_(list(sent.unbind()), padded.tolist())
+    return sent.view(torch.uint8)[: words.nbytes].view(words.dtype).view(words.shape)
 
 
 @triton.jit
@@ -274,6 +278,18 @@ def locate(table, num_parts, columns, CHUNK: tl.constexpr, before=0):
 
 
 @triton.jit
+def is_whole(row, count, CHUNK: tl.constexpr):
+    """Whether a chunk is read 16 bytes at a time: it has all its elements, at addresses that allow it."""
+    return (count == CHUNK) & (tl.load(row + ALIGNED) != 0)
+
+
+@triton.jit
+def whole_blocks(row, count, BLOCK: tl.constexpr):
+    """How many elements of a chunk, of which there are `count`, are read so, a block at a time."""
+    return tl.where(tl.load(row + ALIGNED) != 0, count // BLOCK * BLOCK, 0)
+
+
+@triton.jit
 def pointer_to(address, STORED: tl.constexpr, ALIGNED: tl.constexpr):
     """Of one address, or of a column of them.  # [n, 1]"""
     pointer = address.to(tl.pointer_type(STORED))
@@ -288,10 +304,13 @@ def pointer_to(address, STORED: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def load(
     address, at, lanes, left,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Elements at + lanes in the compute type; unless WHOLE only `left` of them, and 0 beyond."""
-    pointer = pointer_to(address, STORED, ALIGNED) + at + lanes
+    """Elements at + lanes in the compute type; unless WHOLE only `left` of them, and 0 beyond.
+
+    WHOLE: from an address that is a multiple of 16.
+    """
+    pointer = pointer_to(address, STORED, WHOLE) + at + lanes
     if WHOLE:
         values = tl.load(pointer)
     else:
@@ -302,10 +321,10 @@ def load(
 @triton.jit
 def store(
     values, address, at, lanes, left,
-    STORED: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    STORED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Rounds to the stored dtype."""
-    pointer = pointer_to(address, STORED, ALIGNED) + at + lanes
+    """Rounds to the stored dtype; WHOLE as in `load`."""
+    pointer = pointer_to(address, STORED, WHOLE) + at + lanes
     if WHOLE:
         tl.store(pointer, values.to(STORED))
     else:

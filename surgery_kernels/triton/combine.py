@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .addresses import BASE, CHUNK, EXPERTS, OUT, Scope, is_capturing, load, locate, store
+from .addresses import BASE, CHUNK, EXPERTS, OUT, Scope, is_capturing, is_whole, load, locate, store, whole_blocks
 
 BLOCK = 1024
 CHUNKS_AT_ONCE = 256  # of a block of parameters, whose parts are added up together
@@ -52,36 +52,34 @@ def _blocks_of(block_offsets, num_blocks, block_bits, index):
 @triton.jit
 def _combine_block(
     row, at, left, num_tasks, coefficients, num_blocks, block,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`block`: of all elements, or of each."""
     lanes = tl.arange(0, BLOCK)
-    base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+    base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE)
     sum = tl.zeros([BLOCK], COMPUTE)
     for t in tl.range(num_tasks, loop_unroll_factor=4):
-        x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+        x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE)
         sum = sum + x * tl.load(coefficients + t * num_blocks + block)
-    store(base + sum, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
+    store(base + sum, tl.load(row + OUT), at, lanes, left, STORED, WHOLE)
 
 
 @triton.jit
 def _combine(
     table, num_parts, columns, num_tasks, coefficients, block_offsets, num_blocks, block_bits,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
     block = _block_of(block_offsets, num_blocks, begin)
     if begin + count <= tl.load(block_offsets + block + 1):
-        whole = count // BLOCK * BLOCK
+        whole = whole_blocks(row, count, BLOCK)
         for at in range(0, whole, BLOCK):
             _combine_block(
-                row, begin + at, BLOCK, num_tasks, coefficients, num_blocks, block,
-                STORED, COMPUTE, True, ALIGNED, BLOCK,
+                row, begin + at, BLOCK, num_tasks, coefficients, num_blocks, block, STORED, COMPUTE, True, BLOCK,
             )  # fmt: skip
-        if whole < count:
+        for at in range(whole, count, BLOCK):
             _combine_block(
-                row, begin + whole, count - whole, num_tasks, coefficients, num_blocks, block,
-                STORED, COMPUTE, False, ALIGNED, BLOCK,
+                row, begin + at, count - at, num_tasks, coefficients, num_blocks, block, STORED, COMPUTE, False, BLOCK,
             )  # fmt: skip
     else:
         for at in range(0, count, BLOCK):
@@ -89,19 +87,19 @@ def _combine(
             _combine_block(
                 row, begin + at, count - at, num_tasks, coefficients, num_blocks,
                 _blocks_of(block_offsets, num_blocks, block_bits, index),
-                STORED, COMPUTE, False, ALIGNED, BLOCK,
+                STORED, COMPUTE, False, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
 def _dot(
     row, t, begin, first, last,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """<grad, task_vectors[t]> over the elements `first` to `last` of the chunk, added up as a tree."""
     lanes = tl.arange(0, CHUNK)
-    grad = load(tl.load(row + BASE), begin, lanes, last, STORED, COMPUTE, WHOLE, ALIGNED)
-    x = load(tl.load(row + EXPERTS + t), begin, lanes, last, STORED, COMPUTE, WHOLE, ALIGNED)
+    grad = load(tl.load(row + BASE), begin, lanes, last, STORED, COMPUTE, WHOLE)
+    x = load(tl.load(row + EXPERTS + t), begin, lanes, last, STORED, COMPUTE, WHOLE)
     product = grad * x
     if not WHOLE:
         product = tl.where((lanes >= first) & (lanes < last), product, 0.0)
@@ -109,9 +107,22 @@ def _dot(
 
 
 @triton.jit
+def _keep(
+    part, t, block, chunk, starts_before, ends_after, gradient, begun, continued, num_blocks, num_chunks,
+):  # fmt: skip
+    """What a chunk adds to a block: all of its gradient, or a part of a block that begins before it or ends after."""
+    if starts_before:
+        tl.store(continued + chunk + t * num_chunks, part)
+    elif ends_after:
+        tl.store(begun + chunk + t * num_chunks, part)
+    else:
+        tl.store(gradient + block + t * num_blocks, part)
+
+
+@triton.jit
 def _differentiate(
     table, num_parts, columns, num_tasks, gradient, begun, continued, block_offsets, num_blocks, num_chunks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the blocks inside this chunk, and its part of those that begin before it or end after it."""
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
@@ -119,35 +130,22 @@ def _differentiate(
     chunk = tl.program_id(0)
     block = _block_of(block_offsets, num_blocks, begin)
     starts_before, stop = tl.load(block_offsets + block) < begin, tl.load(block_offsets + block + 1)
-    if (count == CHUNK) & (stop >= end):
-        target = gradient + block
-        stride = num_blocks
-        if starts_before:
-            target = continued + chunk
-            stride = num_chunks
-        elif stop > end:
-            target = begun + chunk
-            stride = num_chunks
+    if is_whole(row, count, CHUNK) & (stop >= end):
         for t in range(num_tasks):
-            part = _dot(row, t, begin, 0, CHUNK, STORED, COMPUTE, True, ALIGNED, CHUNK)
-            tl.store(target + t * stride, part)
+            part = _dot(row, t, begin, 0, CHUNK, STORED, COMPUTE, True, CHUNK)
+            _keep(part, t, block, chunk, starts_before, stop > end, gradient, begun, continued, num_blocks, num_chunks)
     else:
         at = begin
         while at < end:
             start, stop = tl.load(block_offsets + block), tl.load(block_offsets + block + 1)
             if stop > at:
-                target = gradient + block
-                stride = num_blocks
-                if start < begin:
-                    target = continued + chunk
-                    stride = num_chunks
-                elif stop > end:
-                    target = begun + chunk
-                    stride = num_chunks
                 first, last = (at - begin).to(tl.int32), (tl.minimum(stop, end) - begin).to(tl.int32)
                 for t in range(num_tasks):
-                    part = _dot(row, t, begin, first, last, STORED, COMPUTE, False, ALIGNED, CHUNK)
-                    tl.store(target + t * stride, part)
+                    part = _dot(row, t, begin, first, last, STORED, COMPUTE, False, CHUNK)
+                    _keep(
+                        part, t, block, chunk, start < begin, stop > end, gradient, begun, continued,
+                        num_blocks, num_chunks,
+                    )  # fmt: skip
                 at = tl.minimum(stop, end)
             block += 1
 
@@ -184,7 +182,7 @@ def combine(base: Tensor, task_vectors: Sequence[Tensor], coefficients: Tensor, 
     (group,) = scope.groups
     _combine[(group.num_chunks,)](
         *group.place, scope.num_tasks, coefficients.contiguous(), block_offsets, num_blocks,
-        max(0, num_blocks - 1).bit_length(), **group.dtypes, ALIGNED=group.aligned, CHUNK=CHUNK, BLOCK=BLOCK,
+        max(0, num_blocks - 1).bit_length(), **group.dtypes, CHUNK=CHUNK, BLOCK=BLOCK,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -199,7 +197,7 @@ def combine_backward(grad: Tensor, task_vectors: Sequence[Tensor], block_offsets
     begun, continued = torch.empty(2, scope.num_tasks * group.num_chunks, dtype=scope.compute, device=scope.device)
     _differentiate[(group.num_chunks,)](
         *group.place, scope.num_tasks, gradient, begun, continued, block_offsets, num_blocks, group.num_chunks,
-        **group.dtypes, ALIGNED=group.aligned, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
+        **group.dtypes, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     _sum_parts[(num_blocks, scope.num_tasks)](
         gradient, begun, continued, block_offsets, num_blocks, group.num_chunks, COMPUTE=group.dtypes["COMPUTE"],

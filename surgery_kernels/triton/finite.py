@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import arguments
-from .addresses import BASE, CHUNK, EXPERTS, Group, Scope, is_capturing, load, locate
+from .addresses import BASE, CHUNK, EXPERTS, Group, Scope, is_capturing, is_whole, load, locate
 
 
 @triton.jit
@@ -48,13 +48,13 @@ def task_vector(expert, base, STORED: tl.constexpr, HAS_BASE: tl.constexpr, DROP
 def _count_nonfinite(
     table, num_parts, columns, num_tasks, found,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SUBTRACT: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
-    if count == CHUNK:
-        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, SUBTRACT, True, ALIGNED, CHUNK)
+    if is_whole(row, count, CHUNK):
+        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, SUBTRACT, True, CHUNK)
     else:
-        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, SUBTRACT, False, ALIGNED, CHUNK)
+        bad = _nonfinite_of(row, begin, count, num_tasks, STORED, COMPUTE, HAS_BASE, SUBTRACT, False, CHUNK)
     if bad > 0:
         tl.atomic_add(found, bad.to(tl.int64), sem="relaxed")
 
@@ -63,17 +63,17 @@ def _count_nonfinite(
 def _nonfinite_of(
     row, begin, count, num_tasks,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SUBTRACT: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
     base = tl.zeros([CHUNK], COMPUTE)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
     bad = tl.zeros([CHUNK], tl.int32)
     if HAS_BASE and not SUBTRACT:
         bad += tl.where(is_finite(base), 0, 1)
     for t in tl.range(num_tasks, loop_unroll_factor=2):
-        expert = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+        expert = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
         bad += tl.where(is_finite(task_vector(expert, base, STORED, SUBTRACT, False)), 0, 1)
     return tl.sum(bad)
 
@@ -99,7 +99,7 @@ class FiniteCheck:
     def _launch(self, group: Group) -> None:
         _count_nonfinite[(group.num_chunks,)](
             *group.place, self._scope.num_tasks, self.found, **group.dtypes, HAS_BASE=self._scope.has_base,
-            SUBTRACT=self._subtract, ALIGNED=group.aligned, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
+            SUBTRACT=self._subtract, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
 
     def look(self) -> None:

@@ -35,7 +35,7 @@ def _vectors(
 ):  # fmt: skip
     """A step of a tile of vectors; what is beyond num_tasks is the last again.  # [TILE, LANES]"""
     tasks = tl.minimum(first_task + tl.arange(0, TILE), num_tasks - 1)
-    x = load(tl.load(row + EXPERTS + tasks)[:, None], at, lanes, left, STORED, COMPUTE, False, False)
+    x = load(tl.load(row + EXPERTS + tasks)[:, None], at, lanes, left, STORED, COMPUTE, False)
     if HAS_BASE:
         x = x - base
     if ROUNDED:
@@ -76,7 +76,7 @@ def _add(
             left = length - step * LANES
         base = tl.zeros([1, LANES], COMPUTE)
         if HAS_BASE:
-            base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, False, False)
+            base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, False)
         x = _vectors(
             row, base, first_row, num_tasks, at, lanes, left, STORED, COMPUTE, HAS_BASE, ROUNDED, DROP, TILE
         )  # fmt: skip

@@ -77,7 +77,7 @@ def _draw_by_rank(
 @triton.jit
 def _sum(
     table, num_parts, columns, tensors, sums, num_blocks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, ALIGNED: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
     SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """What the bits of a block keep.  # sums: [3, num_tasks, num_blocks]"""
@@ -94,10 +94,10 @@ def _sum(
     kept = tl.zeros([LANES], tl.int32)
     expert_address, base_address = tl.load(row + EXPERTS + t), tl.load(row + BASE)
     for at in tl.range(0, count, LANES, loop_unroll_factor=8):
-        x = load(expert_address, begin + at, lanes, count - at, STORED, COMPUTE, False, ALIGNED)
+        x = load(expert_address, begin + at, lanes, count - at, STORED, COMPUTE, False)
         base = x
         if HAS_BASE:
-            base = load(base_address, begin + at, lanes, count - at, STORED, COMPUTE, False, ALIGNED)
+            base = load(base_address, begin + at, lanes, count - at, STORED, COMPUTE, False)
         norm = tl.abs(task_vector(x, base, STORED, HAS_BASE, DROP)).to(tl.float64)
         bit = tl.load(bits + at // 8 + lanes // 8, mask=lanes < count - at, other=0).to(tl.int32) >> (lanes % 8) & 1
         all += norm
@@ -153,6 +153,7 @@ def masks(
             continue
         _draw[(group.num_chunks, num_tasks)](
             *group.place, tensors, draws.seed, draws.limits, draws.task_ids, CHUNK=CHUNK, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
         if ranges is not None:
             for part in parts:
@@ -175,7 +176,7 @@ def _sum_blocks(scope: Scope, group: Group, tensors: Tensor, num_blocks: int, no
     sums = torch.empty(3, scope.num_tasks, num_blocks, dtype=torch.float64, device=scope.device)
     _sum[(num_blocks, scope.num_tasks)](
         *group.place, tensors, sums, num_blocks, **group.dtypes, HAS_BASE=scope.has_base, DROP=nonfinite == "drop",
-        ALIGNED=group.aligned, SUM_BLOCK=SUM_BLOCK, LANES=LANES, num_warps=1, enable_fp_fusion=False,
+        SUM_BLOCK=SUM_BLOCK, LANES=LANES, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return sums
 
@@ -207,7 +208,7 @@ def _rank(
         begin = first * slab
         _draw_by_rank[(triton.cdiv(limits.numel(), 8 * BLOCK_BYTES),)](
             bits[begin // 8 :], draws.seed, tensor_id, draws.task_ids[t:], begin, limits, limits.numel(),
-            BLOCK_BYTES=BLOCK_BYTES, num_warps=4,
+            BLOCK_BYTES=BLOCK_BYTES, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 

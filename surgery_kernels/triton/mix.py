@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import arguments
 from ..ops.mix import AXES, num_blocks_of
-from .addresses import BASE, CHUNK, EXPERTS, Scope, divide, load, locate, pointer_to, upload
+from .addresses import BASE, CHUNK, EXPERTS, Scope, divide, load, locate, pointer_to, upload, whole_blocks
 from .finite import FiniteCheck, is_finite
 
 SUMS = 8192  # a program holds of all outputs together
@@ -23,7 +23,7 @@ def _mix(
     table, num_parts, columns, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, numbers, nonfinite,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SCALED_BASE: tl.constexpr,
     SUBTRACT: tl.constexpr, DIVIDE: tl.constexpr, FUSED: tl.constexpr, PLACED: tl.constexpr, IN_PLACE: tl.constexpr,
-    DROP: tl.constexpr, CHECKED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, OUTPUTS: tl.constexpr,
+    DROP: tl.constexpr, CHECKED: tl.constexpr, CHUNK: tl.constexpr, OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OUTPUTS: a power of two from num_outputs on. PLACED: a chunk may have several blocks of coefficients."""
@@ -38,18 +38,18 @@ def _mix(
         one_block = (num_of_part == 1) | (begin // step == (begin + count - 1) // step)
         block += begin // step % num_of_part
     if one_block:
-        whole = count // BLOCK * BLOCK
+        whole = whole_blocks(row, count, BLOCK)
         for at in range(0, whole, BLOCK):
             _mix_block(
                 row, begin + at, BLOCK, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, block,
-                numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, True, ALIGNED,
+                numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, True,
                 OUTPUTS, BLOCK,
             )  # fmt: skip
-        if whole < count:
+        for at in range(whole, count, BLOCK):
             _mix_block(
-                row, begin + whole, count - whole, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks,
+                row, begin + at, count - at, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks,
                 block, numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, False,
-                ALIGNED, OUTPUTS, BLOCK,
+                OUTPUTS, BLOCK,
             )  # fmt: skip
     else:
         first = tl.load(place)
@@ -58,7 +58,7 @@ def _mix(
             _mix_block(
                 row, begin + at, count - at, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks,
                 first + index // step % num_of_part, numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE,
-                FUSED, IN_PLACE, DROP, False, ALIGNED, OUTPUTS, BLOCK,
+                FUSED, IN_PLACE, DROP, False, OUTPUTS, BLOCK,
             )  # fmt: skip
 
 
@@ -67,17 +67,17 @@ def _mix_block(
     row, at, left, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, block, numbers,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SCALED_BASE: tl.constexpr,
     SUBTRACT: tl.constexpr, DIVIDE: tl.constexpr, FUSED: tl.constexpr, IN_PLACE: tl.constexpr, DROP: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`block`: of all elements, or of each.  # [1, BLOCK]"""
     lanes = tl.arange(0, BLOCK)[None, :]
     outputs = tl.arange(0, OUTPUTS)[:, None]
     known = tl.minimum(outputs, num_outputs - 1).to(tl.int64)  # what is beyond computes the last again
     if HAS_BASE:
-        base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+        base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE)
     sums = tl.zeros([OUTPUTS, BLOCK], COMPUTE)
     for t in tl.range(num_tasks, loop_unroll_factor=4):
-        x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+        x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE)
         if SUBTRACT:
             x = x - base
         if DROP:
@@ -95,7 +95,7 @@ def _mix_block(
     kept = outputs < num_outputs
     if not WHOLE:
         kept = kept & (lanes < left)
-    tl.store(pointer_to(addresses, STORED, ALIGNED) + at + lanes, sums.to(STORED), mask=kept)
+    tl.store(pointer_to(addresses, STORED, WHOLE) + at + lanes, sums.to(STORED), mask=kept)
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def mix_out(
             **group.dtypes, HAS_BASE=scope.has_base, SCALED_BASE=of_base is not None,
             SUBTRACT=scope.has_base and task_vectors, DIVIDE=divisor != 1, FUSED=fused,
             PLACED=axis != "tensor" and num_blocks > 1, IN_PLACE=scope.in_place, DROP=nonfinite == "drop",
-            CHECKED=finite.wanted, ALIGNED=group.aligned, CHUNK=CHUNK, OUTPUTS=wide_outputs,
+            CHECKED=finite.wanted, CHUNK=CHUNK, OUTPUTS=wide_outputs,
             BLOCK=max(128, min(1024, SUMS // wide_outputs)), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     finite.look()

@@ -91,9 +91,10 @@ def representation_loss(features: Tensor, targets: Tensor, with_signs: bool) -> 
         _loss_kernel[(loss.numel() * chunks,)](
             features, targets, signs if with_signs else None, sums, numel, chunks, numel if chunks == 1 else 1,
             CHUNK=CHUNK, BLOCK=BLOCK, COMPUTE=TYPES[compute], num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
         if chunks > 1:
-            _mean_kernel[(loss.numel(),)](sums, loss, chunks, numel, BLOCK=128, num_warps=1)
+            _mean_kernel[(loss.numel(),)](sums, loss, chunks, numel, BLOCK=128, num_warps=1, enable_fp_fusion=True)
     return loss, signs
 
 
@@ -111,5 +112,6 @@ def representation_loss_backward(grad: Tensor, signs: Tensor, dtype: torch.dtype
         _gradient_kernel[(means * chunks,)](
             grad, signs, gradient, numel, chunks,
             CHUNK=CHUNK, BLOCK=BLOCK, COMPUTE=TYPES[torch.promote_types(dtype, torch.float32)], num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return gradient

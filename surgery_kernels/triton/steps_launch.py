@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops import arguments
 from ..ops.mix import AXES, num_blocks_of
-from .addresses import CHUNK, EXPERTS, TYPES, Scope, locate, upload
+from .addresses import CHUNK, EXPERTS, TYPES, Scope, locate, upload, whole_blocks
 from .mix import places_of
 from .steps_program import Program
 from .steps_run import run_constant, run_from_memory
@@ -34,7 +34,7 @@ LOADS = 16  # of inputs that are under way together
 def _steps(
     table, num_parts, columns, before, num_inputs, num_outputs, numbers, num_numbers, words, length, registers,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, OUT: tl.constexpr, PROGRAM: tl.constexpr,
-    NUM_REGISTERS: tl.constexpr, PLACED: tl.constexpr, IN_PLACE: tl.constexpr, ALIGNED: tl.constexpr,
+    NUM_REGISTERS: tl.constexpr, PLACED: tl.constexpr, IN_PLACE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """PLACED: a tensor may have several blocks of numbers.
@@ -47,14 +47,14 @@ def _steps(
     lanes = tl.arange(0, BLOCK)
     whole = 0
     if PROGRAM is not None:
-        whole = count // BLOCK * BLOCK
+        whole = whole_blocks(row, count, BLOCK)
         for at in range(0, whole, BLOCK):
             block = first
             if PLACED:
                 block += (begin + at + lanes) // step % blocks
             run_constant(
                 row, begin + at, lanes, BLOCK, numbers + block * num_numbers, num_inputs, (),
-                STORED, COMPUTE, WIDE, OUT, PROGRAM, NUM_REGISTERS, IN_PLACE, True, ALIGNED,
+                STORED, COMPUTE, WIDE, OUT, PROGRAM, NUM_REGISTERS, IN_PLACE, True,
             )  # fmt: skip
     for at in range(whole, count, BLOCK):
         block = first
@@ -68,7 +68,7 @@ def _steps(
         else:
             run_constant(
                 row, begin + at, lanes, count - at, numbers + block * num_numbers, num_inputs, (),
-                STORED, COMPUTE, WIDE, OUT, PROGRAM, NUM_REGISTERS, IN_PLACE, False, ALIGNED,
+                STORED, COMPUTE, WIDE, OUT, PROGRAM, NUM_REGISTERS, IN_PLACE, False,
             )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _steps_and_sums(
         else:
             sums = run_constant(
                 row, at, lanes, left, numbers, num_inputs, sums,
-                STORED, COMPUTE, WIDE, OUT, PROGRAM, NUM_REGISTERS, IN_PLACE, False, False,
+                STORED, COMPUTE, WIDE, OUT, PROGRAM, NUM_REGISTERS, IN_PLACE, False,
             )  # fmt: skip
         at += stride
     to = partial + (piece * count + (column if BY_COLUMN else unit)) * NUM_SUMS
@@ -233,7 +233,7 @@ class Call:
                     *group.place, before, self.num_inputs, self.program.num_outputs, self.numbers,
                     self.numbers.shape[1], words, len(self.program), registers, **self.constants(group.dtype),
                     PLACED=self.placed, IN_PLACE=self.scope.in_place,
-                    ALIGNED=group.aligned, CHUNK=CHUNK, BLOCK=self.block, num_warps=4, enable_fp_fusion=False,
+                    CHUNK=CHUNK, BLOCK=self.block, num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
 
     def run_and_add(self) -> Tensor:

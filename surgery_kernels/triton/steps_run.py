@@ -25,7 +25,7 @@ NAMES = tl.constexpr(tuple(code.name for code in Code))
 def run_constant(
     row, at, lanes, left, numbers, num_inputs, sums,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, OUT: tl.constexpr, PROGRAM: tl.constexpr,
-    NUM_REGISTERS: tl.constexpr, IN_PLACE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    NUM_REGISTERS: tl.constexpr, IN_PLACE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Elements at + lanes of the tensor of `row`; returns `sums` with what they add.
 
@@ -40,9 +40,9 @@ def run_constant(
             x = narrow(registers[PROGRAM[i + 2]], OUT, WIDE)
             address = tl.load(row + EXPERTS + num_inputs + PROGRAM[i + 1])
             if WHOLE:
-                tl.store(pointer_to(address, OUT, ALIGNED) + at + lanes, x)
+                tl.store(pointer_to(address, OUT, WHOLE) + at + lanes, x)
             else:
-                tl.store(pointer_to(address, OUT, ALIGNED) + at + lanes, x, mask=lanes < left)
+                tl.store(pointer_to(address, OUT, WHOLE) + at + lanes, x, mask=lanes < left)
         elif PROGRAM[i] == "SUM":
             sums = _add(sums, registers[PROGRAM[i + 2]].to(tl.float64), lanes < left, PROGRAM[i + 1])
         elif PROGRAM[i] == "DOT":
@@ -51,7 +51,7 @@ def run_constant(
         else:
             if PROGRAM[i] == "LOAD":
                 address = tl.load(row + EXPERTS + PROGRAM[i + 2])
-                x = widen(load(address, at, lanes, left, STORED, STORED, WHOLE, ALIGNED), COMPUTE, WIDE)
+                x = widen(load(address, at, lanes, left, STORED, STORED, WHOLE), COMPUTE, WIDE)
             elif PROGRAM[i] == "NUMBER":
                 x = number(numbers, PROGRAM[i + 2], lanes, COMPUTE)
             elif PROGRAM[i] == "WITHIN":
@@ -101,7 +101,7 @@ def run_from_memory(
         else:
             if code == LOAD:
                 address = tl.load(row + EXPERTS + a)
-                x = widen(load(address, at, lanes, left, STORED, STORED, False, False), COMPUTE, WIDE)
+                x = widen(load(address, at, lanes, left, STORED, STORED, False), COMPUTE, WIDE)
             elif code == NUMBER:
                 x = number(numbers, a, lanes, COMPUTE)
             elif code == WITHIN:

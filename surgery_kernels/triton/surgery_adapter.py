@@ -131,6 +131,7 @@ class Operands:
             "PRECISION": self.products.precision,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
+            "enable_fp_fusion": True,
         }
 
     def empty(self, *sizes: int) -> Tensor:

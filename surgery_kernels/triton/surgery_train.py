@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .adapter_kernels import tf32_is_wanted
 from .addresses import TYPES, is_capturing, pointer_to, upload
 from .representation_loss import representation_loss, representation_loss_backward
 from .surgery_adapter import surgery_adapter, surgery_adapter_backward
@@ -229,8 +230,8 @@ def surgery_train(
             num_tasks, steps, batch, dim, rank, zero_grad_steps,
             BATCH=block_batch, BLOCK_DIM=block_dim, BLOCK_RANK=block_rank,
             **images,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 and compute == tl.float32 else "ieee",
-            num_warps=num_warps, num_stages=1,
+            PRECISION="tf32" if tf32_is_wanted() and compute == tl.float32 else "ieee",
+            num_warps=num_warps, num_stages=1, enable_fp_fusion=False,  # the same bits alone and beside others
         )  # fmt: skip
     return losses
 
@@ -251,7 +252,7 @@ def _train_by_ops(
     ones = losses.new_ones(num_tasks)
     for step, batches in enumerate(indices):
         _gather_kernel[num_tasks, triton.cdiv(batch, 16)](
-            table, batches, x, y, batch, dim, BATCH=16, BLOCK_DIM=128, **images
+            table, batches, x, y, batch, dim, BATCH=16, BLOCK_DIM=128, **images, enable_fp_fusion=False
         )
         corrected, _, hidden = surgery_adapter(x, down, up, keep_hidden=True)
         losses[step], signs = representation_loss(corrected, y, True)
@@ -260,7 +261,15 @@ def _train_by_ops(
         for value, of_value, gradient in zip((down, up), moments, gradients, strict=True):
             numel = value.numel()
             _adam_kernel[(triton.cdiv(numel, ADAM_BLOCK),)](
-                value, of_value, gradient, numbers, numel, step, zero_grad_steps, BLOCK=ADAM_BLOCK
+                value,
+                of_value,
+                gradient,
+                numbers,
+                numel,
+                step,
+                zero_grad_steps,
+                BLOCK=ADAM_BLOCK,
+                enable_fp_fusion=False,
             )
 
 

@@ -35,10 +35,10 @@ def _entry(
     row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
     RULE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_RESCALES: tl.constexpr, KEEP: tl.constexpr,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    CUTS: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    CUTS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What an expert brings to the election and to the sum, and whether that is kept, positive, negative."""
-    x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+    x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE)
     tau = task_vector(x, base, STORED, HAS_BASE, DROP)
     limit = limits_of(limits, t, flat, lanes, COMPUTE, CUTS, BLOCK)
     kept = key_of(tau) > limit
@@ -130,22 +130,21 @@ def merge_block(
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
     HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count."""
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros([BLOCK], COMPUTE)
     base = zeros
     if HAS_BASE:
-        base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE, ALIGNED)
+        base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE)
     total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
     positives = tl.zeros([BLOCK], tl.int32)
     negatives, kept_count, alone = positives, positives, zeros
     for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
         elected, summed, kept, up, down = _entry(
             row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
-            RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED,
-            BLOCK,
+            RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
         )  # fmt: skip
         kept_count += kept.to(tl.int32)
         if RULE == "magmax":  # the last of equal ones; NaN has the largest key
@@ -180,15 +179,14 @@ def merge_block(
         for t in range(num_tasks):
             elected, summed, kept, up, down = _entry(
                 row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
-                RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, ALIGNED,
-                BLOCK,
+                RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
             )  # fmt: skip
             # a NaN total elects nobody; its entries stay visible
             visible = tl.where(plus, up, down) | (kept & (total != total))
             if RULE == "mergekit_all" or RULE == "exact_all":
                 visible = kept
             agreeing = tl.where(visible, summed, 0.0)
-            store(agreeing, tl.load(row + OUT), t * numel + at, lanes, left, STORED, WHOLE, ALIGNED and ALIGNED_ROWS)
+            store(agreeing, tl.load(row + OUT), t * numel + at, lanes, left, STORED, WHOLE and ALIGNED_ROWS)
     else:
         if RULE == "mergekit_all" or RULE == "exact_all" or RULE == "magmax":
             merged = _finish_all(
@@ -203,5 +201,5 @@ def merge_block(
             )  # fmt: skip
         if COUNTED & KEEP:
             merged = base_unless_enough(merged, base, kept_count, keep)
-        store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE, ALIGNED)
+        store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE)
     return sign_sum, draws

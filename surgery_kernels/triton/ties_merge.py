@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops import arguments
 from ..ops.ties_merge import SCALED
-from .addresses import CHUNK, OFFSET, TYPES, Group, Scope, locate, upload
+from .addresses import CHUNK, OFFSET, TYPES, Group, Scope, locate, upload, whole_blocks
 from .finite import FiniteCheck
 from .ties_block import merge_block
 from .ties_keep import DRAWN, Keep, given_keys
@@ -39,7 +39,7 @@ def _merge(
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
     HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr, AGAIN: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """AGAIN: only the chunks with draws, under the sign that `sign_sum` has turned out to have."""
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
@@ -59,20 +59,20 @@ def _merge(
         unique_scales += part * num_tasks
     signs = tl.zeros([], tl.int32)
     draws_here = signs
-    whole = count // BLOCK * BLOCK
+    whole = whole_blocks(row, count, BLOCK)
     for at in range(0, whole, BLOCK):
         signs_of_block, draws_of_block = merge_block(
             row, part, begin + at, BLOCK, flat + at, num_tasks, limits, numbers, rescales, unique_scales,
             keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, True, ALIGNED, BLOCK, TOGETHER,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, True, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
         draws_here += draws_of_block
-    if whole < count:
+    for at in range(whole, count, BLOCK):
         signs_of_block, draws_of_block = merge_block(
-            row, part, begin + whole, count - whole, flat + whole, num_tasks, limits, numbers, rescales, unique_scales,
+            row, part, begin + at, count - at, flat + at, num_tasks, limits, numbers, rescales, unique_scales,
             keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, ALIGNED, BLOCK, TOGETHER,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
         draws_here += draws_of_block
@@ -193,7 +193,7 @@ class Merger:
         for again in (False, True) if self.semantics == "paper" else (False,):
             for group, arguments_ in launches:
                 _merge[(group.num_chunks,)](
-                    *group.place, *arguments_, **options, **group.dtypes, AGAIN=again, ALIGNED=group.aligned,
+                    *group.place, *arguments_, **options, **group.dtypes, AGAIN=again,
                     ROUNDED=group.dtypes["COMPUTE" if self.semantics == "exact" else "STORED"],
                     CHUNK=CHUNK, BLOCK=BLOCK_BYTES // group.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip

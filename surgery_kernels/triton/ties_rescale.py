@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .addresses import BASE, CHUNK, EXPERTS, FIRST_CHUNK, NUMEL, OFFSET, Group, Scope, divide, load, locate
+from .addresses import BASE, CHUNK, EXPERTS, FIRST_CHUNK, NUMEL, OFFSET, Group, Scope, divide, is_whole, load, locate
 from .finite import key_of, task_vector
 from .ties_block import limits_of
 from .ties_keep import narrowed
@@ -20,21 +20,21 @@ SUMS_AT_ONCE = 1024  # chunks of a tensor whose norms are added up together
 def _norms(
     table, num_parts, columns, num_tasks, limits, keep, norms, group_chunks,
     KEEP: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """L1 norms of a chunk of every task vector, before and after the trim.  # norms: [2, num_tasks, group_chunks]"""
     part, row, begin, count = locate(table, num_parts, columns, CHUNK)
     flat = tl.load(row + OFFSET) + begin
     norms += tl.program_id(0)
-    if count == CHUNK:
+    if is_whole(row, count, CHUNK):
         _norms_of_chunk(
             row, part, begin, count, flat, num_tasks, limits, keep, norms, group_chunks,
-            KEEP, STORED, COMPUTE, HAS_BASE, DROP, True, ALIGNED, CHUNK,
+            KEEP, STORED, COMPUTE, HAS_BASE, DROP, True, CHUNK,
         )  # fmt: skip
     else:
         _norms_of_chunk(
             row, part, begin, count, flat, num_tasks, limits, keep, norms, group_chunks,
-            KEEP, STORED, COMPUTE, HAS_BASE, DROP, False, ALIGNED, CHUNK,
+            KEEP, STORED, COMPUTE, HAS_BASE, DROP, False, CHUNK,
         )  # fmt: skip
 
 
@@ -42,14 +42,14 @@ def _norms(
 def _norms_of_chunk(
     row, part, begin, count, flat, num_tasks, limits, keep, norms, group_chunks,
     KEEP: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
     base = tl.zeros([CHUNK], COMPUTE)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
     for t in range(num_tasks):
-        x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+        x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
         tau = task_vector(x, base, STORED, HAS_BASE, DROP)
         kept = key_of(tau) > limits_of(limits, t, flat, lanes, COMPUTE, True, CHUNK)
         if KEEP != 0:
@@ -98,7 +98,7 @@ def rescales_of(
     rescales = torch.empty(len(group.table), scope.num_tasks, dtype=scope.compute, device=scope.device)
     _norms[(group.num_chunks,)](
         *group.place, scope.num_tasks, limits, keep, norms, group.num_chunks, KEEP=flags, **group.dtypes,
-        HAS_BASE=scope.has_base, DROP=nonfinite == "drop", ALIGNED=group.aligned, CHUNK=CHUNK, num_warps=8,
+        HAS_BASE=scope.has_base, DROP=nonfinite == "drop", CHUNK=CHUNK, num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
     _rescale[(len(group.table), scope.num_tasks)](

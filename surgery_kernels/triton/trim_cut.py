@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .addresses import BASE, CHUNK, EXPERTS, NUMEL, OFFSET, SCOPE_CHUNK, Scope, load, locate, part_of
+from .addresses import BASE, CHUNK, EXPERTS, NUMEL, OFFSET, SCOPE_CHUNK, Scope, is_whole, load, locate, part_of
 from .finite import key_of, task_vector
 from .trim_rounds import BUDGET, CUT, FIELDS, THRESHOLD, TIE_CHUNK, TIES, TIES_LEFT
 
@@ -17,20 +17,20 @@ from .trim_rounds import BUDGET, CUT, FIELDS, THRESHOLD, TIE_CHUNK, TIES, TIES_L
 def _count_ties(
     table, num_parts, columns, num_tasks, state, ties, scope_chunks,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The keys of this chunk that equal the threshold of an expert with more ties than it keeps."""
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
     ties += tl.load(row + SCOPE_CHUNK) + begin // CHUNK
-    if count == CHUNK:
+    if is_whole(row, count, CHUNK):
         _count_ties_of_chunk(
             row, begin, count, num_tasks, state, ties, scope_chunks,
-            STORED, COMPUTE, HAS_BASE, DROP, True, ALIGNED, CHUNK,
+            STORED, COMPUTE, HAS_BASE, DROP, True, CHUNK,
         )  # fmt: skip
     else:
         _count_ties_of_chunk(
             row, begin, count, num_tasks, state, ties, scope_chunks,
-            STORED, COMPUTE, HAS_BASE, DROP, False, ALIGNED, CHUNK,
+            STORED, COMPUTE, HAS_BASE, DROP, False, CHUNK,
         )  # fmt: skip
 
 
@@ -38,12 +38,12 @@ def _count_ties(
 def _count_ties_of_chunk(
     row, begin, count, num_tasks, state, ties, scope_chunks,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     for t in range(num_tasks):
         expert = state + t * FIELDS
         if tl.load(expert + BUDGET) < tl.load(expert + TIES):
-            here = _ties_of(row, t, begin, count, expert, STORED, COMPUTE, HAS_BASE, DROP, WHOLE, ALIGNED, CHUNK)
+            here = _ties_of(row, t, begin, count, expert, STORED, COMPUTE, HAS_BASE, DROP, WHOLE, CHUNK)
             tl.store(ties + t * scope_chunks, tl.sum(here))
 
 
@@ -51,13 +51,13 @@ def _count_ties_of_chunk(
 def _ties_of(
     row, t, begin, count, expert,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
     base = tl.zeros([CHUNK], COMPUTE)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
-    x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
+    x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
     key = key_of(task_vector(x, base, STORED, HAS_BASE, DROP))
     return ((key == tl.load(expert + THRESHOLD)) & (lanes < count)).to(tl.int32)
 
@@ -87,7 +87,7 @@ def _find_tie_chunk(state, ties, scope_chunks, BLOCK: tl.constexpr):
 def _find_cut(
     table, num_parts, columns, state,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The flat index after the last tie that is kept, if it lies in a tensor of this dtype."""
     t = tl.program_id(0)
@@ -99,7 +99,7 @@ def _find_cut(
         numel = tl.load(row + NUMEL)
         if (begin >= 0) & (begin < numel):
             count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-            here = _ties_of(row, t, begin, count, expert, STORED, COMPUTE, HAS_BASE, DROP, False, ALIGNED, CHUNK)
+            here = _ties_of(row, t, begin, count, expert, STORED, COMPUTE, HAS_BASE, DROP, False, CHUNK)
             last = (here == 1) & (tl.cumsum(here) == tl.load(expert + TIES_LEFT))
             index = tl.sum(tl.where(last, tl.arange(0, CHUNK), 0))
             tl.store(expert + CUT, tl.load(row + OFFSET) + begin + index + 1)
@@ -113,10 +113,10 @@ def cut_ties(scope: Scope, state: Tensor, nonfinite: str) -> None:
     for group in scope.groups:
         _count_ties[(group.num_chunks,)](
             *group.place, scope.num_tasks, state, ties, scope.num_chunks,
-            **group.dtypes, **options, ALIGNED=group.aligned, **launch,
+            **group.dtypes, **options, **launch,
         )  # fmt: skip
-    _find_tie_chunk[(scope.num_tasks,)](state, ties, scope.num_chunks, BLOCK=1024, num_warps=8)
+    _find_tie_chunk[(scope.num_tasks,)](state, ties, scope.num_chunks, BLOCK=1024, num_warps=8, enable_fp_fusion=False)
     for group in scope.groups:
         _find_cut[(scope.num_tasks,)](
-            *group.place, state, **group.dtypes, **options, ALIGNED=group.aligned, **launch
+            *group.place, state, **group.dtypes, **options, **launch
         )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .addresses import BASE, CHUNK, EXPERTS, NUMEL, OFFSET, Scope, load, locate
+from .addresses import BASE, CHUNK, EXPERTS, NUMEL, OFFSET, Scope, is_whole, load, locate
 from .finite import FiniteCheck, is_finite, key_of, task_vector
 
 PLACES, CLUSTER = 1024, 16  # of the sample: places spread over the scope, neighbours at each
@@ -123,7 +123,7 @@ def _bracket(
 def _count(
     table, num_parts, columns, num_tasks, state, histogram, nonfinite,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CHECKED: tl.constexpr,
-    ALIGNED: tl.constexpr, TASKS: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
+    TASKS: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of this chunk to the histograms [COPIES, num_tasks, BINS] of the open experts.
 
@@ -133,15 +133,15 @@ def _count(
         if not _is_open(state, num_tasks, TASKS):
             return
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
-    if count == CHUNK:
+    if is_whole(row, count, CHUNK):
         _count_chunk(
             row, begin, count, num_tasks, state, histogram, nonfinite,
-            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, True, ALIGNED, BINS, COPIES, CHUNK,
+            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, True, BINS, COPIES, CHUNK,
         )  # fmt: skip
     else:
         _count_chunk(
             row, begin, count, num_tasks, state, histogram, nonfinite,
-            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, False, ALIGNED, BINS, COPIES, CHUNK,
+            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, False, BINS, COPIES, CHUNK,
         )  # fmt: skip
 
 
@@ -149,18 +149,18 @@ def _count(
 def _count_chunk(
     row, begin, count, num_tasks, state, histogram, nonfinite,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CHECKED: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
     base = tl.zeros([CHUNK], COMPUTE)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
     copy = (tl.program_id(0) % COPIES) * num_tasks
     for t in range(num_tasks):
         expert = state + t * FIELDS
         lowest, highest = tl.load(expert + THRESHOLD), tl.load(expert + LAST)
         if (lowest < highest) | CHECKED:
-            x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE, ALIGNED)
+            x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
             tau = task_vector(x, base, STORED, HAS_BASE, DROP)
             key = key_of(tau)
             if not WHOLE:
@@ -237,7 +237,7 @@ def start_from_sample(scope: Scope, state: Tensor, nonfinite: str, bits: int, sp
         )  # fmt: skip
     _bracket[(scope.num_tasks,)](
         state, sample, scope.numel, **places, LARGEST=LARGEST[scope.compute], BITS=bits, SPARE=spare,
-        BINS=1 << BIN_BITS, num_warps=16,
+        BINS=1 << BIN_BITS, num_warps=16, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -250,9 +250,9 @@ def narrow(
         _count[(group.num_chunks,)](
             *group.place, scope.num_tasks, state, histogram, finite.found, **group.dtypes, **counters,
             HAS_BASE=scope.has_base, DROP=nonfinite == "drop", CHECKED=checked,
-            ALIGNED=group.aligned, TASKS=triton.next_power_of_2(scope.num_tasks), CHUNK=CHUNK,
+            TASKS=triton.next_power_of_2(scope.num_tasks), CHUNK=CHUNK,
             num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     _descend[(scope.num_tasks,)](
-        state, histogram, **counters, LARGEST=LARGEST[scope.compute], SPARE=spare, num_warps=8,
+        state, histogram, **counters, LARGEST=LARGEST[scope.compute], SPARE=spare, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -51,6 +51,13 @@ def test_host_functions_have_the_signature_of_the_schema(op: str) -> None:
         assert parameter.default == wanted, parameter.name
 
 
+def test_ops_that_may_raise_for_numbers_end_a_cuda_graph_of_torch_compile() -> None:
+    for name in MODULES:
+        op = getattr(_ops, name).default
+        looks = any(argument.name == "nonfinite" for argument in op._schema.arguments)
+        assert (torch.Tag.cudagraph_unsafe in op.tags) == looks, name
+
+
 def test_importing_the_package_does_not_import_triton(run_python: Callable[..., str]) -> None:
     there = "print('triton' in sys.modules)"
     before, after = run_python("-c", f"import sys, torch\n{there}\nimport surgery_kernels\n{there}").split()

@@ -134,11 +134,27 @@ def test_products() -> None:
     assert kernels.products_of(half, single) == kernels.products_of(bfloat, single) == adapter_kernels.TF32
     assert kernels.products_of(half, half) == adapter_kernels.TF32
     assert kernels.products_of(bfloat, bfloat) == kernels.products_of(single, bfloat) == adapter_kernels.BFLOAT16
-    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: torch.set_float32_matmul_precision("high"),
+    ],
+    ids=["of products", "of everything", "the older name", "the oldest name"],
+)
+def test_tf32_by_every_name_torch_has(ask: Callable[[], None]) -> None:
+    single = torch.zeros(1)
     try:
+        ask()
         assert kernels.products_of(single, single) == adapter_kernels.TF32
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.fp32_precision = "none"
+    assert kernels.products_of(single, single) == adapter_kernels.EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=option_id)
