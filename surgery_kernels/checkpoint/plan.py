@@ -20,6 +20,7 @@ from ..recipes.recipe import DTYPES
 from .differences import ALLOWABLE, Difference, check_allowed
 from .layer_lists import uncertain_layers
 from .reading.companions import Companions, companions
+from .reading.lora import LoraExpert
 from .reading.opening import find_folder, open_checkpoint
 from .reading.quantized import check_plain
 from .reading.source import Source
@@ -212,6 +213,8 @@ def _plan(
 ) -> Plan:
     for source in sources.values():
         check_plain(source)
+        if isinstance(source, LoraExpert):
+            source.check_changes()
     vocabularies = Vocabularies(recipe, sources, lambda model: results.get(model) or find_folder(model))
     steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
     check_allowed(differences, allow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,23 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..vocabulary.layers import tied_to
 from .folder import Checkpoint, open_file
+from .lora_product import add_products
 from .lora_settings import ADAPTER_CONFIG, LoraSettings
-from .lora_targets import Product, match
+from .lora_targets import Rows, match
 from .parts import ADAPTER_FILES
 from .quantized import check_plain
 from .source import FileStamp, Source, TensorInfo
-
-BLOCK = 1 << 18  # elements of a product in memory: 1 MiB stays in the cache
 
 
 class LoraExpert:
     """A `Source`: ``base + scaling * lora_B @ lora_A`` where the adapter has a product, else the base's own tensors.
 
     Computed when asked for, in float32 (in float64 for float64), rounded once to the dtype that was asked for, or to
-    that of the base. Modules that were trained as a whole (modules_to_save, bias) replace those of the base.
+    that of the base. Modules that were trained as a whole (modules_to_save, bias) replace those of the base, and may
+    have more rows; a copy of a layer that the base ties is a tensor more.
 
-    Source: LoRA (arXiv 2106.09685), section 4.1; rank-stabilized: arXiv 2312.03732.
+    Source: PEFT's `merge_and_unload`; rank-stabilized: arXiv 2312.03732.
     """
 
     def __init__(
@@ -37,18 +39,23 @@ class LoraExpert:
         self.anatomy = base.anatomy
         self.files = (*base.files, *adapter.files, FileStamp.of(settings.path))
         self.config = base.config
-        owners = targets.replaced.keys() | targets.products.keys()
-        self.changed = frozenset(name for name in base.tensors if base.tied.get(name, name) in owners)
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: _computed(info, dtype) if name in self.changed else info for name, info in base.tensors.items()
-        }
+        self.changed = frozenset(name for name in base.tensors if base.tied.get(name, name) in targets.changed)
+        tensors = dict(base.tensors)
+        for own in self.changed:
+            tensors[own] = _computed(base.tensors[own], dtype, targets.shapes.get(base.tied.get(own, own)))
+        for head, key in targets.untied.items():
+            tensors[head] = adapter.tensors[key] if key else base.tensors[tied_to(head, base) or head]
+        self.tensors: Mapping[str, TensorInfo] = tensors
         self.tied = base.tied
-        self.notices = adapter.notices
+        self.notices = (*adapter.notices, *_of_another_base(name, settings, base))
         self._base = base
         self._adapter = adapter
         self._targets = targets
 
     def tensor(self, name: str) -> Tensor:
+        if name in self._targets.untied:
+            key = self._targets.untied[name]
+            return self._adapter.tensor(key) if key else self._base.tensor(tied_to(name, self._base) or name)
         if name not in self.changed:
             return self._base.tensor(name)
         name = self.tied.get(name, name)
@@ -57,7 +64,33 @@ class LoraExpert:
             weight = self._adapter.tensor(self._targets.replaced[name]).to(dtype)
         else:
             weight = self._base.tensor(name)
-        return self._add(weight, self._targets.products[name], dtype) if name in self._targets.products else weight
+        if name in self._targets.products:
+            weight = add_products(weight, self._targets.products[name], self._adapter, dtype)
+        if name in self._targets.rows:
+            weight = self._with_rows(weight.to(dtype), self._targets.rows[name], self.tensors[name].shape)
+        return weight.to(dtype)
+
+    def check_changes(self) -> None:
+        """Raises ValueError for an adapter that leaves its base as it is; reads until something differs."""
+        for products in self._targets.products.values():
+            for product in products:
+                factors = [product.up, *([product.down] if product.down else [])]
+                if product.magnitude or all(bool(self._adapter.tensor(key).any()) for key in factors):
+                    return
+            self.release()
+        for target in (*self._targets.replaced, *self._targets.rows):
+            if not torch.equal(self.tensor(target), self._base.tensor(target).to(self.tensors[target].dtype)):
+                return
+        for head, key in self._targets.untied.items():
+            if key and not torch.equal(self.tensor(head), self._base.tensor(tied_to(head, self._base) or head)):
+                return
+        raise ValueError(f"{self.name} must change {self._base.name}, got an adapter whose products are all 0")
+
+    def _with_rows(self, weight: Tensor, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(shape, dtype=weight.dtype)
+        out[: len(weight)].copy_(weight)
+        out[list(rows.at)] = self._adapter.tensor(rows.key).to(weight.dtype)
+        return out
 
     def release(self) -> None:
         self._base.release()
@@ -67,36 +100,22 @@ class LoraExpert:
         """Lets go of the adapter; the base is somebody else's."""
         self._adapter.close()
 
-    def _add(self, weight: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(weight, dtype=dtype)
-        if not weight.numel():
-            return out
-        compute = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
-        left, right = self._factors(product, compute)
-        num_rows = max(1, BLOCK // right.shape[1])
-        # one block for all: fresh memory costs more than the product
-        memory = None if compute == dtype else torch.empty(num_rows, right.shape[1], dtype=compute)
-        matrices = (x.view(len(left), -1).split(num_rows) for x in (out, weight))
-        for into, rows, of_rows in zip(*matrices, left.split(num_rows), strict=True):
-            block = into if memory is None else memory[: len(into)]
-            block.copy_(rows)
-            into.copy_(block.addmm_(of_rows, right, alpha=product.scaling))
-        return out
 
-    def _factors(self, product: Product, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As matrices in the layout of the weight.  # [rows, rank], [rank, columns]"""
-        up = self._adapter.tensor(product.up).to(dtype)
-        if product.down is None:
-            return up[:, None], up.new_ones(1, 1)
-        down = self._adapter.tensor(product.down).to(dtype)
-        up, down = up.flatten(1), down.flatten(1)
-        return (down.T, up.T) if product.transposed else (up, down)
+def _computed(info: TensorInfo, dtype: torch.dtype | None, shape: tuple[int, ...] | None) -> TensorInfo:
+    dtype, shape = dtype or info.dtype, info.shape if shape is None else shape
+    nbytes = math.prod(shape) * dtype.itemsize
+    return replace(info, dtype=dtype, shape=shape, nbytes=nbytes, file=None, offset=None, strides=None)
 
 
-def _computed(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    dtype = dtype or info.dtype
-    nbytes = info.nbytes // info.dtype.itemsize * dtype.itemsize
-    return replace(info, dtype=dtype, nbytes=nbytes, file=None, offset=None, strides=None)
+def _of_another_base(name: str, settings: LoraSettings, base: Source) -> list[str]:
+    """Said where the names differ; a folder may have any name, so the end of a path is enough to agree."""
+    if not settings.base:
+        return []
+    own = [base.name.partition("@")[0], str((base.config or {}).get("_name_or_path") or "")]
+    ends = {path.rstrip("/").rpartition("/")[2].lower() for path in own}
+    if settings.base.rstrip("/").rpartition("/")[2].lower() in ends:
+        return []
+    return [f"{name} was trained on {settings.base}, by its {ADAPTER_CONFIG}, and is added to {base.name}"]
 
 
 def open_lora(name: str, folder: Path, base: Source, dtype: torch.dtype | None = None) -> LoraExpert:

@@ -19,12 +19,11 @@ UNSUPPORTED = (
     "arrow_config",
     "kasa_config",
     "layer_replication",
+    "mica",
     "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
+    "velora_config",
 )
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # the others start by changing the base
 
@@ -40,6 +39,12 @@ class LoraSettings:
     scale_pattern: Mapping[str, Any]
     rank_stabilized: bool
     fan_in_fan_out: bool
+    dora: bool
+    base: str | None  # what it was trained on, by its own words
+    saved: tuple[str, ...]  # modules_to_save
+    target_parameters: tuple[str, ...]
+    keeps_ties: bool  # ensure_weight_tying
+    tokens: Any  # trainable_token_indices
 
     @classmethod
     def read(cls, path: Path) -> LoraSettings:
@@ -66,7 +71,13 @@ class LoraSettings:
             rank_pattern=patterns[0],
             scale_pattern=patterns[1],
             rank_stabilized=bool(options.get("use_rslora")),
+            dora=bool(options.get("use_dora")),
             fan_in_fan_out=bool(options.get("fan_in_fan_out")),
+            base=options.get("base_model_name_or_path"),
+            saved=tuple(options.get("modules_to_save") or ()),
+            target_parameters=tuple(options.get("target_parameters") or ()),
+            keeps_ties=bool(options.get("ensure_weight_tying")),
+            tokens=options.get("trainable_token_indices") or {},
         )
 
     def scaling(self, module: str, rank: int) -> float:
@@ -78,6 +89,21 @@ class LoraSettings:
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"{self.path} must have a finite lora_alpha for {module!r}, got {scale!r}")
         return scale / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def saves(self, module: str) -> bool:
+        """Whether it is one of modules_to_save, by the end of its name or of that of a module around it."""
+        return any(f".{name}." in f".{module}." for name in self.saved)
+
+    def parameters_of(self, module: str) -> list[str]:
+        """The names in target_parameters of parameters that the module may have itself."""
+        pairs = (target.rpartition(".") for target in self.target_parameters)
+        return [parameter for owner, _, parameter in pairs if f".{module}".endswith(f".{owner}") or not owner]
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows of an embedding in trainable_token_indices, which names the embedding or has one list for all."""
+        if not isinstance(self.tokens, Mapping):
+            return tuple(self.tokens)
+        return next((tuple(at) for name, at in self.tokens.items() if f".{module}".endswith(f".{name}")), ())
 
     def _of_module(self, module: str, patterns: Mapping[str, Any], default: Any) -> Any:
         """That of the first pattern that fits the end of the name, as in PEFT."""

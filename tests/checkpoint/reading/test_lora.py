@@ -64,6 +64,8 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     ),
     "bias": (Model, {"target_modules": MODULES, "lora_bias": True, "bias": "lora_only", "lora_alpha": 16}),
     "all biases": (Model, {"target_modules": MODULES, "bias": "all"}),
+    "norms": (Model, {"target_modules": [*MODULES, "embed"], "use_dora": True, "lora_alpha": 5}),
+    "transposed norms": (Transposed, {"target_modules": ["wide", "square"], "use_dora": True, "fan_in_fan_out": True}),
     "transposed": (Transposed, {"target_modules": ["wide", "square"], "fan_in_fan_out": True}),
 }
 
@@ -141,7 +143,7 @@ def test_rounded_once_to_another_dtype(tmp_path: Path, dtype: torch.dtype) -> No
 
 
 def test_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery_kernels.checkpoint.reading.lora.BLOCK", 100)
+    monkeypatch.setattr("surgery_kernels.checkpoint.reading.lora_product.BLOCK", 100)
     torch.manual_seed(0)
     tall, wide = integers(77, 9), integers(3, 500)
     factors = {"tall": (integers(2, 9), integers(77, 2)), "wide": (integers(2, 500), integers(3, 2))}
@@ -244,11 +246,8 @@ def refused(adapter: Path, base: Any, message: str, error: type[Exception] = Val
     [
         ({"peft_type": "IA3"}, "have the peft_type 'LORA', got 'IA3'"),
         ({"peft_type": None}, "have the peft_type 'LORA', got None"),
-        ({"use_dora": True}, "be of a plain LoRA, got use_dora=True"),
         ({"use_qalora": True}, "be of a plain LoRA, got use_qalora=True"),
         ({"layer_replication": [[0, 2]]}, "be of a plain LoRA, got layer_replication=[[0, 2]]"),
-        ({"trainable_token_indices": [3]}, "be of a plain LoRA, got trainable_token_indices=[3]"),
-        ({"target_parameters": ["experts"]}, "be of a plain LoRA, got target_parameters=['experts']"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             "be of a LoRA that leaves its base as it is, got init_lora_weights='pissa_niter_4'",
@@ -276,8 +275,8 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
         refused(save_lora(adapter, factors, whole), base, f"{adapter} must {message}")
 
     check(f"change tensors of {base.name}, got 'layers.5.weight', which it has not", {"layers.5": (down, up)})
-    absent = f"change tensors of {base.name}, got 'layers.0.lora_magnitude_vector', which it has not"
-    check(absent, {"layers.0": (down, up)}, {"layers.0.lora_magnitude_vector": torch.ones(6)})
+    dora = "have a lora_magnitude_vector of 'layers.0' exactly where use_dora is true, got lora_magnitude_vector and "
+    check(f"{dora}use_dora=False", {"layers.0": (down, up)}, {"layers.0.lora_magnitude_vector": torch.ones(6)})
     check("have lora_A and lora_B of 'layers.0', got only lora_A", {}, {"layers.0.lora_A.weight": down})
     alone = {"layers.0.lora_B.bias": torch.ones(6)}
     check("have lora_A and lora_B of 'layers.0', got only lora_B.bias", {}, alone)
