@@ -3,13 +3,14 @@
     with surgery_kernels.integrations.peft.accelerated():
         model.add_weighted_adapter(["first", "second"], [1.0, 0.5], "merged", combination_type="ties", density=0.2)
 
-The five functions below stand in for those of the same name in `peft.utils.merge_utils`, on CPU and CUDA tensors, and
-give the same values: of entries tied at the threshold the first in flat order are kept, where PEFT's choice is
+The five functions in `MERGES` stand in for those of the same name in `peft.utils.merge_utils`, on CPU and CUDA tensors,
+and give the same values: of entries tied at the threshold the first in flat order are kept, where PEFT's choice is
 unspecified, and from five adapters on sums may differ in the last bit, since torch adds them in another order.
 
 `dare_linear` and `dare_ties` draw masks of PEFT's distribution, but not PEFT's, from a counter while they merge; its
 seed is torch's next number, so that `torch.manual_seed` decides them too. ``accelerated(exact_draws=True)`` draws
-PEFT's own, number for number. At density 0 nothing is kept and the result is 0, where PEFT's is NaN.
+PEFT's own, number for number. At density 0 nothing is kept and the result is 0, where PEFT's is NaN. A merge of
+rank-stabilized adapters has the scale it was merged for, where PEFT's is too large by the square root of its rank.
 
 What the ops do not take (other devices and dtypes, gradients, weights that are not float32, a density that trims
 nothing) goes to PEFT.
@@ -21,7 +22,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -99,7 +100,7 @@ RANDOM = (dare_ties, dare_linear)
 _lock = threading.Lock()
 _inside = 0
 _exact_draws = False  # of the blocks inside
-_replaced: dict[str, Any] = {}
+_replaced: list[tuple[Any, str, Any]] = []
 
 
 @contextmanager
@@ -124,8 +125,8 @@ def accelerated(*, exact_draws: bool = False) -> Iterator[None]:
             _exact_draws = exact_draws
             for merge in MERGES:
                 ours = partial(merge, exact_draws=exact_draws) if merge in RANDOM else merge
-                _replaced[merge.__name__] = getattr(lora, merge.__name__)
-                setattr(lora, merge.__name__, torch.no_grad()(ours))  # PEFT takes the .data of the result
+                _replace(lora, merge.__name__, torch.no_grad()(ours))  # PEFT takes the .data of the result
+            _replace(lora.LoraModel, "add_weighted_adapter", _scaled_once(lora.LoraModel.add_weighted_adapter))
         _inside += 1
     try:
         yield
@@ -134,7 +135,29 @@ def accelerated(*, exact_draws: bool = False) -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 while _replaced:
-                    setattr(lora, *_replaced.popitem())
+                    setattr(*_replaced.pop())
+
+
+def _replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    _replaced.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, ours)
+
+
+def _scaled_once(add_weighted_adapter: Callable[..., None]) -> Callable[..., None]:
+    """With adapters of rank r and lora_alpha r whose scale is 1: what they are merged from is scaled already."""
+
+    @wraps(add_weighted_adapter)
+    def scaled_once(model: Any, adapters: Any, weights: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        is_new = adapter_name not in model.peft_config
+        add_weighted_adapter(model, adapters, weights, adapter_name, *args, **kwargs)
+        if is_new and model.peft_config[adapter_name].use_rslora:
+            model.peft_config[adapter_name].use_rslora = False  # lora_alpha / r, when it is loaded again too
+            for layer in model.modules():
+                if isinstance(layer, lora.LoraLayer) and adapter_name in layer.scaling:
+                    layer.use_rslora[adapter_name] = False
+                    layer.set_scale(adapter_name, 1.0)
+
+    return scaled_once
 
 
 def _takes(task_tensors: Sequence[Tensor], weights: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -219,6 +220,27 @@ def test_density_0_keeps_nothing(integration: ModuleType, model: Any, combinatio
         with integration.accelerated(exact_draws=exact_draws):
             merged = combined(model, combination, "ours", density=0.0)
         assert all(torch.equal(x, torch.zeros_like(x)) for x in merged.values())
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd", "ties"])
+def test_rank_stabilized_adapters_keep_their_scale(integration: ModuleType, tmp_path: Path, combination: str) -> None:
+    """One with weight 1 comes back as it was, in memory and from its file."""
+    peft = importlib.import_module("peft")
+    network = nn.Sequential(nn.Linear(16, 16))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False, use_rslora=True)
+    model = peft.get_peft_model(network, config, adapter_name="one")
+    layer = model.base_model.model[0]
+    expected = layer.get_delta_weight("one")
+    with integration.accelerated():
+        options = {"density": 1.0} if combination == "ties" else {}
+        model.add_weighted_adapter(["one"], [1.0], "merged", combination, **options)
+    torch.testing.assert_close(layer.get_delta_weight("merged"), expected)
+    layer.set_scale("merged", 2.0)
+    torch.testing.assert_close(layer.get_delta_weight("merged"), 2 * expected)
+    model.save_pretrained(str(tmp_path), selected_adapters=["merged"])
+    model.load_adapter(str(tmp_path / "merged"), "again")
+    torch.testing.assert_close(layer.get_delta_weight("again"), expected)
+    assert model.peft_config["one"].use_rslora
 
 
 @pytest.mark.parametrize("name", NAMES)
