@@ -112,7 +112,8 @@ class NuSlerp(SphericalOfMergekit):
         return "tensor" if self.flatten else "column" if self.row_wise else "row"
 
     def _merge_rounded(self, scope: Scope) -> None:
-        for part, squares in spherical_rounded.known_tensors(scope, self._axis, self.nonfinite):
+        first = spherical_rounded.first_read(2, bool(scope.base))
+        for part, squares in spherical_rounded.known_tensors(scope, first, self._axis, self.nonfinite):
             spherical_rounded.nuslerp(part, squares, self._t, self._axis)
 
     def _merge_exactly(self, scope: Scope) -> None:
@@ -156,7 +157,8 @@ class MultiSlerp(SphericalOfMergekit):
 
     def _merge_rounded(self, scope: Scope) -> None:
         weights = arguments.check_weights(self.weights, scope.num_tasks)
-        for part, squares in spherical_rounded.known_tensors(scope, "tensor", self.nonfinite):
+        first = spherical_rounded.first_read(scope.num_tasks, bool(scope.base))
+        for part, squares in spherical_rounded.known_tensors(scope, first, "tensor", self.nonfinite):
             spherical_rounded.multislerp(part, squares, weights, self.normalize_weights, self.eps)
 
     def _merge_exactly(self, scope: Scope) -> None:
@@ -262,8 +264,9 @@ class ModelStock(SphericalOfMergekit):
         return "row" if self.filter_wise else "tensor"
 
     def _merge_rounded(self, scope: Scope) -> None:
-        for part, squares in spherical_rounded.known_tensors(scope, self._axis, self.nonfinite):
-            spherical_rounded.model_stock(part, squares, self._axis)
+        first = spherical_rounded.first_read(scope.num_tasks, True, spherical_rounded.PAIRS)
+        for part, sums in spherical_rounded.known_tensors(scope, first, self._axis, self.nonfinite):
+            spherical_rounded.model_stock(part, sums, self._axis)
 
     def _merge_exactly(self, scope: Scope) -> None:
         gram = scope.gram(axis=self._axis, nonfinite=self.nonfinite)

@@ -21,8 +21,8 @@ from . import programs
 PAIRS = 512  # of which a program adds up the products
 
 
-def known_tensors(scope: Scope, axis: str, nonfinite: str) -> Iterator[tuple[Scope, Tensor]]:
-    """Every tensor alone, with the squared norms of its vectors, [num_blocks, num_tasks]; to be merged before the next.
+def known_tensors(scope: Scope, first: Steps, axis: str, nonfinite: str) -> Iterator[tuple[Scope, Tensor]]:
+    """Every tensor alone, to be merged before the next, with the sums of `first`, a program of `first_read` or another.
 
     Raises:
         RuntimeError: NaN or infinity under ``nonfinite="error"``; names tensor, model and count.
@@ -30,16 +30,28 @@ def known_tensors(scope: Scope, axis: str, nonfinite: str) -> Iterator[tuple[Sco
     for part in scope.parts():
         if part.out[0].numel() == 0:
             continue
-        squares = _squares_of(part, axis)
-        drops = nonfinite == "drop" and not bool(squares.isfinite().all())
-        if drops:
+        sums = first.run(part.inputs, axis=axis)
+        is_known = nonfinite == "propagate" or bool(sums[:, : scope.num_tasks].isfinite().all())
+        if not is_known and nonfinite == "drop":
             known = programs.only_finite(part, rounded=True)
-            yield known, _squares_of(known, axis)
+            yield known, first.run(known.inputs, axis=axis)
             programs.restore(part)
             continue
-        if nonfinite == "error" and not bool(squares.isfinite().all()):
+        if not is_known:
             part.check_finite(task_vectors=bool(part.base), dtype=part.out[0].dtype)
-        yield part, squares
+        yield part, sums
+
+
+@cache
+def first_read(num_tasks: int, has_base: bool, pairs: int = 0) -> Steps:
+    """The squared norm of every vector, and the products of some pairs of them."""
+    steps = Steps(num_tasks + has_base)
+    vectors = _vectors(steps, num_tasks, has_base)
+    for x in vectors:
+        steps.dot(x, x)
+    for x, y in list(combinations(vectors, 2))[:pairs]:
+        steps.sum(x * y)
+    return steps
 
 
 def nuslerp(scope: Scope, squares: Tensor, t: float, axis: str) -> None:
@@ -55,11 +67,12 @@ def nuslerp(scope: Scope, squares: Tensor, t: float, axis: str) -> None:
     _arc(has_base).run(scope.inputs, numbers, axis=axis, out=scope.out)
 
 
-def model_stock(scope: Scope, squares: Tensor, axis: str) -> None:
+def model_stock(scope: Scope, sums: Tensor, axis: str) -> None:
+    """sums: squares, and the products of the first PAIRS pairs."""
     count, dtype = scope.num_tasks, scope.out[0].dtype
-    norms = squares.sqrt().to(dtype)  # [num_blocks, num_tasks]
-    firsts = range(0, count * (count - 1) // 2, PAIRS)
-    products = torch.cat([_products(count, first).run(scope.inputs, axis=axis) for first in firsts], dim=1)
+    norms = sums[:, :count].sqrt().to(dtype)  # [num_blocks, num_tasks]
+    more = range(PAIRS, count * (count - 1) // 2, PAIRS)
+    products = torch.cat([sums[:, count:], *(_products(count, i).run(scope.inputs, axis=axis) for i in more)], dim=1)
     i, j = torch.triu_indices(count, count, 1, device=norms.device)
     cosines = (products.to(dtype) / (norms[:, i] * norms[:, j]).clamp(min=1e-6)).clamp(-1, 1)
     cosine = cosines.T.contiguous().mean(dim=0)
@@ -77,26 +90,23 @@ def multislerp(scope: Scope, squares: Tensor, weights: list[float], normalize: b
         shares = shares / shares.sum()
     numbers = [*(norms + eps).unbind(), *shares.unbind()]
 
-    def sums_of(program: Steps, out: Sequence[Tensor] = ()) -> Tensor:
-        return program.run(scope.inputs, torch.stack(numbers)[None], out=out)[0]
+    def sums_of(program: Steps, inputs: list[Tensor], out: Sequence[Tensor] = ()) -> Tensor:
+        return program.run(inputs, torch.stack(numbers)[None], out=out)[0]
 
-    length = sums_of(_mean_square(*form))[0].sqrt().to(dtype)
+    with_mean = [*scope.inputs, scope.out[0]]  # where the mean of units waits
+    length = sums_of(_weighted_mean(*form), scope.inputs, scope.out)[0].sqrt().to(dtype)
     if length < eps:
         if scope.num_tasks > 2 and bool(norms.any()):
             name = scope.names[0]
             raise ValueError(f"weights must leave a mean direction, got models that cancel in tensor {name!r}")
-        sums_of(_weighted_sum(*form), scope.out)
+        sums_of(_weighted_sum(*form), scope.inputs, scope.out)
         return
     numbers.append(length)
-    numbers += sums_of(_cosines(*form)).to(dtype).unbind()
-    angle = sums_of(_tangent_square(*form))[0].sqrt().to(dtype) + eps
+    numbers += sums_of(_cosines(*form), with_mean).to(dtype).unbind()
+    angle = sums_of(_tangent_square(*form), with_mean)[0].sqrt().to(dtype) + eps
     stretch = angle.sin() / angle if angle != 0 else torch.ones_like(angle)  # eps is 0 in float16
     numbers += [angle.cos(), stretch, (norms * shares).sum()]
-    sums_of(_exponential_map(*form), scope.out)
-
-
-def _squares_of(scope: Scope, axis: str) -> Tensor:
-    return _squares(scope.num_tasks, bool(scope.base)).run(scope.inputs, axis=axis)
+    sums_of(_exponential_map(*form), with_mean, scope.out)
 
 
 def _vectors(steps: Steps, num_tasks: int, has_base: bool) -> list[Value]:
@@ -114,14 +124,6 @@ def _rounded_sum(steps: Steps, terms: list[Value]) -> Value:
 
 def _store(steps: Steps, merged: Value, has_base: bool) -> Steps:
     steps.store(steps.load(0) + merged if has_base else merged)
-    return steps
-
-
-@cache
-def _squares(num_tasks: int, has_base: bool) -> Steps:
-    steps = Steps(num_tasks + has_base)
-    for x in _vectors(steps, num_tasks, has_base):
-        steps.dot(x, x)
     return steps
 
 
@@ -175,8 +177,9 @@ def _weighted(steps: Steps, vectors: list[Value]) -> Value:
     return _rounded_sum(steps, [x * weight for x, weight in zip(vectors, weights, strict=True)])
 
 
-def _mean(steps: Steps, units: list[Value]) -> Value:
-    return _weighted(steps, units) / steps.number(2 * len(units))
+def _mean(steps: Steps, num_tasks: int) -> Value:
+    """Of length 1; the last input is that of units."""
+    return steps.load(steps.num_inputs - 1) / steps.number(2 * num_tasks)
 
 
 def _tangent(steps: Steps, units: list[Value], mean: Value) -> Value:
@@ -185,9 +188,11 @@ def _tangent(steps: Steps, units: list[Value], mean: Value) -> Value:
 
 
 @cache
-def _mean_square(num_tasks: int, has_base: bool) -> Steps:
+def _weighted_mean(num_tasks: int, has_base: bool) -> Steps:
+    """Of units, and its square."""
     steps = Steps(num_tasks + has_base)
     mean = _weighted(steps, _units(steps, num_tasks, has_base))
+    steps.store(mean)
     steps.dot(mean, mean)
     return steps
 
@@ -202,9 +207,9 @@ def _weighted_sum(num_tasks: int, has_base: bool) -> Steps:
 
 @cache
 def _cosines(num_tasks: int, has_base: bool) -> Steps:
-    steps = Steps(num_tasks + has_base)
+    steps = Steps(num_tasks + has_base + 1)
     units = _units(steps, num_tasks, has_base)
-    mean = _mean(steps, units)
+    mean = _mean(steps, num_tasks)
     for x in units:
         steps.sum(x * mean)
     return steps
@@ -212,9 +217,9 @@ def _cosines(num_tasks: int, has_base: bool) -> Steps:
 
 @cache
 def _tangent_square(num_tasks: int, has_base: bool) -> Steps:
-    steps = Steps(num_tasks + has_base)
+    steps = Steps(num_tasks + has_base + 1)
     units = _units(steps, num_tasks, has_base)
-    tangent = _tangent(steps, units, _mean(steps, units))
+    tangent = _tangent(steps, units, _mean(steps, num_tasks))
     steps.dot(tangent, tangent)
     return steps
 
@@ -222,8 +227,8 @@ def _tangent_square(num_tasks: int, has_base: bool) -> Steps:
 @cache
 def _exponential_map(num_tasks: int, has_base: bool) -> Steps:
     """The last numbers: the cosine of the angle, its sine by it, and the mean norm."""
-    steps = Steps(num_tasks + has_base)
+    steps = Steps(num_tasks + has_base + 1)
     units = _units(steps, num_tasks, has_base)
-    mean, last = _mean(steps, units), 3 * num_tasks + 1
+    mean, last = _mean(steps, num_tasks), 3 * num_tasks + 1
     on_sphere = mean * steps.number(last) + _tangent(steps, units, mean) * steps.number(last + 1)
     return _store(steps, on_sphere * steps.number(last + 2), has_base)
