@@ -49,13 +49,14 @@ class Pair:
     dtype: str
     toolkit: Call
     ours: Call
+    drawn_alike: Call | None = None  # ours with the toolkit's random masks, where `ours` draws others
 
     def measure(self, measure: Measure, contender: str, rounds: int) -> None:
-        expected = self.ours()
+        expected = (self.drawn_alike or self.ours)()
         measure(
             getattr(self, contender),
             ours=self.ours if contender == "toolkit" else None,
-            check=lambda result: differing_share(result, expected),
+            check=lambda result: differing_share(self.toolkit() if self.drawn_alike else result, expected),
             rounds=rounds if contender == "toolkit" else 4 * rounds,
             warm_up=contender == "ours",
             small=True,
@@ -123,7 +124,9 @@ def test_peft(measure: Measure, rounds: int, combination: str, contender: str) -
         model.delete_adapter("merged")
         return merged
 
-    pair = Pair(f"PEFT {combination}", 2 * LAYERS * RANK * WIDTH, "fp32", merge, integration.accelerated()(merge))
+    alike = integration.accelerated(exact_draws=True)(merge) if combination.startswith("dare") else None
+    ours = integration.accelerated()(merge)
+    pair = Pair(f"PEFT {combination}", 2 * LAYERS * RANK * WIDTH, "fp32", merge, ours, alike)
     pair.measure(measure, contender, rounds)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import DENSITY
 from inputs import llama_shapes, num_params_of
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,18 +34,14 @@ class Models:
         return [self.folder / name / "model.safetensors" for name in ("base", *(f"e{t}" for t in range(NUM_TASKS)))]
 
     @property
-    def nbytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
-
-    @property
     def nbytes_merged(self) -> int:
         return self.num_params * DTYPE.itemsize
 
-    def write_recipe(self, path: Path, **keys: Any) -> None:
-        """TIES with equal weights."""
+    def write_recipe(self, path: Path, keys: dict[str, Any], num_experts: int, base_is_listed: bool) -> None:
+        """With these keys beside the base and the first experts."""
         base, *experts = (str(file.parent) for file in self.files)
-        models = [{"model": expert, "parameters": {"weight": 1, "density": DENSITY}} for expert in experts]
-        path.write_text(json.dumps({"merge_method": "ties", "base_model": base, "models": models, **keys}))
+        models = [{"model": model} for model in [base] * base_is_listed + experts[:num_experts]]
+        path.write_text(json.dumps({"base_model": base, "models": models, **keys}))
 
 
 def generate(folder: Path, layers: int, width: int) -> Models:

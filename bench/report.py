@@ -83,7 +83,7 @@ TOOLKITS = Section(
     "8 experts",
     {"toolkit": "the toolkit's own code", "ours": "with ours"},
     ["mergekit", "PEFT", "FusionBench"],
-    "Inside a toolkit, whose random masks (DARE, DELLA) and file handling stay its own:",
+    "Inside a toolkit, whose file handling stays its own, and mergekit's random masks (DARE, DELLA):",
 )
 GPU = Section(
     "gpu",
@@ -98,13 +98,14 @@ longer the multiplications at the rate of a large product in that dtype.""",
 )
 CHECKPOINTS = Section(
     "checkpoints",
-    "4 experts, files to files",
+    "files to files",
     {"mergekit": "mergekit-yaml", "ours": "surgery-kernels merge"},
     ["checkpoint"],
     """\
-Whole processes, from the start of Python to the last byte; the inputs are in the page cache, but for "from disk".
-Median / minimum of the rounds; in brackets, how many times as long as ours, run just before. Bound: all inputs read
-once, or where that takes longer the result written and synced, at the rates of plain reads and writes around every
+4 experts and a base (`slerp`: one), as whole processes, from the start of Python to the last byte; the inputs are in
+the page cache, but for "from disk". Random masks are drawn by counter on our side and by torch on mergekit's. Median /
+minimum of the rounds; in brackets, how many times as long as ours, run just before. Bound: all inputs read once, or
+where that takes longer the result written and synced, at the rates of plain reads and writes around every
 round. †: other processes took more than a tenth of the processors meanwhile.""",
     "Peak memory is the most that the process had resident, pages of its mapped files included.",
 )
