@@ -152,7 +152,8 @@ def _slow(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, Reader]:
     """The file of the vocabulary, and what reads it."""
     kind = _class(folder, settings)
     found = [(path, form) for form in FORMATS for path in sorted(folder.glob(form.pattern))]
-    for path, form in found:
+    two = (folder / "target_vocab.json").is_file()  # Marian's, of two languages
+    for path, form in () if two else found:
         if not form.classes or kind in form.classes:
             if form.read is read_tiktoken and "added_tokens_decoder" not in settings:
                 break  # its special tokens stand in code

@@ -194,6 +194,10 @@ HINT = "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) wr
         ),
         ({"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer"}}, "no vocabulary of the class ByT5Tokenizer"),
         ({"merges.txt": "a b"}, "no vocabulary"),
+        (
+            {"vocab.json": GPT2, "target_vocab.json": GPT2, "config.json": {"model_type": "marian"}},
+            "vocab.json of the class MarianTokenizer",
+        ),
     ],
 )
 def test_kinds_that_are_not_read(tmp_path: Path, files: dict[str, Any], got: str) -> None:
