@@ -1,7 +1,7 @@
 """Methods on the sphere: linear in the models, with coefficients that follow from nothing but their dot products.
 
 Two reads: one for all dot products (`gram`), one for the combination (`mix`). Between them a few float64 numbers per
-tensor or row, however many iterations a method takes.
+tensor or row, however many iterations a method takes. What mergekit makes of 16 bits is in `spherical_rounded.py`.
 """
 
 from __future__ import annotations

@@ -146,6 +146,25 @@ def test_rounded_models_that_cancel() -> None:
     assert merged("multislerp", None, [one, 2 * one], arithmetic="mergekit").item() == 0.75
 
 
+ROUNDED_NAMES = ["nuslerp", "multislerp", "model_stock"]
+
+
+def rounded_on(device: torch.device | str, name: str) -> Tensor:
+    base, experts = inputs(gaussian, (13, 21), 2, torch.bfloat16)
+    return merged(name, base.to(device), [x.to(device) for x in experts], arithmetic="mergekit").cpu()
+
+
+@pytest.fixture(scope="module")
+def rounded_on_the_cpu() -> dict[str, Tensor]:
+    return {name: rounded_on("cpu", name) for name in ROUNDED_NAMES}
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("name", ROUNDED_NAMES)
+def test_rounded_models_on_cuda(name: str, rounded_on_the_cpu: dict[str, Tensor], device: torch.device) -> None:
+    assert_same(rounded_on(device, name), rounded_on_the_cpu[name])
+
+
 @pytest.mark.any_isa
 def test_rounded_models_of_64() -> None:
     """More pairs of models than a program adds up."""
