@@ -51,10 +51,10 @@ MERGING = Section(
     "merging",
     "8 experts",
     {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"},
-    ["ties_merge", "trim_thresholds", "mix", "masks", "gram", "merge_state_dicts"],
+    ["ties_merge", "trim_thresholds", "mix", "masks", "gram", "steps", "merge_state_dicts"],
     f"""\
-{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram`, `masks random`, DARE and MagMax:
-once) and the result written once, at the bandwidth of a large copy measured around every round; left out where
+{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram`, `steps`, `masks random`, DARE and
+MagMax: once) and the result written once, at the bandwidth of a large copy measured around every round; left out where
 everything fits in the caches.""",
 )
 LEARNING = Section(

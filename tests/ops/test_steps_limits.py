@@ -26,6 +26,7 @@ def compare(tensors: list[Tensor], program: list[int], numbers: Tensor, ranks: S
         assert_same(x, wanted, f"{what} of {tuple(tensors[0].shape)}, {options}")
 
 
+@pytest.mark.any_isa  # test_determinism and the tests of trim compare them
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize(
     ("dtype", "wide"),
