@@ -19,6 +19,7 @@ from .checkpoint.diff import TensorDifference
 from .checkpoint.diff import diff as diff_checkpoints
 from .checkpoint.differences import ALLOWABLE
 from .checkpoint.estimate import estimate_seconds
+from .checkpoint.experts import LAYOUTS
 from .checkpoint.plan import plan_merge
 from .checkpoint.run import check as check_run
 from .checkpoint.run import run
@@ -111,6 +112,7 @@ def main() -> None:
 @click.option(
     "--merge-computed", is_flag=True, help="Merge buffers too, such as inv_freq; else those of the donor stay."
 )
+@click.option("--moe-layout", type=click.Choice(LAYOUTS), help="Of the experts in OUT; none: as the donor has them.")
 @click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
 @click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
@@ -128,6 +130,7 @@ def merge(
     stream: str | None,
     lora_merge_dtype: str | None,
     merge_computed: bool,
+    moe_layout: str | None,
     strict: bool,
     intermediate_dir: str | None,
     resume: bool,
@@ -153,6 +156,7 @@ def merge(
         "stream": stream,
         "lora_merge_dtype": lora_merge_dtype,
         "merge_computed": merge_computed,
+        "moe_layout": moe_layout,
         "max_shard_bytes": max_shard_size,
     }
     say = (lambda _: None) if quiet else click.echo

@@ -18,6 +18,7 @@ from ..recipes import Recipe
 from ..recipes.model_reference import Location, ModelReference
 from ..recipes.recipe import DTYPES
 from .differences import ALLOWABLE, Difference, check_allowed
+from .experts import LAYOUTS, Piece, fused_places, in_one_layout, layout_of
 from .layer_lists import uncertain_layers
 from .reading.companions import Companions, companions
 from .reading.lora import LoraExpert
@@ -26,7 +27,7 @@ from .reading.quantized import check_plain
 from .reading.source import Source
 from .steps import Step, plan_steps
 from .vocabulary.vocabularies import Vocabularies
-from .writing.layout import Layout, lay_out
+from .writing.layout import Layout, lay_out, with_parts
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def plan_merge(
     random_seed: int | None = None,
     stream: str | None = None,
     merge_computed: bool = False,
+    moe_layout: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Plan:
     """Opens the checkpoints of a recipe and decides what happens to every tensor.
@@ -149,6 +151,8 @@ def plan_merge(
         stream: "counter" or "mergekit": how masks are drawn, whether there is a seed or not.
         merge_computed: Merge also the floating-point tensors that models compute and do not learn, such as inv_freq or
             position_ids; else those of the donor are kept.
+        moe_layout: Of experts in the result: "fused", all of a layer in two tensors, or "split"; None: the donor's.
+            Models of both are merged with one another, matrix by matrix.
         max_shard_bytes: Of tensors in one file, at least 1; a larger tensor has a file of its own.
 
     Raises:
@@ -158,6 +162,8 @@ def plan_merge(
     for kind in allow:
         arguments.check_one_of("allow", kind, tuple(ALLOWABLE))
     arguments.check_one_of("nonfinite", nonfinite, arguments.NONFINITE)
+    if moe_layout is not None:
+        arguments.check_one_of("moe_layout", moe_layout, LAYOUTS)
     if lora_merge_dtype is not None:
         arguments.check_one_of("lora_merge_dtype", lora_merge_dtype, tuple(DTYPES))
     if max_shard_bytes < 1:
@@ -168,7 +174,9 @@ def plan_merge(
         for reference, source in _opened(recipe, results or {}, lora_dtype):
             sources[reference] = source
         options = {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream}
-        return _plan(recipe, results or {}, sources, frozenset(allow), options, max_shard_bytes, merge_computed)
+        return _plan(
+            recipe, results or {}, sources, frozenset(allow), options, max_shard_bytes, merge_computed, moe_layout
+        )
     except BaseException:
         for source in sources.values():
             source.close()
@@ -210,16 +218,22 @@ def _plan(
     options: Mapping[str, Any],
     max_shard_bytes: int,
     merge_computed: bool,
+    moe_layout: str | None,
 ) -> Plan:
     for source in sources.values():
         check_plain(source)
         if isinstance(source, LoraExpert):
             source.check_changes()
+    of_donor = layout_of(sources[recipe.donor])
+    sources = in_one_layout(sources)
     vocabularies = Vocabularies(recipe, sources, lambda model: results.get(model) or find_folder(model))
     steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     tensors = {step.name: (step.out_dtype, step.shape) for step in steps}
-    layout = lay_out(tensors, max_shard_bytes, sources[recipe.donor].anatomy.stems)
+    pieces: dict[str, Piece] = {}
+    if (moe_layout or of_donor) == "fused":
+        tensors, pieces = fused_places(tensors)
+    layout = with_parts(lay_out(tensors, max_shard_bytes, sources[recipe.donor].anatomy.stems), pieces)
     return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies, tuple(results))

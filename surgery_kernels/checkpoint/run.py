@@ -44,6 +44,7 @@ def merge(
     random_seed: int | None = None,
     stream: str | None = None,
     merge_computed: bool = False,
+    moe_layout: str | None = None,
     resume: bool = False,
     device: str = "cpu",
     threads: int | None = None,
@@ -61,7 +62,8 @@ def merge(
         out: Folder to make; None for documents that all have names.
         strict: Refuse what the recipe says without effect; else it is warned of.
         intermediate_dir: Folder of the results of documents that have names; None: they go when `out` is finished.
-        lora_merge_dtype, allow, nonfinite, random_seed, stream, merge_computed, max_shard_bytes: As in `plan_merge`.
+        lora_merge_dtype, allow, nonfinite, random_seed, stream, merge_computed, moe_layout, max_shard_bytes: As in
+            `plan_merge`.
         resume: Go on with the `<out>.partial` of the same merge, if there is one. The files come out the same.
         device: Where tensors are merged: "cpu", or "cuda" with or without an index.
         threads: Of the kernels on the CPU, at least 1; None: as torch has it.
@@ -84,6 +86,7 @@ def merge(
                 random_seed=random_seed,
                 stream=stream,
                 merge_computed=merge_computed,
+                moe_layout=moe_layout,
                 max_shard_bytes=max_shard_bytes,
             ) as plan:
                 for notice in plan.notices:

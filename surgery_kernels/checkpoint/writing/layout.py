@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import PurePosixPath
 
 import torch
 
+from ..experts import Piece
 from ..reading.safetensors_file import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -47,7 +48,8 @@ class Layout:
     """Shards in order, and every tensor's place in them."""
 
     shards: list[Shard]
-    places: dict[str, Place]
+    places: dict[str, Place]  # of every tensor that is written, some of which are parts of those in the files
+    inside: frozenset[str] = frozenset()  # the names of such parts, which the files do not have
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +60,8 @@ class Layout:
         files: dict[str, dict[str, str]] = {}
         nbytes: dict[str, int] = {}
         for name, place in sorted(self.places.items()):
+            if name in self.inside:
+                continue
             shard = self.shards[place.shard]
             if found := SHARD.fullmatch(shard.file):
                 index = f"{found['stem']}.safetensors.index.json"
@@ -96,6 +100,15 @@ def lay_out(
             }
             shards.append(Shard(_file_name(stem, number, len(groups)), part, header, nbytes))
     return Layout(shards, {name: places[name] for name in tensors})
+
+
+def with_parts(layout: Layout, pieces: Mapping[str, Piece]) -> Layout:
+    """The layout of tensors that are written piece by piece."""
+    places = dict(layout.places)
+    for name, piece in pieces.items():
+        of = layout.places[piece.fused]
+        places[name] = Place(of.shard, of.offset + piece.start * of.dtype.itemsize, of.dtype, piece.shape)
+    return replace(layout, places=places, inside=frozenset(pieces))
 
 
 def _groups(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_bytes: int) -> list[list[str]]:
