@@ -1,4 +1,4 @@
-# make demo, test, bench, lint, format, build, build-oldest, clean. The first call makes .venv; later calls install only what changed.
+# make demo, test, bench, lint, format, build, build-oldest, test-triton, clean. The first call makes .venv; later calls install only what changed.
 # TORCH=2.12.0 (or any pip requirement) and PYTHON=python3.12 choose what .venv is made of; ARGS goes to the program.
 
 TORCH ?= 2.13.0
@@ -15,7 +15,7 @@ REQUIREMENT := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TO
 
 CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: demo test bench lint ruff clang-format mypy format build build-oldest clean
+.PHONY: demo test bench lint ruff clang-format mypy format build build-oldest test-triton clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -65,6 +65,20 @@ build-oldest: build $(OLDEST)/torch/version.py
 	PYTHONPATH="$(OLDEST)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" SK_CUDA_ARCHS=90-real \
 		$(RUN) setup.py --quiet build --build-lib $(OLDEST)/built
 	cd $(OLDEST)/built && $(CURDIR)/$(RUN) $(CURDIR)/.ci/oldest_torch.py $(OLDEST_TORCH) $(OLDEST)/torch/lib/libtorch_cpu.so
+
+# The Triton kernels under another Triton, in its interpreter and ahead of time for one GPU. NUMPY: what that one takes;
+# the interpreter of 3.6 breaks with numpy from 2.4 on.
+TRITON ?= 3.6.0
+NUMPY ?= 2.2.6
+OTHER_TRITON = $(CURDIR)/build/triton-$(TRITON)
+
+test-triton: build $(VENV)/test.txt build/triton-$(TRITON)/installed
+	PYTHONPATH="$(OTHER_TRITON)" $(RUN) -m pytest -q tests/triton --deselect tests/triton/test_compile.py $(ARGS)
+	PYTHONPATH="$(OTHER_TRITON):$(CURDIR)" $(RUN) bench/compile_kernels.py --targets sm_90 >$(OTHER_TRITON)/kernels.md
+
+build/triton-%/installed:
+	$(PIP) --no-deps --target $(@D) triton==$* numpy==$(NUMPY)
+	@touch $@
 
 $(OLDEST)/torch/version.py:
 	$(PIP) --no-deps --no-compile --target $(OLDEST) torch==$(OLDEST_TORCH)

@@ -1,11 +1,12 @@
 """The benchmarks of a GPU: one JSON like those of pytest-benchmark, and a short table last. bench/gpu.sh calls it.
 
     python bench/gpu.py [--budget SECONDS] [--json build/gpu.json] [--dry-run]
+    python bench/gpu.py --table build/gpu.json
 
-Contenders of one case are timed one after the other, the case's result is checked against ours before any time counts,
-and the bandwidth of a copy and the rate of a product are measured in the same run. Cases come in the order of their
-importance; when the budget is spent, those that are left are named instead of measured. --dry-run goes through
-everything on the CPU with small tensors: its times mean nothing.
+Ours are measured first, Triton's and CUDA's, in the order of the cases' importance, then what they are compared with.
+A result is checked before its time counts; bandwidth and the rate of a product are measured in the same run. The cases
+run in a process of their own, which is started again behind a case that broke the device, crashed or hung: an error
+costs its case alone. --dry-run goes through everything on the CPU with small tensors: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from inputs import NUM_TASKS, num_params_of, state_dict, vit_b32_shapes
 from torch import Tensor
 
 from surgery_kernels import _C, __version__, combine, merge_state_dicts, surgery_adapter, trim_thresholds
+
+CASE_SECONDS = 60.0  # of one case: what takes longer hangs
+BROKEN = 3  # exit status: the device takes no more calls
+PHASES = (("ours", "cuda"), ("compiled", "eager"))
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TASKS, SITES, IMAGES, TOKENS, DIM = 8, 13, 16, 50, 768
@@ -275,24 +280,28 @@ def close_share(result: Tensor, expected: Tensor) -> float:
     return (result != expected).float().mean().item()
 
 
-def measure(gpu: Gpu, case: Case, rates: dict[str, float], deadline: float) -> Iterator[dict[str, Any]]:
-    expected, median_of_ours = None, None
-    for contender, make in case.contenders.items():
-        if time.monotonic() > deadline:
-            print(f"left out, the time is spent: {case} {contender}")
+def measure(
+    gpu: Gpu, case: Case, contenders: Sequence[str], rates: dict[str, float], before: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """before: the rows there are already, ours among them."""
+    ours = [row["stats"]["median"] for row in before if (row["name"], contender_of(row)) == (str(case), "ours")]
+    expected = None
+    for contender in dict.fromkeys(("ours", *contenders)):
+        timed = contender in contenders
+        if contender not in case.contenders:
             continue
         try:
-            call = make()
+            call = case.contenders[contender]()
             result = call()
             expected = result if expected is None else expected
             differing = case.check(contender, result, expected)
             del result
+            if not timed:
+                continue
             median, minimum = gpu.times(call)
         except Exception as error:  # one contender that fails must not cost the rows of all others
             gpu.failures += 1
-            print(f"failed: {case} {contender}: {type(error).__name__}: {str(error).split(chr(10))[0]}")
-            if expected is None:
-                return
+            print(f"failed: {case} {contender}: {type(error).__name__}: {str(error).split(chr(10))[0]}", flush=True)
             continue
         row = {
             "op": case.op,
@@ -311,35 +320,90 @@ def measure(gpu: Gpu, case: Case, rates: dict[str, float], deadline: float) -> I
         if case.flops:
             row |= {"flops": case.flops, "matmul_flops_per_second": rates[case.dtype]}
             least = max(least, case.flops / rates[case.dtype])
-        if median_of_ours is None:
-            median_of_ours = median
+        if contender == "ours":
+            ours = [median]
+        if contender == "ours" or not ours:
             row["share_of_bound"] = least / median
         else:
-            row["speedup"] = median / median_of_ours
+            row["speedup"] = median / ours[0]
         yield {"name": str(case), "extra_info": row, "stats": {"median": median, "min": minimum}}
 
 
-def run(gpu: Gpu, budget: float, path: Path) -> list[dict[str, Any]]:
-    """Writes what there is after every case: a run that is cut off leaves its rows."""
-    deadline = time.monotonic() + budget
+def contender_of(row: dict[str, Any]) -> str:
+    return row["extra_info"]["contender"]
+
+
+def run_cases(gpu: Gpu, first: int, path: Path) -> None:
+    """The units from `first` on. A unit is a case in a phase; the file says which one was begun last, and its rows."""
     rates = {"copy": gpu.copy_rate(), **{name: gpu.matmul_rate(dtype) for name, dtype in DTYPES.items()}}
-    rows: list[dict[str, Any]] = []
-    for make in cases(gpu):
-        if time.monotonic() > deadline:
-            print("the time is spent: the remaining cases are left out")
-            break
-        rows += measure(gpu, make(), rates, deadline)
-        path.write_text(json.dumps(document(gpu, rows), indent=1) + "\n", encoding="utf-8")
+    rows = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if first else []
+    units = [(contenders, make) for contenders in PHASES for make in cases(gpu)]
+    for unit, (contenders, make) in enumerate(units[first:], first):
+        save(path, document(gpu, rows) | {"begun": unit, "units": len(units)})
+        try:
+            found = list(measure(gpu, make(), contenders, rates, rows))
+        except Exception as error:
+            gpu.failures += 1
+            found = []
+            print(f"failed: case {unit}: {type(error).__name__}: {str(error).split(chr(10))[0]}", flush=True)
+        rows += found
+        save(path, document(gpu, rows) | {"begun": unit, "units": len(units)})
+        print(short_table(found), flush=True)
         if not gpu.dry:
-            torch.cuda.empty_cache()
-    return rows
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except Exception as error:
+                print(f"the device is lost: {str(error).split(chr(10))[0]}", flush=True)
+                sys.exit(BROKEN)
+
+
+def save(path: Path, run: dict[str, Any]) -> None:
+    partial = path.with_suffix(".part")  # one that is killed while it writes must leave the rows before
+    partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def supervise(command: Sequence[str], path: Path, budget: float, case_seconds: float = CASE_SECONDS) -> bool:
+    """Runs the cases in processes of their own until all were begun; whether none was lost."""
+    deadline = time.monotonic() + budget
+    path.unlink(missing_ok=True)
+    first, fine = 0, True
+    while True:
+        process = subprocess.Popen([*command, "--from", str(first)])
+        begun, since = -1, time.monotonic()
+        while (status := process.poll()) is None:
+            time.sleep(0.05)
+            at, now = progress(path)[0], time.monotonic()
+            if at != begun:
+                begun, since = at, now
+            if now > min(deadline, since + case_seconds):
+                process.kill()
+                print("killed: the time is spent" if now > deadline else f"killed: case {begun} hangs", flush=True)
+        begun, units = progress(path)
+        fine = fine and status == 0
+        if status in (0, 1) or time.monotonic() > deadline or begun + 1 >= units:
+            return fine
+        print(f"case {begun} was lost with status {status}", flush=True)
+        first = begun + 1
+
+
+def progress(path: Path) -> tuple[int, int]:
+    """The case that was begun last, and how many there are; none before the first."""
+    if not path.exists():
+        return -1, 0
+    run = json.loads(path.read_text(encoding="utf-8"))
+    return run["begun"], run["units"]
 
 
 def commit() -> dict[str, Any]:
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
+        try:
+            return subprocess.run(
+                ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
+            ).stdout.strip()
+        except FileNotFoundError:  # a machine that only measures may have none
+            return ""
 
     return {"id": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "-uno"))}
 
@@ -380,21 +444,34 @@ def short_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def show(path: Path) -> None:
+    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"benchmarks": []}
+    rows = run["benchmarks"]
+    copy = rows[0]["extra_info"]["copy_bytes_per_second"] / 1e9 if rows else math.nan
+    print(f"{run.get('machine_info', {}).get('cpu', 'nothing')}, copy {copy:.0f} GB/s, {len(rows)} rows, {path}")
+    print(short_table(rows), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=300.0, help="seconds (default 300)")
     parser.add_argument("--json", type=Path, default=Path("build/gpu.json"))
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--table", type=Path, help="show what is in this file and measure nothing")
+    parser.add_argument("--from", type=int, dest="first", help="run the cases from this one on, in this process")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    gpu = Gpu(arguments.dry_run)
+    if arguments.table:
+        show(arguments.table)
+        return
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    rows = run(gpu, arguments.budget, arguments.json)
-    rates = rows[0]["extra_info"] if rows else {}
-    copy = rates.get("copy_bytes_per_second", math.nan) / 1e9
-    print(f"{gpu.name}, copy {copy:.0f} GB/s, {len(rows)} rows, {arguments.json}")
-    print(short_table(rows))
-    sys.exit(1 if gpu.failures else 0)
+    if arguments.first is not None:
+        torch.manual_seed(0)
+        gpu = Gpu(arguments.dry_run)
+        run_cases(gpu, arguments.first, arguments.json)
+        sys.exit(1 if gpu.failures else 0)
+    fine = supervise([sys.executable, *sys.argv], arguments.json, arguments.budget)
+    show(arguments.json)
+    sys.exit(0 if fine else 1)
 
 
 if __name__ == "__main__":
