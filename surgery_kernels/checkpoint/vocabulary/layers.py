@@ -57,7 +57,7 @@ class Vocabulary:
             if rows and (kind is INPUT or not sizes):
                 return max(rows)
         lengths = {length for info in self.tensors.values() for length in info.shape}
-        return next((size for size in sizes if size in lengths), 0)
+        return next((size for size in sizes if size in lengths and size > 1), 0)
 
     @cached_property
     def axes(self) -> dict[str, int]:
@@ -68,6 +68,11 @@ class Vocabulary:
             if axis is not None:
                 found[name] = axis
         return found
+
+    @cached_property
+    def has_input(self) -> bool:
+        """Whether the layer that tokens go into is among them."""
+        return any(INPUT.fullmatch(name) or LIKELY_INPUT.fullmatch(name) for name in self.axes)
 
     @cached_property
     def short(self) -> frozenset[str]:

@@ -84,10 +84,8 @@ class Vocabularies:
                     f"token, got shape {list(first.tensors[name].shape)} where the vocabulary has "
                     f"{vocabulary.num_rows} rows"
                 )
-        if not vocabulary.axes:
-            raise ValueError(
-                f"{first.name} must have a tensor with a row for every token for a merge by token, got none"
-            )
+        if not vocabulary.has_input:
+            raise ValueError(f"{first.name} must have an embedding of its tokens for a merge by token, got none")
 
     def _read(self) -> ByToken | None:
         """How rows follow tokens; None: they are merged by their numbers."""

@@ -275,10 +275,18 @@ def test_a_length_that_is_another_too_is_not_of_tokens(tmp_path: Path) -> None:
     assert_same(loaded(tmp_path / "out")["wpe.weight"], 0.5 * base["wpe.weight"] + 0.5 * expert["wpe.weight"])
 
 
-def test_a_model_without_rows_for_tokens(tmp_path: Path) -> None:
-    shapes = {"blocks.0.weight": (8, 8)}
-    plain(tmp_path / "base", {}, shapes, torch.arange(4))
-    plain(tmp_path / "expert", {}, shapes, torch.tensor([1, 0, 2, 3]))
-    message = f"{tmp_path / 'base'} must have a tensor with a row for every token for a merge by token, got none"
+@pytest.mark.parametrize(
+    ("shapes", "config"),
+    [
+        ({"blocks.0.weight": (8, 8)}, {}),
+        ({"input_embedding.weight": (R + 8, H), "lm_head.weight": (R, H)}, {"vocab_size": R}),  # CPM-Ant's prompts
+    ],
+)
+def test_a_model_without_an_embedding(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> None:
+    plain(tmp_path / "base", config, shapes, torch.arange(4))
+    plain(tmp_path / "expert", config, shapes, torch.tensor([1, 0, 2, 3]))
+    message = f"{tmp_path / 'base'} must have an embedding of its tokens for a merge by token, got none"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         merge(by_token(tmp_path), tmp_path / "out")
