@@ -22,6 +22,7 @@ SURGERIES = {  # a rank of 52 gives Surgery as many parameters as SurgeryV2 has
     "Surgery, rank 52": Setting("v1", rank=52),
     "SurgeryV2": Setting("v2", rank=4),
     CLOSED_FORM: Setting("v2", rank=16, num_images=64, solver="closed_form"),
+    "calibrate": Setting("calibrate", num_images=64),  # one model for all tasks
 }
 SHOWN = "task arithmetic"  # by the plots of a single merge and the ablations
 EAGER_STEPS = 5

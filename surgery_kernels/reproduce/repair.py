@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery import SurgeryModel, attach, fit, representation_bias
+from ..surgery import SurgeryModel, attach, calibrate, fit, representation_bias
 from .experts import Config, Experts, StateDict, load_experts, progress_bar
 from .merges import ADAMERGING_STEPS, merge
 from .tasks import TASKS
 from .training import accuracy
 
-CLOSED_FORM_BATCH = 64  # images in one forward pass
+FORWARD_BATCH = 64  # images in one pass, where there are no steps
 STEPS = 1000  # per task: 500 rounds of two batches, as in the papers
 
 
@@ -28,8 +28,8 @@ STEPS = 1000  # per task: 500 rounds of two batches, as in the papers
 class Setting:
     """One way to repair a merged model; the defaults are the paper's."""
 
-    mode: str  # "v1" corrects the final representation, "v2" every block too
-    rank: int
+    mode: str  # "v1" corrects the final representation, "v2" every block too; "calibrate" moves the weights themselves
+    rank: int = 0  # of adapters
     steps: int = STEPS
     num_images: int | None = None  # unlabeled images of each task; None takes all
     on_train: bool = False  # images of the training split instead of the test split
@@ -77,10 +77,14 @@ def run_job(config: Config, folder: Path, job: Job, state: StateDict) -> Outcome
     return replace(measure(experts, [surgery] * len(TASKS)), seconds=seconds)
 
 
-def repair(experts: Experts, merged: nn.Module, setting: Setting) -> SurgeryModel:
-    """Fits adapters on unlabeled images and attaches them."""
+def repair(experts: Experts, merged: nn.Module, setting: Setting) -> nn.Module:
+    """Fits adapters on unlabeled images and attaches them, or calibrates."""
     images = (experts.train if setting.on_train else experts.test).images[:, : setting.num_images]
-    options: dict[str, Any] = {"solver": setting.solver, "batch_size": CLOSED_FORM_BATCH}
+    if setting.mode == "calibrate":
+        of_tasks = (dict(zip(TASKS, x, strict=True)) for x in (experts.experts, images))
+        calibrated = calibrate(merged, experts.pretrained, *of_tasks, batch_size=FORWARD_BATCH, progress=False)
+        return experts.config.encoder(calibrated.state)
+    options: dict[str, Any] = {"solver": setting.solver, "batch_size": FORWARD_BATCH}
     if setting.solver == "gradient":  # with legacy_zero_grad, as the published results were made
         options = {"steps": setting.steps, "legacy_zero_grad": True, "seed": experts.config.seed}
     fitted = fit(

@@ -14,7 +14,8 @@ from .tasks import TASKS
 Accuracies = Mapping[str, Sequence[float]]  # method -> percentage for each of TASKS
 
 # Okabe and Ito's colours, apart for colour-blind readers too.
-REFERENCE, MERGE, SURGERY, SURGERY_V2, CLOSED_FORM = "#999999", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
+REFERENCE, MERGE, SURGERY, SURGERY_V2 = "#999999", "#56B4E9", "#E69F00", "#D55E00"
+CLOSED_FORM, CALIBRATED = "#009E73", "#0072B2"
 MARKERS = ("X", "v", "s", "o", "D", "^")
 
 
@@ -28,6 +29,8 @@ def color(method: str) -> str:
         return REFERENCE
     if "closed form" in method:
         return CLOSED_FORM
+    if "calibrate" in method:
+        return CALIBRATED
     return SURGERY_V2 if "SurgeryV2" in method else SURGERY if "Surgery" in method else MERGE
 
 
