@@ -6,12 +6,14 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/block_sums.h"
 #include "cpu/combine_kernel.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/keep_kernel.h"
 #include "cpu/masks_kernel.h"
 #include "cpu/mix_kernel.h"
 #include "cpu/representation_loss_kernel.h"
+#include "cpu/steps_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
 #include "random_bits.h"
@@ -68,6 +70,42 @@ uint64_t key_bits(Key key) {
   return uint64_t(std::min<Key>(key, sk::kInfinityKey<Key> + 1));
 }
 
+// Every instruction on the same two inputs, with a third in place, its result added up and stored.
+void run_steps(const Format& format, const std::vector<const void*>& inputs, int64_t n, bool wide, Hash& hash) {
+  constexpr int kBlock = 128, kFirst = int(sk::Code::add), kCodes = int(sk::Code::within) + 1 - kFirst;
+  std::vector<sk::Step> steps;
+  for (int i = 0; i < 2; ++i) steps.push_back({sk::Code::load, i, i, i, false});
+  for (int i = 0; i < kCodes; ++i) {
+    const sk::Code code = sk::Code(kFirst + i);
+    steps.push_back({sk::Code::load, 2, 2, 2, false});
+    steps.push_back({code, 2, 0, code == sk::Code::within ? 0 : 1, i % 2 == 0});
+    steps.push_back({sk::Code::sum, 0, 2, 2, false});
+    steps.push_back({sk::Code::store, i, 2, 2, false});
+  }
+  steps.push_back({sk::Code::dot, 0, 0, 1, false});
+  alignas(64) static char registers[3 * sk::register_stride<double>(kBlock) * 8];
+  std::vector<std::vector<char>> outputs(kCodes, std::vector<char>(n * format.bytes));
+  std::vector<void*> places;
+  for (std::vector<char>& output : outputs) places.push_back(output.data());
+  const double numbers[]{0.25, double(n / 2)};
+  double sums[sk::kSumLanes]{};
+  sk::StepsArgs args{};
+  args.steps = steps.data();
+  args.num_steps = int(steps.size());
+  args.inputs = inputs.data();
+  args.outputs = places.data();
+  args.n = n;
+  args.numbers = numbers;
+  args.stride = 1;
+  args.sums = sums;
+  args.lanes = sk::kSumLanes;
+  args.registers = registers;
+  args.block = kBlock;
+  sk::SK_ISA::steps_kernels.get(format.dtype, wide)(args);
+  for (const std::vector<char>& output : outputs) hash.add(format, output);
+  for (const double of_lane : sums) hash.add(of_lane);
+}
+
 template <class Key>
 void run(const Format& format) {
   using C = typename sk::TiesArgs<Key>::C;
@@ -78,7 +116,7 @@ void run(const Format& format) {
   const sk::GramKernels& gram = sk::SK_ISA::gram_kernels;
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[sk::kRules], mixed, multiplied, combined, lost, masked, bounded;
+  Hash trimmed, merged[sk::kRules], mixed, multiplied, combined, lost, masked, bounded, stepped;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -101,6 +139,8 @@ void run(const Format& format) {
     masked.add(uint64_t(sums.kept));
     masked.add(sums.all);
     masked.add(sums.kept_norm);
+    for (const bool wide : {false, true})
+      run_steps(format, {base.data(), experts[0].data(), experts[1].data()}, n, wide, stepped);
     for (int option = 0; option < 32; ++option) {
       const bool drop = option & 1, elect_count = option & 2, divide = option & 4, weighted = option & 8;
       const void* from = option & 16 ? base.data() : nullptr;
@@ -233,6 +273,7 @@ void run(const Format& format) {
   print("keep", bounded);
   print("mix", mixed);
   print("gram", multiplied);
+  print("steps", stepped);
   print("combine", combined);
   print("representation_loss", lost);
   print("masks", masked);
