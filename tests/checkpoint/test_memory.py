@@ -52,7 +52,7 @@ def test_peak(
 ) -> None:
     given = zeros(tmp_path, mebibytes, num_tasks)
     if rows := keys.pop("adapter", 0) * MIB // 2 // NUM_COLUMNS:
-        factors = {"layers.0": (torch.zeros(2, NUM_COLUMNS), torch.zeros(rows, 2))}
+        factors = {"layers.0": (torch.ones(2, NUM_COLUMNS), torch.ones(rows, 2))}
         given["models"][0]["model"] = str(save_lora(tmp_path / "adapter", factors))
     (tmp_path / "recipe.yml").write_text(json.dumps(given | keys))
     assert (1 + num_tasks) * sum(mebibytes) > 1024  # without an end to it, what is read would pass the limit
