@@ -27,6 +27,11 @@ def launches() -> Iterator[Launch]:
             wide=("_mix",),
         )
         yield Launch(
+            f"{dtype}, 8 experts, without a base",
+            lambda: mix_out([], experts, numbers[:1, :, :1], out=outs[:1]),  # noqa: B023
+            wide=("_mix", "_count_nonfinite"),
+        )
+        yield Launch(
             f"{dtype}, 8 experts, 8 outputs in place",
             lambda: mix_out([outs[0]], experts, numbers[..., :1], out=experts),  # noqa: B023
             wide=("_mix",),
