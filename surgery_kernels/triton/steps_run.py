@@ -60,9 +60,14 @@ def run_constant(
                 key = registers[PROGRAM[i + 2]]
                 x = ((key > limit) | ((key == limit) & ((at + lanes).to(tl.float64) < cut))).to(COMPUTE)
             elif PROGRAM[i] == "FMA" or PROGRAM[i] == "SELECT":
-                x = compute(PROGRAM[i], registers[PROGRAM[i + 2]], registers[PROGRAM[i + 3]], registers[PROGRAM[i + 1]])
+                x = compute(
+                    tl.constexpr(PROGRAM[i]),  # Triton 3.6 takes a name out of a tuple as it is
+                    registers[PROGRAM[i + 2]],
+                    registers[PROGRAM[i + 3]],
+                    registers[PROGRAM[i + 1]],
+                )
             else:
-                x = compute(PROGRAM[i], registers[PROGRAM[i + 2]], registers[PROGRAM[i + 3]], None)
+                x = compute(tl.constexpr(PROGRAM[i]), registers[PROGRAM[i + 2]], registers[PROGRAM[i + 3]], None)
             if PROGRAM[i + 4]:
                 x = widen(narrow(x, STORED, WIDE), COMPUTE, WIDE)
             registers = registers[: PROGRAM[i + 1]] + (x,) + registers[PROGRAM[i + 1] + 1 :]
@@ -114,7 +119,7 @@ def run_from_memory(
                     d = tl.load(to)
                 for k in tl.static_range(FIRST, LAST + 1):
                     if code == k:
-                        x = compute(NAMES[k], p, q, d)
+                        x = compute(tl.constexpr(NAMES[k]), p, q, d)
             if tl.load(words + 5 * i + 4) != 0:
                 x = widen(narrow(x, STORED, WIDE), COMPUTE, WIDE)
             tl.store(to, x)
