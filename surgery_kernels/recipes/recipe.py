@@ -23,7 +23,7 @@ from ..ops import arguments
 from .model_reference import ModelReference
 from .node import Node
 from .settings import read_settings
-from .slices import Context, Slice, read_slices
+from .slices import Context, Slice, base_alone, read_slices
 from .tokenizer import TokenizerSettings, read_chat_template, read_tokenizer
 
 RECIPE_METHODS = {name: method for name, method in METHODS.items() if method.in_recipes}
@@ -110,6 +110,9 @@ def read_recipe(root: Node, text: str) -> Recipe:
     base_model = ModelReference.read(keys["base_model"]) if "base_model" in keys else None
     settings = read_settings(keys.get("parameters"), method, of_model=False)
     slices = read_slices(root, keys, Context(method, base_model, (settings,)))
+    scope = _read_scope(keys.get("scope"), method, slices)
+    if copied := base_alone(root, slices, method):
+        merge_method, slices, scope = "passthrough", copied, "tensor"
     return Recipe(
         text,
         merge_method,
@@ -119,7 +122,7 @@ def read_recipe(root: Node, text: str) -> Recipe:
         _read_dtype(keys.get("out_dtype")),
         read_tokenizer(root, keys),
         read_chat_template(keys.get("chat_template")),
-        _read_scope(keys.get("scope"), method, slices),
+        scope,
         str(keys["name"].value) if "name" in keys else None,
         tuple(root.notices),
     )

@@ -250,6 +250,8 @@ def _unlisted(node: Node, base_model: ModelReference, listed: Sequence[Source], 
 
 def _checked(node: Node, part: Slice, method: type[Method]) -> Slice:
     models = [source.model for source in part.experts]
+    if not models and part.base and method.num_experts == (1, None):
+        return part  # the base alone, see `base_alone`
     if not method.takes(len(models)):
         besides = " besides the base" if part.base else ""
         listed = ", ".join(map(str, models)) or "none"
@@ -257,6 +259,23 @@ def _checked(node: Node, part: Slice, method: type[Method]) -> Slice:
     for model in _repeated(models):
         node.notices.append(f"{node.at} have {model} more than once: it takes part as often")
     return part
+
+
+def base_alone(root: Node, slices: Sequence[Slice], method: type[Method]) -> tuple[Slice, ...] | None:
+    """For passthrough, slices of a base into which nothing is merged, such as one with an adapter; else None.
+
+    Raises:
+        ValueError: other slices merge something.
+    """
+    alone = [part for part in slices if part.base and not part.experts]
+    if not alone:
+        return None
+    models = ", ".join(dict.fromkeys(str(part.first.model) for part in alone))
+    if len(alone) < len(slices):
+        least = f"{count_in_words(method)} besides the base for {method.name} in every slice"
+        raise ValueError(f"{root.at}.slices must have {least}, got one of {models} alone")
+    root.notices.append(f"{root.at} merges nothing into {models}: the result is that alone")
+    return tuple(replace(part, experts=(replace(part.first, settings={}),), base=None, scopes=()) for part in slices)
 
 
 def _repeated(models: Iterable[ModelReference]) -> list[ModelReference]:

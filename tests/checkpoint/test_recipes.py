@@ -31,6 +31,7 @@ NOTICED = (
     "model_stock",
     "sce",
     "task_arithmetic",
+    "task_arithmetic-base-alone",
     "task_arithmetic-slices",
     "ties-gradients",
 )

@@ -145,8 +145,13 @@ REFERENCE = "(or {model: {path: ...}})"
         ),
         ("merge_method: linear\nmodels: [{}]", ".models[0].model must be given, got none"),
         (
-            "merge_method: ties\nbase_model: a\nmodels: [{model: a}]",
-            ".models must be at least 1 besides the base for ties, got none",
+            "merge_method: model_stock\nbase_model: a\nmodels: [{model: a}]",
+            ".models must be at least 2 besides the base for model_stock, got none",
+        ),
+        (
+            "merge_method: ties\nbase_model: a\nslices:\n- sources: [{model: a, layer_range: [0, 1]}]\n"
+            "- sources: [{model: a, layer_range: [1, 2]}, {model: b, layer_range: [1, 2]}]",
+            ".slices must have at least 1 besides the base for ties in every slice, got one of a alone",
         ),
         ("merge_method: linear\nmodels: [{model: a}]\nscope: model", ".scope must be 'tensor' for linear, got 'model'"),
     ],
@@ -279,3 +284,18 @@ def test_whatever_is_wrong_is_said_in_one_sentence(data: st.DataObject) -> None:
         load_recipe(document)
     except ValueError as error:
         assert re.fullmatch(r"recipe.* must .*, got .*", str(error))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "sce", "ram"])
+def test_the_base_alone(method: str) -> None:
+    recipe = parse_recipe(f"""
+merge_method: {method}
+base_model: a+lora
+slices: [{{sources: [{{model: a+lora, layer_range: [0, 2], parameters: {{weight: 0.5}}}}]}}]
+""")
+    assert (recipe.merge_method, recipe.base, [str(model) for model in recipe.experts]) == (
+        "passthrough",
+        None,
+        ["a+lora"],
+    )
+    assert "recipe merges nothing into a+lora: the result is that alone" in recipe.notices
