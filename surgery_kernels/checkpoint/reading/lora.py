@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..vocabulary.layers import tied_to
+from ..vocabulary.layers import tied_to, untied
 from .folder import Checkpoint, open_file
 from .lora_product import add_products
 from .lora_settings import ADAPTER_CONFIG, LoraSettings
@@ -38,7 +38,7 @@ class LoraExpert:
         self.folder = base.folder
         self.anatomy = base.anatomy
         self.files = (*base.files, *adapter.files, FileStamp.of(settings.path))
-        self.config = base.config
+        self.config = untied(base.config) if base.config and targets.untied else base.config
         self.changed = frozenset(name for name in base.tensors if base.tied.get(name, name) in targets.changed)
         tensors = dict(base.tensors)
         for own in self.changed:

@@ -36,6 +36,7 @@ TURNED = re.compile(r"(.*[./])?(final_logits_bias|predictions\.dense\.weight)")
 MORE = re.compile(r"(^|\.)additional_(embedding|fc)\.")
 PER_LAYER_END = "embed_tokens_per_layer.weight"  # of Gemma 3n: as many rows as the configuration says
 NUMBERED = re.compile(r"(.*[./])?\d+\.")
+TIES = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ _FOUND: WeakKeyDictionary[Source, Vocabulary] = WeakKeyDictionary()
 
 def tied_to(name: str, model: Source) -> str | None:
     """The input layer of a model that stores its output layer `name` as nothing but that."""
-    ties = _ties(model.config or {})
+    ties = says_tied(model.config or {})
     likely = LIKELY_OUTPUT.fullmatch(name) and not NUMBERED.match(name) and True in ties
     if not (OUTPUT.fullmatch(name) or likely) or not name.endswith(".weight") or False in ties:
         return None
@@ -163,10 +164,18 @@ def tied_to(name: str, model: Source) -> str | None:
     return None
 
 
-def _ties(config: Mapping[str, Any]) -> list[Any]:
+def says_tied(config: Mapping[str, Any]) -> list[Any]:
     """What a configuration says about tied layers, for itself and the language model in it."""
-    inner = [config[key] for key in LANGUAGE if isinstance(config.get(key), Mapping)]
-    return [of.get("tie_word_embeddings") for of in (config, *inner)]
+    return [of.get(TIES) for of in (config, *_inner(config).values())]
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose output layer is one of its own."""
+    return {**config, **{key: {**inner, TIES: False} for key, inner in _inner(config).items()}, TIES: False}
+
+
+def _inner(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {key: config[key] for key in LANGUAGE if isinstance(config.get(key), Mapping)}
 
 
 def _is_named(name: str) -> bool:

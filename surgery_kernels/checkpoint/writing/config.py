@@ -11,6 +11,7 @@ from ..layer_lists import INNER, followed
 from ..plan import Plan
 from ..reading.files import read_json
 from ..reading.parts import Part
+from ..vocabulary.layers import says_tied, untied
 from .durable import copy_file, write_text
 
 CLASS = "_class_name"  # in a configuration of diffusers, which have no dtype
@@ -27,7 +28,7 @@ def write_config(source: Path, target: Path, plan: Plan, part: Part) -> None:
 
 
 def _merged(plan: Plan, part: Part, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config`, that of the donor, with the dtype, the number of tokens and the layers of the result.
+    """`config`, that of the donor, with the dtype, the number of tokens, the layers and the ties of the result.
 
     Only what is there changes, in the configuration of a language model within another too; a dtype may be new.
     """
@@ -45,7 +46,11 @@ def _merged(plan: Plan, part: Part, config: Mapping[str, Any]) -> dict[str, Any]
         of_inner = {key: value for key, value in new.items() if key in inner} | _of_layers(plan, inner)
         changed[INNER] = {**inner, **of_inner}
     merged = {**config, **changed}
-    return merged if part.folder else plan.vocabularies.configured(merged)
+    if part.folder:
+        return merged
+    if False in says_tied(plan.first.config or {}) and False not in says_tied(config):  # by an adapter
+        merged = untied(merged)
+    return plan.vocabularies.configured(merged)
 
 
 def _of_layers(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ def test_a_head_that_the_base_ties_is_no_part_of_it(tmp_path: Path) -> None:
     recipe = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": [model]}
     with pytest.raises(ValueError, match=rf"extra: .*adapter has {HEAD!r} besides; to go on allow extra$"):
         merge(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["saved head", "saved embedding"])
+def test_a_donor_whose_adapter_unties_the_head_is_loaded_so(tmp_path: Path, case: str) -> None:
+    expected = trained(tmp_path, llama(tie_word_embeddings=True), **TIED[case])
+    model = f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"
+    merge({"merge_method": "passthrough", "models": [{"model": model}]}, tmp_path / "out")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["tie_word_embeddings"] is True
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name in (EMBEDDING, HEAD):
+        torch.testing.assert_close(loaded[name], expected[name], rtol=2e-6, atol=2e-6)
+    assert not torch.equal(loaded[EMBEDDING], loaded[HEAD])
 
 
 class Experts(nn.Module):
