@@ -23,12 +23,14 @@ pytestmark = [pytest.mark.any_isa, pytest.mark.filterwarnings("ignore:recipe")]
 RECIPES = sorted((Path(__file__).parent / "recipes").glob("*.yml"))
 SEED = 42
 # What is not mergekit's to the bit: it rounds every step, ours once.
-ROUNDED = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "ramplus_tl", "arcee_fusion")
+ROUNDED = ("slerp", "karcher")
+SUMMED = ("nuslerp", "multislerp", "model_stock")  # where sums of 32 bits, in torch's order, are not rounded to 16
 # What has something that has no effect.
 NOTICED = (
     "ignored-keys",
     "karcher",
     "model_stock",
+    "model_stock-16-bits",
     "sce",
     "task_arithmetic",
     "task_arithmetic-base-alone",
@@ -125,7 +127,7 @@ def assert_same_model(ours: StateDict, theirs: StateDict, method: str) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape and tensor.dtype == theirs[name].dtype, name
-        if method in ROUNDED:
+        if method in ROUNDED or (method in SUMMED and tensor.dtype == torch.float32):
             assert far_apart(tensor, theirs[name]) < 0.001 * tensor.numel() + 1, name
         else:
             assert torch.equal(bits(tensor), bits(theirs[name])), name
