@@ -174,10 +174,7 @@ class UnitSums {
   using C = ComputeOf<Key>;
 
   UnitSums(const Plan& plan, const Operands& operands)
-      : plan_(plan),
-        rank_(operands.rank),
-        dim_(operands.dim),
-        memory_(int64_t(plan.units.size()) * size()) {}
+      : plan_(plan), rank_(operands.rank), dim_(operands.dim), memory_(int64_t(plan.units.size()) * size()) {}
 
   int64_t size() const { return (2 * rank_ + 1) * padded(dim_); }
   C* down(int64_t unit) const { return memory_.get() + unit * size(); }
