@@ -257,7 +257,7 @@ def _train_by_ops(
         corrected, _, hidden = surgery_adapter(x, down, up, keep_hidden=True)
         losses[step], signs = representation_loss(corrected, y, True)
         grad = representation_loss_backward(ones, signs, down.dtype)
-        gradients = surgery_adapter_backward(grad, None, x, down, up, None, hidden, False, True)[1:]
+        _, *gradients, _ = surgery_adapter_backward(grad, None, x, down, up, None, hidden, False, True)
         for value, of_value, gradient in zip((down, up), moments, gradients, strict=True):
             numel = value.numel()
             _adam_kernel[(triton.cdiv(numel, ADAM_BLOCK),)](
