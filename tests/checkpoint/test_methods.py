@@ -98,7 +98,10 @@ ROUNDING = [name for name in RECIPES if any(p.key == "arithmetic" for p in METHO
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [*((name, {}) for name in RECIPES), *((name, {"arithmetic": "exact"}) for name in ROUNDING)],
+    [
+        *((name, {}) for name in RECIPES),
+        *((name, {"arithmetic": "mergekit" if name == "karcher" else "exact"}) for name in ROUNDING),
+    ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 def test_as_in_memory(tmp_path: Path, name: str, more: dict[str, Any]) -> None:

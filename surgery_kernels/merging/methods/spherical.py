@@ -188,12 +188,12 @@ class MultiSlerp(SphericalOfMergekit):
 
 
 @dataclass(frozen=True)
-class Karcher(Spherical):
+class Karcher(SphericalOfMergekit):
     """The mean of the models' directions on the sphere, found by iteration, times the mean of their norms.
 
     All models count alike. One whose tensor has norm `tol` or less takes no part in the direction. In bfloat16 and
-    float16 mergekit iterates on rounded directions, which leaves noise as large as what the models differ in; here the
-    iteration runs on float64 dot products.
+    float16 mergekit iterates on rounded directions, which leaves noise as large as what the models differ in; here, and
+    in recipes, the iteration runs on float64 dot products unless `arithmetic` is "mergekit".
     """
 
     name = "karcher"
@@ -204,12 +204,21 @@ class Karcher(Spherical):
 
     max_iter: int = shared(10, kind=int, range=AT_LEAST_0, meaning="iterations at most")
     tol: float = shared(1e-5, range=AT_LEAST_0, meaning="angle and norm below which nothing moves")
+    arithmetic: str = arithmetic_of(default="exact")
     nonfinite: str = nonfinite_policy()
 
     def merge(self, scope: Scope) -> None:
         if scope.num_tasks == 1:
             scope.copy(scope.flat_experts)
-            return
+        else:
+            super().merge(scope)
+
+    def _merge_rounded(self, scope: Scope) -> None:
+        first = spherical_rounded.first_read(scope.num_tasks, False)
+        for part, squares in spherical_rounded.known_tensors(scope, first, "tensor", self.nonfinite):
+            spherical_rounded.karcher(part, squares, self.max_iter, self.tol)
+
+    def _merge_exactly(self, scope: Scope) -> None:
         gram = scope.gram(task_vectors=False, nonfinite=self.nonfinite)
         coefficients = torch.stack([self._coefficients(of_tensor) for of_tensor in gram], dim=1)
         scope.mix(coefficients, task_vectors=False, nonfinite=scope.checked(self.nonfinite))

@@ -109,6 +109,42 @@ def multislerp(scope: Scope, squares: Tensor, weights: list[float], normalize: b
     sums_of(_exponential_map(*form), with_mean, scope.out)
 
 
+def karcher(scope: Scope, squares: Tensor, max_iter: int, tol: float) -> None:
+    """Norms are of float32. The direction waits in out[0], to be divided by number `num_valid`."""
+    norms = squares[0].sqrt().float()  # [num_tasks]
+    scale = reduce(add, [1.0 / len(norms) * norm for norm in norms])
+    valid = [t for t, norm in enumerate(norms.tolist()) if norm > tol]
+    if not valid:
+        _zeros(len(norms)).run(scope.inputs, out=scope.out)
+        return
+    count, dtype = len(valid), scope.out[0].dtype
+    experts = [scope.inputs[t] for t in valid]
+    with_mean = [*experts, scope.out[0]]
+    of_units = norms[valid].double()
+
+    def sums_of(program: Steps, inputs: list[Tensor], *numbers: Tensor, out: Sequence[Tensor] = ()) -> Tensor:
+        return program.run(inputs, torch.cat([of_units, *(x.double().view(-1) for x in numbers)]), out=out)[0]
+
+    shares = torch.full_like(of_units, 1.0 / count)
+    length = sums_of(_sum_of_units(count), experts, shares, out=scope.out)[0].sqrt().float()
+    if length.item() < tol:
+        first = torch.eye(count, dtype=torch.float64, device=norms.device)[0]
+        sums_of(_sum_of_units(count), experts, first, out=scope.out)
+        length = torch.ones_like(length)
+    for _ in range(max_iter):
+        cosines = sums_of(_cosines_to_mean(count), with_mean, length).to(dtype).clamp(-1, 1)
+        angles = cosines.acos()
+        pulls = torch.where(angles.double() < tol, 0, 1.0 / count * (angles / angles.sin()))
+        step = sums_of(_pull_square(count), with_mean, length, cosines, pulls)[0].sqrt().float()
+        if step.item() < tol:
+            break
+        turn = [step, step.cos().to(dtype), step.sin().to(dtype)]
+        length = sums_of(_turned(count), with_mean, length, cosines, pulls, *turn, out=scope.out)[0].sqrt().float()
+        length = torch.where(length.double() > tol, length, 1)
+    numbers = torch.stack([length, scale.to(dtype).float()])
+    _scaled().run([scope.out[0]], numbers, out=scope.out)
+
+
 def _vectors(steps: Steps, num_tasks: int, has_base: bool) -> list[Value]:
     """The task vectors, or the experts."""
     loaded = [steps.load(i) for i in range(num_tasks + has_base)]
@@ -232,3 +268,71 @@ def _exponential_map(num_tasks: int, has_base: bool) -> Steps:
     mean, last = _mean(steps, num_tasks), 3 * num_tasks + 1
     on_sphere = mean * steps.number(last) + _tangent(steps, units, mean) * steps.number(last + 1)
     return _store(steps, on_sphere * steps.number(last + 2), has_base)
+
+
+@cache
+def _zeros(num_tasks: int) -> Steps:
+    """NaN where a model is not finite."""
+    steps = Steps(num_tasks)
+    steps.store(reduce(add, [x * 0.0 for x in _vectors(steps, num_tasks, False)], steps.constant(0.0)))
+    return steps
+
+
+@cache
+def _sum_of_units(num_tasks: int) -> Steps:
+    """Weighted, added up one after the other; and its square."""
+    steps = Steps(num_tasks)
+    units = _units(steps, num_tasks, False)
+    total = reduce(add, [x * weight for x, weight in zip(units, _weights(steps, num_tasks), strict=True)])
+    steps.store(total)
+    steps.dot(total, total)
+    return steps
+
+
+def _units_and_mean(steps: Steps, num_tasks: int) -> tuple[list[Value], Value]:
+    """The last input is the mean, but for its length."""
+    return _units(steps, num_tasks, False), steps.load(num_tasks) / steps.number(num_tasks)
+
+
+def _pull(steps: Steps, units: list[Value], mean: Value) -> Value:
+    """Towards all units: numbers behind the length are the cosines, and what their angles pull with."""
+    first, count = len(units) + 1, len(units)
+    pulls = [steps.number(first + count + t) * (x - steps.number(first + t) * mean) for t, x in enumerate(units)]
+    return reduce(add, pulls)
+
+
+@cache
+def _cosines_to_mean(num_tasks: int) -> Steps:
+    steps = Steps(num_tasks + 1)
+    units, mean = _units_and_mean(steps, num_tasks)
+    for x in units:
+        steps.dot(x, mean)
+    return steps
+
+
+@cache
+def _pull_square(num_tasks: int) -> Steps:
+    steps = Steps(num_tasks + 1)
+    pull = _pull(steps, *_units_and_mean(steps, num_tasks))
+    steps.dot(pull, pull)
+    return steps
+
+
+@cache
+def _turned(num_tasks: int) -> Steps:
+    """The mean after a step, and its square. The last numbers: the length of the pull, its cosine and its sine."""
+    steps = Steps(num_tasks + 1)
+    units, mean = _units_and_mean(steps, num_tasks)
+    length, cosine, sine = (steps.number(3 * num_tasks + 1 + i) for i in range(3))
+    turned = cosine * mean + sine * (_pull(steps, units, mean) / length)
+    steps.store(turned)
+    steps.dot(turned, turned)
+    return steps
+
+
+@cache
+def _scaled() -> Steps:
+    """Divided by number 0, times number 1."""
+    steps = Steps(1)
+    steps.store(steps.number(1) * (steps.load(0) / steps.number(0)))
+    return steps

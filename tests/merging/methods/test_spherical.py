@@ -14,6 +14,7 @@ from mergekit.merge_methods.api import merge_tensors
 from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
+from surgery_kernels.merging import METHODS
 from tests.cases import assert_same, gaussian, inputs
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -77,6 +78,7 @@ def test_as_mergekit(
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+ROUNDED_NAMES = ["nuslerp", "multislerp", "karcher", "model_stock"]
 ROUNDED = [case for case in CASES if case[0] in ("nuslerp", "multislerp", "model_stock")]
 
 
@@ -98,8 +100,57 @@ def test_the_roundings_of_mergekit(
         assert num_tasks == 1 or not torch.equal(actual, exact)
 
 
+def rounded_once(x: Tensor) -> Tensor:
+    """torch.linalg.vector_norm, which adds up float32 in an order of its own, without what that loses."""
+    return torch.tensor(x.double().square().sum().sqrt().item(), dtype=x.dtype)
+
+
 @pytest.mark.any_isa
-@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "model_stock"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_tasks", "options"),
+    [(1, {}), (2, {}), (3, {}), (3, {"max_iter": 0}), (5, {"max_iter": 2, "tol": 1e-9}), (3, {"tol": 0.3})],
+)
+def test_the_roundings_of_karcher(
+    num_tasks: int, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; but in large tensors for the last bit of a float32 norm, which torch's order of additions decides:
+    what is divided by it then rounds to another number here and there."""
+    for shape in [(63,), (65, 33), (3, 20, 11), (20_001,)]:
+        _, experts = inputs(gaussian, shape, num_tasks, dtype)
+        actual = merged("karcher", None, experts, **options, arithmetic="mergekit")
+        expected = mergekits("karcher", None, experts, **options)
+        assert int((actual != expected).sum()) <= (200 if shape == (20_001,) else 0), shape
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.linalg, "vector_norm", rounded_once)
+            assert_same(actual, mergekits("karcher", None, experts, **options))
+        assert num_tasks == 1 or not torch.equal(actual, merged("karcher", None, experts, **options))
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_roundings_of_karcher_at_its_edges(dtype: torch.dtype) -> None:
+    """Models of no direction, opposite ones, the same ones, and many."""
+    _, (x, y) = inputs(gaussian, (9, 7), 2, dtype)
+    _, many = inputs(gaussian, (40,), 64, dtype)
+    zero = torch.zeros_like(x)
+    for experts in ([zero, x, y], [x, zero], [zero, -zero], [-zero, -zero], [x, -x], [x, x, -x], [x, x, x], many):
+        actual = merged("karcher", None, experts, arithmetic="mergekit")
+        assert_same(actual, mergekits("karcher", None, experts))
+    unknown = merged("karcher", None, [x, x * math.nan], arithmetic="mergekit", nonfinite="propagate")
+    assert unknown.isnan().all()
+
+
+@pytest.mark.any_isa
+def test_karcher_is_exact_unless_asked() -> None:
+    _, experts = inputs(gaussian, (65, 33), 3, torch.bfloat16)
+    exact = merged("karcher", None, experts, arithmetic="exact")
+    assert_same(merged("karcher", None, experts), exact)
+    assert METHODS["karcher"].recipe_defaults()["arithmetic"] == "exact"
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("name", ROUNDED_NAMES)
 def test_rounded_models_of_several_dtypes(name: str) -> None:
     """Tensors of 16 bits round every step, each as if it were alone; what is wider never does."""
     dtypes = {"half": torch.float16, "single": torch.float32, "short": torch.bfloat16, "empty": torch.bfloat16}
@@ -134,6 +185,18 @@ def test_rounded_models_that_are_not_finite(name: str) -> None:
 
 
 @pytest.mark.any_isa
+def test_rounded_models_of_karcher_that_are_not_finite() -> None:
+    _, experts = inputs(gaussian, (9, 7), 3, torch.bfloat16)
+    experts[0][1, 1], experts[2][2, 3] = math.nan, -math.inf
+    message = r"^experts\[0\] must be finite, got 1 NaN or infinite values in tensor 'w'$"
+    with pytest.raises(RuntimeError, match=message):
+        merged("karcher", None, experts, arithmetic="mergekit")
+    dropped = merged("karcher", None, experts, arithmetic="mergekit", nonfinite="drop")
+    finite = [torch.where(x.isfinite(), x, 0.0) for x in experts]
+    assert_same(dropped, merged("karcher", None, finite, arithmetic="mergekit"))
+
+
+@pytest.mark.any_isa
 def test_rounded_models_that_cancel() -> None:
     x = torch.tensor([1.0, 2, -3], dtype=torch.bfloat16)
     halves = merged("multislerp", None, [x, -x], arithmetic="mergekit")
@@ -144,9 +207,6 @@ def test_rounded_models_that_cancel() -> None:
     assert_same(merged("multislerp", x, [x, x, x], arithmetic="mergekit"), x)
     one = torch.tensor([0.5], dtype=torch.float16)  # where mergekit divides 0 by 0
     assert merged("multislerp", None, [one, 2 * one], arithmetic="mergekit").item() == 0.75
-
-
-ROUNDED_NAMES = ["nuslerp", "multislerp", "model_stock"]
 
 
 def rounded_on(device: torch.device | str, name: str) -> Tensor:
