@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops.arguments import name_of
 from .reading.source import Source, TensorInfo
 from .vocabulary.layers import tied_to, vocabulary_of
 
@@ -94,14 +95,14 @@ def match(
             if kind == "shape":
                 continue
         if got.dtype != wanted.dtype and not casts:
-            found["dtype"].append(f"{name!r} in {_short(got.dtype)} instead of {_short(wanted.dtype)}")
+            found["dtype"].append(f"{name!r} in {name_of(got.dtype)} instead of {name_of(wanted.dtype)}")
         names[pair.ours] = own
     for pair in (pair for pair in pairs if not pair.merged):
         dtype = first.tensors[pair.ours].dtype
         if pair.theirs in model.tensors:
             if not torch.equal(first.tensor(pair.ours), model.tensor(pair.theirs)):
                 kind = "computed" if dtype.is_floating_point else "buffer"
-                found[kind].append(f"other values in {pair.theirs!r} of {_short(dtype)}")
+                found[kind].append(f"other values in {pair.theirs!r} of {name_of(dtype)}")
             first.release()
             model.release()
         elif dtype.is_floating_point:
@@ -151,7 +152,3 @@ def _differ_in_rows(axis: int | None, got: TensorInfo, wanted: TensorInfo) -> bo
     return all(
         i == axis or ours == theirs for i, (ours, theirs) in enumerate(zip(wanted.shape, got.shape, strict=True))
     )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

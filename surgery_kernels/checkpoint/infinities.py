@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..merging.scope import Scope
+from ..ops.arguments import name_of
 from .loader import Loader
 from .steps import Input, Step
 
@@ -101,7 +102,7 @@ class Produced:
         of_16_bits = result.dtype == torch.float16
         raise RuntimeError(
             f"merged must be finite, got {count} NaN or infinite values in tensor {self._step.name!r} in "
-            f"{_short(result.dtype)}" + (": bfloat16 and float32 have room for larger numbers" if of_16_bits else "")
+            f"{name_of(result.dtype)}" + (": bfloat16 and float32 have room for larger numbers" if of_16_bits else "")
         )
 
 
@@ -113,8 +114,8 @@ def _check_cast(tensor: Input, step: Step) -> None:
         lost += int((block.isfinite() & ~block.to(step.dtype).isfinite()).sum())
     if lost:
         raise RuntimeError(
-            f"{tensor.source.name} must have numbers that {_short(step.dtype)} holds, which the recipe casts to, got "
-            f"{lost} too large in tensor {tensor.name!r} in {_short(tensor.info.dtype)}: choose another dtype"
+            f"{tensor.source.name} must have numbers that {name_of(step.dtype)} holds, which the recipe casts to, got "
+            f"{lost} too large in tensor {tensor.name!r} in {name_of(tensor.info.dtype)}: choose another dtype"
         )
 
 
@@ -127,7 +128,3 @@ def _entries(step: Step, at: Tensor) -> Tensor:
     """What the inputs hold there.  # float64 [num_inputs, count]"""
     flat = [tensor.source.tensor(tensor.name).reshape(-1) for tensor in step.inputs]
     return torch.stack([tensor[at].double() for tensor in flat])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

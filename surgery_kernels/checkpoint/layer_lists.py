@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..merging.depths import NUM_LAYERS_KEYS, num_layers
+from .vocabulary.sizes import inner_configs
 
-INNER = "text_config"  # of a language model within another
 # With one entry for every layer. A string has a letter for each.
 BY_LAYER = (
     "activation_sparsity_pattern",
@@ -105,8 +105,9 @@ def uncertain_layers(origins: Sequence[int], config: Mapping[str, Any]) -> list[
     """The keys by which a configuration tells layers apart by counting them, where `origins` counts others."""
     if all(layer == place for place, layer in enumerate(origins)):
         return []
-    inner = config.get(INNER)
-    known = {**config, **(inner if isinstance(inner, Mapping) else {})}
+    known = dict(config)
+    for inner in inner_configs(config).values():
+        known |= inner
     if any(key in _with_types(known) for key in ("layer_types", "mlp_layer_types", "layers_block_type")):
         return []
     return [key for key in COUNTING if known.get(key) not in (None, 0, 1)]
@@ -125,9 +126,8 @@ def _with_types(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _counting_alike(other: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of another model, or its inner one, whichever counts layers as `config` does."""
-    inner = other.get(INNER)
     counts = any(key in other for key in NUM_LAYERS_KEYS if key in config)
-    return inner if isinstance(inner, Mapping) and not counts else other
+    return other if counts else next(iter(inner_configs(other).values()), other)
 
 
 def _entry(own: Any, donors: Sequence[Any], layer: int) -> Any:

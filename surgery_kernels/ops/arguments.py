@@ -18,6 +18,11 @@ Experts = Tensor | Sequence[Tensor]
 PerExpert = float | Sequence[float]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As recipes and configurations have it, without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_one_of(argument: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -27,7 +27,7 @@ from .slices import Context, Slice, base_alone, read_slices
 from .tokenizer import TokenizerSettings, read_chat_template, read_tokenizer
 
 RECIPE_METHODS = {name: method for name, method in METHODS.items() if method.in_recipes}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in arguments.DTYPES}
+DTYPES = {arguments.name_of(dtype): dtype for dtype in arguments.DTYPES}
 SCOPES = ("tensor", "model")
 KEYS = (
     "base_model",

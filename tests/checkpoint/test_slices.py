@@ -199,13 +199,14 @@ def test_lists_that_transformers_understands(model_type: str) -> None:
     ]
 
 
-def test_a_configuration_within_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["text_config", "llm_config", "language_config"])
+def test_a_configuration_within_another(tmp_path: Path, key: str) -> None:
     tensors = models(gaussians, torch.float32, 0)[0]
     inner = {"num_hidden_layers": LAYERS, "layer_types": ["a", "b", "c"]}
-    folder = str(save_safetensors(tmp_path / "base", tensors, config={"model_type": "x", "text_config": inner}))
+    folder = str(save_safetensors(tmp_path / "base", tensors, config={"model_type": "x", key: inner}))
     merge({"merge_method": "passthrough", "slices": slices([folder], [(0, 2, 3)])}, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written == {"model_type": "x", "text_config": {"num_hidden_layers": 1, "layer_types": ["c"]}}
+    assert written == {"model_type": "x", key: {"num_hidden_layers": 1, "layer_types": ["c"]}}
 
 
 def test_a_configuration_that_counts_layers(tmp_path: Path) -> None:

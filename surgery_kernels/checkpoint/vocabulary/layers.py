@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..reading.source import Source, TensorInfo
-from .sizes import LANGUAGE, PER_LAYER, Size, numbers_in, sizes_in
+from .sizes import PER_LAYER, Size, inner_configs, numbers_in, sizes_in
 
 # Names that mean tokens wherever they stand, also in a numbered layer, as of the heads that predict several tokens.
 INPUT = re.compile(
@@ -166,16 +166,12 @@ def tied_to(name: str, model: Source) -> str | None:
 
 def says_tied(config: Mapping[str, Any]) -> list[Any]:
     """What a configuration says about tied layers, for itself and the language model in it."""
-    return [of.get(TIES) for of in (config, *_inner(config).values())]
+    return [of.get(TIES) for of in (config, *inner_configs(config).values())]
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a model whose output layer is one of its own."""
-    return {**config, **{key: {**inner, TIES: False} for key, inner in _inner(config).items()}, TIES: False}
-
-
-def _inner(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {key: config[key] for key in LANGUAGE if isinstance(config.get(key), Mapping)}
+    return {**config, **{key: {**inner, TIES: False} for key, inner in inner_configs(config).items()}, TIES: False}
 
 
 def _is_named(name: str) -> bool:

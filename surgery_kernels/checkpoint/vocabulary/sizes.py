@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Where the configuration of a language model stands within another.
 LANGUAGE = (
     "text_config", "llm_config", "llm_cfg", "language_config", "language_model", "lm_config", "text_model_config",
     "thinker_config", "decoder",
 )  # fmt: skip
 PLAIN = ("vocab_size", "padded_vocab_size", "n_vocab")
 PER_LAYER = "vocab_size_per_layer_input"
+
+
+def inner_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of the language models within a configuration, by their keys."""
+    return {key: config[key] for key in LANGUAGE if isinstance(config.get(key), Mapping)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def resized(config: Mapping[str, Any], before: int, after: int, per_layer: int |
     sizes = [size for size in sizes_in(config) if size.path[-1] != PER_LAYER]
     saying = [size.path for size in sizes if size.value == before]
     if not saying:  # a number that it leaves to the defaults, or another one
-        inside = next((key for key in LANGUAGE if isinstance(config.get(key), Mapping)), None)
+        inside = next(iter(inner_configs(config)), None)
         of_language = [size.path for size in sizes if size.is_of_language]
         saying = of_language[:1] or [("vocab_size",) if inside is None else (inside, "vocab_size")]
         # OLMo's name for the number of rows, where that is not the number of tokens

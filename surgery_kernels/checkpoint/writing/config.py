@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..layer_lists import INNER, followed
+from ...ops.arguments import name_of
+from ..layer_lists import followed
 from ..plan import Plan
 from ..reading.files import read_json
 from ..reading.parts import Part
 from ..vocabulary.layers import says_tied, untied
+from ..vocabulary.sizes import inner_configs
 from .durable import copy_file, write_text
 
 CLASS = "_class_name"  # in a configuration of diffusers, which have no dtype
@@ -39,12 +41,12 @@ def _merged(plan: Plan, part: Part, config: Mapping[str, Any]) -> dict[str, Any]
         keys = [key for key in ("dtype", "torch_dtype") if key in config]
         if not keys and CLASS not in config:
             keys = ["torch_dtype"]
-        new |= dict.fromkeys(keys, str(dtypes.pop()).removeprefix("torch."))
+        new |= dict.fromkeys(keys, name_of(dtypes.pop()))
     changed = {key: value for key, value in new.items() if key in config or key == "torch_dtype"}
     changed |= _of_layers(plan, config)
-    if isinstance(inner := config.get(INNER), Mapping):
+    for name, inner in inner_configs(config).items():
         of_inner = {key: value for key, value in new.items() if key in inner} | _of_layers(plan, inner)
-        changed[INNER] = {**inner, **of_inner}
+        changed[name] = {**inner, **of_inner}
     merged = {**config, **changed}
     if part.folder:
         return merged
