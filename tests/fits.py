@@ -53,3 +53,16 @@ def refusal(call: Callable[[], object]) -> str:
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     return str(caught.value)
+
+
+def ridge_map(x: Tensor, y: Tensor, weights: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """The matrix and the shift: F = G^-1 C, on the first right singular vectors of L^T F where G = L L^T."""
+    weights = weights / weights.sum()
+    x_mean, y_mean = weights @ x, weights @ y
+    u, d, dim = x - x_mean, y - y_mean, x.shape[1]
+    gram = (u.T * weights) @ u
+    gram += ridge * gram.trace() / dim * torch.eye(dim, dtype=x.dtype)
+    matrix = torch.linalg.solve(gram, (u.T * weights) @ d)
+    axes = torch.linalg.svd(torch.linalg.cholesky(gram).T @ matrix).Vh[:rank].T
+    matrix = matrix @ axes @ axes.T
+    return matrix, y_mean - x_mean @ matrix

@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ from surgery_kernels.checkpoint import estimate, open_checkpoint
 from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.merging import METHODS
 from tests.checkpoints import files_in, save_lora, save_models, save_safetensors, state_dict, ties_recipe
+from tests.failing import after, no_room
 
 pytestmark = pytest.mark.any_isa
 
@@ -229,27 +229,12 @@ def test_shards_and_threads(recipe: str, out: Path, restored_threads: None) -> N
     assert result.exit_code == 0 and num_files > 1 and f"in {num_files} files\n" in result.stdout
 
 
-def failing_pwrite(then: Callable[[], Any]) -> Callable[..., int]:
-    """`then` in place of the third write, when a tensor is on disk already."""
-    pwrite, calls = os.pwrite, []
-
-    def write(*arguments: Any) -> int:
-        calls.append(arguments)
-        return pwrite(*arguments) if len(calls) < 3 else then()
-
-    return write
-
-
-def no_room() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_disk_full_and_resume(
     recipe: str, folders: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "SYNC_BYTES", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", failing_pwrite(no_room))
+        patch.setattr(os, "pwrite", after(2, os.pwrite, no_room))  # one tensor is on disk already
         stopped(1, r".*No space left on device: make room and run it again with --resume", "merge", recipe, out)
     assert not out.exists()
     stopped(2, "out must have no unfinished merge beside it, got .*: resume it, or remove it", "merge", recipe, out)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
-import itertools
 import json
 import os
 from pathlib import Path
@@ -20,6 +18,7 @@ from surgery_kernels.merging import METHODS
 from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same
 from tests.checkpoints import files_in
+from tests.failing import after, no_room
 from tests.llama_checkpoints import StateDict, gaussians, loaded, models, save
 from tests.untied import untied
 
@@ -136,15 +135,8 @@ def test_over_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
     expected = merge_state_dicts(base, experts, method=name, scope="model", weights=0.4, **options, **rounding)
     for key, tensor in loaded(tmp_path / "whole").items():
         assert_same(tensor, expected[key], key)
-    calls, pwrite = itertools.count(), os.pwrite
-
-    def full(*arguments: Any) -> int:
-        if next(calls) > 8:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "pwrite", after(9, os.pwrite, no_room))
         with pytest.raises(OSError, match="No space left"):
             merge(given, tmp_path / "out")
     merge(given, tmp_path / "out", resume=True)
@@ -157,15 +149,8 @@ def test_random_masks_survive_a_resume(tmp_path: Path, monkeypatch: pytest.Monke
     given = recipe(name, save(tmp_path, models(untied, torch.float32)))
     options: dict[str, Any] = {"random_seed": 7, "stream": stream}
     merge(given, tmp_path / "whole", **options)
-    calls, pwrite = itertools.count(), os.pwrite
-
-    def full(*arguments: Any) -> int:
-        if next(calls) > 8:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "pwrite", after(9, os.pwrite, no_room))
         with pytest.raises(OSError, match="No space left"):
             merge(given, tmp_path / "out", **options)
     merge(given, tmp_path / "out", resume=True, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import errno
-import itertools
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.checkpoint.writing.journal import Journal
 from surgery_kernels.recipes import load_recipe
 from tests.checkpoints import files_in, save_lora, save_models, state_dict, ties_recipe
+from tests.failing import after, no_room
 
 pytestmark = pytest.mark.any_isa
 
@@ -61,16 +61,6 @@ def expected(tmp_path: Path, given: dict[str, Any]) -> dict[str, bytes]:
     (tmp_path / "expected").mkdir()
     merge(given, tmp_path / "expected" / "out")
     return files_in(tmp_path / "expected" / "out")
-
-
-def no_room(*_: object) -> int:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def after(calls: int, first: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
-    """`first` for so many calls, `then` for all others."""
-    number = itertools.count()
-    return lambda *arguments: (first if next(number) < calls else then)(*arguments)
 
 
 def stop(given: dict[str, Any], out: Path, **options: Any) -> None:

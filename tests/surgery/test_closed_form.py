@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery_kernels.surgery import ClosedForm, Fit, SurgeryAdapters, attach, fit, representation_bias
 from tests.encoders import CASES, Case, Encoder, made, perturbed, samples
-from tests.fits import TASKS, Samples, refusal
+from tests.fits import TASKS, Samples, refusal, ridge_map
 from tests.surgery.test_attach import MIXED, called
 
 pytestmark = pytest.mark.any_isa
@@ -21,18 +21,6 @@ pytestmark = pytest.mark.any_isa
 def solved(merged: nn.Module, experts: Any, batches: Any, mode: str = "v2", **options: Any) -> Fit:
     defaults = {"solver": "closed_form", "rank": 3, "batch_size": 5, "progress": False}
     return fit(merged, experts, batches, mode, **{**defaults, **options})
-
-
-def ridge_map(u: Tensor, d: Tensor, weights: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-    weights = weights / weights.sum()
-    u_mean, d_mean = weights @ u, weights @ d
-    x, y, dim = u - u_mean, d - d_mean, u.shape[1]
-    gram = (x.T * weights) @ x
-    gram += ridge * gram.trace() / dim * torch.eye(dim, dtype=u.dtype)
-    matrix = torch.linalg.solve(gram, (x.T * weights) @ y)
-    axes = torch.linalg.svd(torch.linalg.cholesky(gram).T @ matrix).Vh[:rank].T
-    matrix = matrix @ axes @ axes.T
-    return matrix, d_mean - u_mean @ matrix
 
 
 @torch.no_grad()

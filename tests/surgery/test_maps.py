@@ -8,6 +8,7 @@ from torch import Tensor
 
 from surgery_kernels.surgery.maps import RIDGES, Map, Moments, map_of_few
 from tests.cases import generator
+from tests.fits import ridge_map
 
 pytestmark = pytest.mark.any_isa
 
@@ -22,19 +23,6 @@ def rows(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, torch.randint(0, 4, (count,), generator=g) / 2.0
 
 
-def by_formula(x: Tensor, y: Tensor, weights: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """The matrix and the shift: F = G^-1 C, on the first right singular vectors of L^T F where G = L L^T."""
-    weights = weights / weights.sum()
-    x_mean, y_mean = weights @ x, weights @ y
-    u, d = x - x_mean, y - y_mean
-    gram = (u.T * weights) @ u
-    gram += ridge * gram.trace() / DIM * torch.eye(DIM, dtype=torch.float64)
-    matrix = torch.linalg.solve(gram, (u.T * weights) @ d)
-    axes = torch.linalg.svd(torch.linalg.cholesky(gram).T @ matrix).Vh[:rank].T
-    matrix = matrix @ axes @ axes.T
-    return matrix, y_mean - x_mean @ matrix
-
-
 def whole(solved: Map) -> Tensor:
     return solved.down.T @ (solved.up.T if solved.up.shape[1] else torch.eye(DIM, dtype=torch.float64))
 
@@ -47,7 +35,7 @@ def test_the_solution_is_that_of_the_formula(rank: int, ridge: float) -> None:
     for part in torch.arange(40).split(13):
         moments.add(x[part], y[part], weights[part])
     solved = moments.solve(rank, ridge)
-    matrix, shift = by_formula(x, y, weights.double(), rank, ridge)
+    matrix, shift = ridge_map(x, y, weights.double(), rank, ridge)
     assert solved.down.shape == (min(rank, DIM), DIM)
     assert solved.up.shape == (DIM, rank if rank < DIM else 0)
     torch.testing.assert_close(whole(solved), matrix)
@@ -59,7 +47,7 @@ def test_rows_without_weights_count_once() -> None:
     moments = Moments()
     moments.add(x, y)
     solved = moments.solve(2, 1e-2)
-    torch.testing.assert_close(whole(solved), by_formula(x, y, torch.ones(40).double(), 2, 1e-2)[0])
+    torch.testing.assert_close(whole(solved), ridge_map(x, y, torch.ones(40).double(), 2, 1e-2)[0])
     few = map_of_few(x, y, 2, 1e-2)
     torch.testing.assert_close(whole(few), whole(solved))
     torch.testing.assert_close(few.shift, solved.shift)
@@ -69,7 +57,7 @@ def test_a_large_mean_costs_float32_nothing() -> None:
     x, y, _ = rows(400)
     moments = Moments()
     moments.add((x + 1_000).float(), y.float())
-    matrix, _ = by_formula(x, y, torch.ones(400).double(), DIM, 1e-4)
+    matrix, _ = ridge_map(x, y, torch.ones(400).double(), DIM, 1e-4)
     torch.testing.assert_close(whole(moments.solve(DIM, 1e-4)), matrix, rtol=0, atol=1e-3)
 
 
