@@ -81,6 +81,13 @@ def number(argument: str, value: object, required: str = "a number") -> float:
     return float(value)
 
 
+def check_count(argument: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{argument} must be {least} or greater, got {value}")
+
+
 def check_density(density: PerExpert, num_tasks: int) -> list[float]:
     values = per_expert("density", density, num_tasks)
     for v in values:

@@ -1,5 +1,6 @@
 """Representation surgery: adapters that undo, task by task, what a merge did to the features."""
 
+from ..modules.sites import Sites, find_sites
 from .adapters import SurgeryAdapters
 from .attach import SurgeryModel, attach
 from .bias import collect_features, representation_bias
@@ -7,7 +8,6 @@ from .calibrate import Calibrated, calibrate
 from .closed_form import ClosedForm
 from .fit import Fit, Log, fit
 from .plots import plot_bias, plot_features
-from .sites import Sites, find_sites
 
 __all__ = [
     "Calibrated",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import arguments, surgery_adapter
-from .checks import check_count
 from .seeds import generator
 
 Task = str | int | Tensor | Sequence[str | int]
@@ -59,13 +58,13 @@ class SurgeryAdapters(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        check_count("num_tasks", num_tasks)
+        arguments.check_count("num_tasks", num_tasks)
         arguments.check_one_of("kind", kind, KINDS)
         check_rank(rank, kind)
         if not widths:
             raise ValueError("widths must be of at least one site, got none")
         for site, width in widths.items():
-            check_count(f"widths[{site!r}]", width)
+            arguments.check_count(f"widths[{site!r}]", width)
         if dtype not in arguments.DTYPES:
             raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
         self.tasks = tuple(map(str, range(num_tasks) if tasks is None else tasks))
@@ -206,4 +205,4 @@ def check_rank(rank: object, kind: str) -> None:
     if isinstance(rank, str):
         wanted = "'full' or an integer" if kind == "linear" else "an integer"
         raise TypeError(f"rank must be {wanted}, got {rank!r}")
-    check_count("rank", rank)
+    arguments.check_count("rank", rank)

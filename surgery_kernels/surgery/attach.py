@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..modules.hooks import SiteHooks, is_hooked
+from ..modules.sites import Sites, check_sites
 from .adapters import SurgeryAdapters, Task
-from .hooks import SiteHooks, is_hooked
-from .sites import Sites, check_sites
 
 
 class SurgeryModel(nn.Module):

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..modules.inputs import Inputs
+from ..modules.pools import Batches, Pool, pool_of
+from ..modules.sites import Sites, check_sites, find_sites
+from ..ops import arguments
 from .attach import SurgeryModel
-from .batches import Batches, Pool, pool_of
-from .checks import check_count
 from .features import Recorder, check_finite
-from .inputs import Inputs
-from .sites import Sites, check_sites, find_sites
 
 
 def representation_bias(
@@ -87,7 +87,7 @@ def collect_features(
 
 
 def _in_order(pool: Pool, batch_size: int) -> Iterator[Inputs]:
-    check_count("batch_size", batch_size)
+    arguments.check_count("batch_size", batch_size)
     return pool.stream(torch.arange(len(pool)).split(batch_size))
 
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..modules.pools import Batches, Pool, pool_of
+from ..modules.runner import BlockRunner, Started, read_weights, row_weights
+from ..modules.sites import Sites, check_sites, find_sites
+from ..modules.visits import Visit, Visits
 from ..ops import arguments
-from .batches import Batches, Pool, pool_of
-from .checks import check_count
 from .experts import Expert, load_expert
 from .features import check_finite
-from .layers import LinearMoments, LinearSolver, NormSolver, TaskMoments, Visit, Visits, known_layers
+from .layers import LinearMoments, LinearSolver, NormSolver, TaskMoments, known_layers
 from .progress import progress_bar
-from .runner import BlockRunner, Started, read_weights, row_weights
 from .seeds import generator
-from .sites import Sites, check_sites, find_sites
 
 StateDict = Mapping[str, Tensor]
 
@@ -371,7 +371,7 @@ def _check(
     for name, share in {"teacher": teacher, "unread_weight": unread_weight}.items():
         if not 0 <= arguments.number(name, share) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {share}")
-    check_count("batch_size", batch_size)
+    arguments.check_count("batch_size", batch_size)
     if not experts or set(experts) != set(batches):
         raise ValueError(
             f"batches must have samples for every task of experts, got {list(batches)} for {list(experts)}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from .sites import Sites, check_sites
+from ..modules.sites import Sites, check_sites
 
 StateDict = Mapping[str, Tensor]
 Expert = nn.Module | StateDict | Callable[[], nn.Module | StateDict]

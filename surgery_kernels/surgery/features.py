@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from ..modules.device import autocast_to, device_of
+from ..modules.frozen import frozen
+from ..modules.hooks import SiteHooks
+from ..modules.inputs import Inputs, batch_size, select, to_device
+from ..modules.sites import Sites
 from .attach import SurgeryModel
-from .frozen import device_of, frozen
-from .hooks import SiteHooks
-from .inputs import Inputs, batch_size, select, to_device
-from .sites import Sites
 
 
 class Recorder(ExitStack):
@@ -59,10 +60,6 @@ class Recorder(ExitStack):
         with autocast_to(self._autocast, self._device):
             self._hooks.run(self._model, to_device(inputs, self._device), **options)
         return [x.to("cpu", torch.promote_types(x.dtype, torch.float32)) for x in self._features]
-
-
-def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def check_finite(what: str, features: Tensor) -> None:

@@ -11,24 +11,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..modules.device import device_of
+from ..modules.frozen import frozen
+from ..modules.hooks import is_hooked
+from ..modules.inputs import sample_shape
+from ..modules.pools import Batches, pool_of
+from ..modules.sites import MODES, Sites, check_sites, find_sites
 from ..ops import arguments
 from .adapters import Rank, SurgeryAdapters, check_rank
-from .batches import Batches, TaskData, pool_of, sample_order, task_data
+from .batches import TaskData, sample_order, task_data
 from .cache import fingerprint
-from .checks import check_count
 from .closed_form import ClosedForm, Run
 from .experts import Expert, load_expert
 from .features import Recorder
-from .frozen import device_of, frozen
-from .hooks import is_hooked
-from .inputs import sample_shape
+from .gradient.resume import Checkpoint
+from .gradient.train import Adam, Trainer, train
+from .gradient.v1 import FinalTrainer
+from .gradient.v2 import DeepTrainer
 from .progress import progress_bar
-from .resume import Checkpoint
-from .sites import MODES, Sites, check_sites, find_sites
 from .store import FeatureStore
-from .train import Adam, Trainer, train
-from .v1 import FinalTrainer
-from .v2 import DeepTrainer
 
 STEPS, LR = 1000, 1e-3
 
@@ -280,9 +281,9 @@ def _check_options(
     autocast: torch.dtype | None,
 ) -> None:
     arguments.check_one_of("mode", mode, MODES)
-    check_count("steps", steps)
-    check_count("batch_size", batch_size)
-    check_count("checkpoint_every", checkpoint_every)
+    arguments.check_count("steps", steps)
+    arguments.check_count("batch_size", batch_size)
+    arguments.check_count("checkpoint_every", checkpoint_every)
     if not 0 < arguments.number("lr", lr) < math.inf:
         raise ValueError(f"lr must be finite and greater than 0, got {lr}")
     if detach_layers and mode == "v1":

@@ -1,51 +1,17 @@
-"""Layers that calibration knows, what goes through them in a pass, and which parameters answer best."""
+"""Layers that calibration knows, and which of their parameters answer best to what goes through them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..modules.visits import Visit
 from ..ops import GramCross, gram_cross
 
 RowsOf = Callable[[int], Tensor | None]  # by the number of a call the weights of its rows; None: all of them 1
 EPS = 1e-8  # least norm of a Gram matrix, and what is added to every ridge
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One call of a layer."""
-
-    name: str
-    inputs: Tensor
-    output: Tensor
-
-
-class Visits(ExitStack):
-    """Records the calls of some layers, while its `recording` lasts."""
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self._seen: list[Visit] | None = None
-        for name, layer in layers.items():
-            self.callback(layer.register_forward_hook(partial(self._see, name)).remove)
-
-    @contextmanager
-    def recording(self) -> Iterator[list[Visit]]:
-        self._seen = []
-        try:
-            yield self._seen
-        finally:
-            self._seen = None
-
-    def _see(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._seen is not None and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            self._seen.append(Visit(name, args[0], output))
 
 
 def known_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgery_kernels.modules.inputs import select
+from surgery_kernels.modules.runner import BlockRunner, row_weights
 from surgery_kernels.surgery import Sites, attach
-from surgery_kernels.surgery.inputs import select
-from surgery_kernels.surgery.runner import BlockRunner, row_weights
 from tests.encoders import CASES, Case, Encoder, made, samples
 from tests.surgery.test_attach import adapters_for, called, state_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 
@@ -25,8 +24,3 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             module.training = was_training
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies; the CPU for a model without any."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery_kernels.surgery.maps import RIDGES, Map, Moments, map_of_few
+from surgery_kernels.surgery.closed_form.maps import RIDGES, Map, Moments, map_of_few
 from tests.cases import generator
 from tests.fits import ridge_map
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .adapters import SurgeryAdapters
-from .features import check_finite
-from .progress import progress_bar
+from ..adapters import SurgeryAdapters
+from ..features import check_finite
+from ..progress import progress_bar
 from .resume import Checkpoint
 
 

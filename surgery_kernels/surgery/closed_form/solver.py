@@ -12,22 +12,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..ops import arguments
-from .adapters import Rank, SurgeryAdapters
-from .attach import attach
-from .batches import Batches, Pool, TaskData
-from .bias import representation_bias
-from .cache import fingerprint
-from .experts import Expert, load_expert
-from .features import Recorder, check_finite
-from .frozen import device_of
-from .inputs import Inputs
+from ...modules.device import device_of
+from ...modules.inputs import Inputs
+from ...modules.pools import Batches, Pool
+from ...modules.runner import BlockRunner, Started, read_weights, row_weights
+from ...modules.sites import Sites
+from ...ops import arguments
+from ..adapters import Rank, SurgeryAdapters
+from ..attach import attach
+from ..batches import TaskData
+from ..bias import representation_bias
+from ..cache import fingerprint
+from ..experts import Expert, load_expert
+from ..features import Recorder, check_finite
+from ..progress import progress_bar
+from ..seeds import generator
+from ..store import FeatureStore
 from .maps import Map, Moments, map_of_few
-from .progress import progress_bar
-from .runner import BlockRunner, Started, read_weights, row_weights
-from .seeds import generator
-from .sites import Sites
-from .store import FeatureStore
 
 RowWeights = Callable[[Inputs], Tensor]
 

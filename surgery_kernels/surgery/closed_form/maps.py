@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import gram_cross
+from ...ops import gram_cross
 
 # Ridges that leaving one row out chooses among, as shares of the mean variance of the features.
 RIDGES = tuple(10.0 ** (k / 2) for k in range(-6, 7))

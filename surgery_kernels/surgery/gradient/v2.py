@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import representation_loss, surgery_adapter
-from .adapters import SurgeryAdapters
-from .batches import TaskData
-from .features import autocast_to
-from .frozen import device_of
-from .hooks import SiteHooks
-from .inputs import Inputs, concatenate, to_device
-from .sites import Sites
+from ...modules.device import autocast_to, device_of
+from ...modules.hooks import SiteHooks
+from ...modules.inputs import Inputs, concatenate, to_device
+from ...modules.sites import Sites
+from ...ops import representation_loss, surgery_adapter
+from ..adapters import SurgeryAdapters
+from ..batches import TaskData
 from .train import Adam
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import surgery_train
-from .adapters import SurgeryAdapters
-from .batches import TaskData
+from ...ops import surgery_train
+from ..adapters import SurgeryAdapters
+from ..batches import TaskData
 from .train import Adam
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import autocast_to
-from .frozen import device_of, frozen
+from .device import autocast_to, device_of
+from .frozen import frozen
 from .hooks import SiteHooks
 from .inputs import Inputs, select, to_device
 from .outputs import open_output
