@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from safetensors import SafetensorError
 
-        from .digits import run_seeds
-        from .experts import Config
+        from .digits.experiment import run_seeds
+        from .digits.experts import Config
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise

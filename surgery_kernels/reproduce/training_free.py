@@ -1,34 +1,38 @@
-"""Every training-free method on the experts of the experiment: accuracy, time and bytes."""
+"""Every training-free method on the experts of an experiment: accuracy, time and bytes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..merging import METHODS, merge_state_dicts
-from .experts import Experts, StateDict
-from .methods import DENSITY, LAM
-from .report import average
-from .tasks import TASKS
-from .training import accuracy
+from torch import Tensor
 
-# What a usual recipe gives a method, where its own defaults are for other models than these.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "dni": {"weights": 1 / len(TASKS)},
-    "expo": {"extrapolation": 0.5},
-    "lines": {"first": 1 / len(TASKS), "last": 2.5 / len(TASKS)},
-    "task_arithmetic": {"lam": LAM},
-    "ties": {"density": DENSITY, "lam": LAM, "reduce": "sum"},
-    "dare_linear": {"density": 0.5, "lam": LAM},
-    "dare_ties": {"density": 0.5, "lam": LAM},
-    "della_linear": {"density": 0.5, "lam": LAM},
-    "della": {"density": 0.5, "normalize": False, "lam": LAM},
-    "breadcrumbs": {"density": 0.9, "lam": LAM},
-    "breadcrumbs_ties": {"density": 0.9, "lam": LAM},
-}
+from ..merging import METHODS, merge_state_dicts
+from .methods import DENSITY, LAM
+
+StateDict = dict[str, Tensor]
+
 LEARNED = ("fisher", "regmean", "adamerging")  # need inputs
 OF_ONE = ("passthrough", "wise_ft")  # nothing is merged, or only with the base
+
+
+def options(num_tasks: int) -> dict[str, dict[str, Any]]:
+    """What a usual recipe gives a method, where its own defaults are for other models than these."""
+    return {
+        "dni": {"weights": 1 / num_tasks},
+        "expo": {"extrapolation": 0.5},
+        "lines": {"first": 1 / num_tasks, "last": 2.5 / num_tasks},
+        "task_arithmetic": {"lam": LAM},
+        "ties": {"density": DENSITY, "lam": LAM, "reduce": "sum"},
+        "dare_linear": {"density": 0.5, "lam": LAM},
+        "dare_ties": {"density": 0.5, "lam": LAM},
+        "della_linear": {"density": 0.5, "lam": LAM},
+        "della": {"density": 0.5, "normalize": False, "lam": LAM},
+        "breadcrumbs": {"density": 0.9, "lam": LAM},
+        "breadcrumbs_ties": {"density": 0.9, "lam": LAM},
+    }
 
 
 @dataclass(frozen=True)
@@ -40,33 +44,35 @@ class Row:
     in_turn: bool  # the method takes two models: one expert after the other
 
 
-def rows(experts: Experts) -> list[Row]:
+def rows(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    average_accuracy: Callable[[StateDict], float],
+) -> list[Row]:
     """One for every method, in the order of their list."""
     found = []
     for name, method in METHODS.items():
         if name in (*LEARNED, *OF_ONE):
             continue
-        options = OPTIONS.get(name, {})
+        given = options(len(experts)).get(name, {})
         most = method.num_experts[1]
         start = time.perf_counter()
         if most is None:
-            merged = merge_state_dicts(experts.pretrained, experts.experts, method=name, **options)
+            merged = merge_state_dicts(base, experts, method=name, **given)
         else:
             merged = one_after_another(experts, name, most)
         seconds = time.perf_counter() - start
-        encoder = experts.config.encoder(merged)
-        accuracies = [accuracy(encoder, experts.heads, experts.test, task) for task in range(len(TASKS))]
-        merges, inputs = (1, len(TASKS) + 1) if most is None else (len(TASKS) - 1, 2)
-        nbytes = sum(tensor.nbytes for tensor in experts.pretrained.values())
-        read = merges * method(**options).reads * inputs * nbytes
-        found.append(Row(name, average(accuracies), seconds, read, in_turn=most is not None))
+        merges, inputs = (1, len(experts) + 1) if most is None else (len(experts) - 1, 2)
+        nbytes = sum(tensor.nbytes for tensor in base.values())
+        read = merges * method(**given).reads * inputs * nbytes
+        found.append(Row(name, average_accuracy(merged), seconds, read, in_turn=most is not None))
     return found
 
 
-def one_after_another(experts: Experts, name: str, most: int) -> StateDict:
+def one_after_another(experts: Sequence[StateDict], name: str, most: int) -> StateDict:
     """The running mean of a method that takes two models: expert k has the weight 1 / k."""
-    merged = experts.experts[0]
-    for k, expert in enumerate(experts.experts[1:], start=2):
+    merged = experts[0]
+    for k, expert in enumerate(experts[1:], start=2):
         if most == 2:
             merged = merge_state_dicts(None, [merged, expert], method=name, weights=[k - 1.0, 1.0])
         elif name == "slerp":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery_kernels.reproduce.vit import VisionTransformer
+from surgery_kernels.reproduce.digits.vit import VisionTransformer
 from surgery_kernels.surgery import calibrate
 from tests.adapter_cases import calls_of
 from tests.encoders import CASES, Case, Encoder, made, perturbed, samples

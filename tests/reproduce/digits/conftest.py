@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery_kernels.reproduce.experts import load_experts
+from surgery_kernels.reproduce.digits.experts import load_experts
 from tests.tiny_digits import TINY
 
 

@@ -10,10 +10,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..merging import merge_state_dicts
-from ..ops import ties_merge
-from ..surgery import SurgeryAdapters, find_sites
-from ..surgery.batches import sample_order
+from ...merging import merge_state_dicts
+from ...ops import ties_merge
+from ...surgery import SurgeryAdapters, find_sites
+from ...surgery.batches import sample_order
 from . import eager
 from .experts import Experts
 from .tasks import TASKS

@@ -6,17 +6,15 @@ import hashlib
 import itertools
 import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from ..jobs import one_thread, progress_bar
 from . import tasks, training, vit
 from .tasks import TASKS, Split, load_splits
 from .training import frozen_heads, train
@@ -72,27 +70,6 @@ class Experts:
     pretrained: StateDict
     experts: list[StateDict]  # in the order of TASKS
     multi_task: StateDict
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain little from a second thread, and lose much wherever other programs keep it busy."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def progress_bar(name: str, total: int, unit: str = "step") -> tqdm:
-    return tqdm(
-        total=total,
-        desc=name,
-        unit=unit,
-        bar_format="{desc:20} {percentage:3.0f} % |{bar:40}| {unit} {n_fmt}/{total_fmt}, {elapsed}, {remaining} left",
-        mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file keeps every state of the bar
-    )
 
 
 def save(path: Path, state: StateDict) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .repair import Job, Outcome, Setting
-from .report import average
+from ..jobs import Job
+from ..repair import Setting
+from ..report import average
+from .measure import Outcome
 
 SWEEPS: dict[str, dict[str, dict[str, Setting]]] = {  # what is varied -> method -> value -> setting
     "rank": {
@@ -20,8 +22,8 @@ SWEEPS: dict[str, dict[str, dict[str, Setting]]] = {  # what is varied -> method
         "SurgeryV2": {str(steps): Setting("v2", 4, steps=steps) for steps in (100, 300, 1000)},
     },
     "unlabeled images per task": {
-        "Surgery": {str(count): Setting("v1", 16, num_images=count) for count in (16, 64, 256)},
-        "SurgeryV2": {str(count): Setting("v2", 4, num_images=count) for count in (16, 64, 256)},
+        "Surgery": {str(count): Setting("v1", 16, num_samples=count) for count in (16, 64, 256)},
+        "SurgeryV2": {str(count): Setting("v2", 4, num_samples=count) for count in (16, 64, 256)},
     },
     "unlabeled images from": {
         "Surgery": {"test": Setting("v1", 16), "train": Setting("v1", 16, on_train=True)},

@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-from ..surgery import plot_bias, plot_features
-from . import ablations, training_free
-from .experts import Config, Experts, load_experts, one_thread
-from .methods import DENSITY, LAM, MERGES
-from .repair import STEPS, Job, Outcome, Setting, measure, run_jobs
-from .report import average, plot_averages, plot_tasks, say, short, table
+from ...surgery import plot_bias, plot_features
+from .. import training_free
+from ..jobs import Job, one_thread
+from ..methods import DENSITY, LAM, MERGES
+from ..repair import STEPS, Setting
+from ..report import average, plot_averages, say, short, table
+from . import ablations
+from .experts import Config, Experts, StateDict, load_experts
+from .measure import Outcome, measure, measure_jobs
+from .plots import plot_tasks
 from .tasks import TASKS
 from .timing import SurgeryTiming, Timing, time_surgery, time_ties
+from .training import accuracy
 
 CLOSED_FORM = "closed form"
 SURGERIES = {  # a rank of 52 gives Surgery as many parameters as SurgeryV2 has
     "Surgery": Setting("v1", rank=16),
     "Surgery, rank 52": Setting("v1", rank=52),
     "SurgeryV2": Setting("v2", rank=4),
-    CLOSED_FORM: Setting("v2", rank=16, num_images=64, solver="closed_form"),
-    "calibrate": Setting("calibrate", num_images=64),  # one model for all tasks
+    CLOSED_FORM: Setting("v2", rank=16, num_samples=64, solver="closed_form"),
+    "calibrate": Setting("calibrate", num_samples=64),  # one model for all tasks
 }
 SHOWN = "task arithmetic"  # by the plots of a single merge and the ablations
 EAGER_STEPS = 5
@@ -53,12 +59,12 @@ def run(config: Config, out: Path, *, retrain: bool = False, steps: int = STEPS,
 
     jobs = jobs_of(steps)
     say(f"Merging in {len(MERGES)} ways, repairing each in {len(SURGERIES)}, {steps} steps per task")
-    repaired = run_jobs(config, folder, jobs, adamerging_steps=steps // 2)
+    repaired = measure_jobs(config, folder, jobs, adamerging_steps=steps // 2)
     with one_thread():
         outcomes = evaluate(experts, repaired, steps)
         timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
         surgery = [time_fit(experts, name, steps, repaired) for name in ("Surgery", "SurgeryV2")]
-        methods = training_free.rows(experts)
+        methods = training_free.rows(experts.pretrained, experts.experts, partial(average_accuracy, experts))
     text = [
         f"{table_of(outcomes)}\n\n{in_words(outcomes)}",
         training_free.text(methods),
@@ -67,7 +73,7 @@ def run(config: Config, out: Path, *, retrain: bool = False, steps: int = STEPS,
     ]
     say("\n" + "\n\n".join(text))
     if full:
-        repaired |= run_jobs(config, folder, [job for job in ablations.jobs(SHOWN) if job not in repaired])
+        repaired |= measure_jobs(config, folder, [job for job in ablations.jobs(SHOWN) if job not in repaired])
         text.append(ablations.text(SHOWN, repaired))
         say("\n" + text[-1])
         ablations.plot(SHOWN, repaired, average(outcomes["individual"].accuracy), folder / "ablations.png")
@@ -108,13 +114,18 @@ def evaluate(experts: Experts, repaired: dict[Job, Outcome], steps: int) -> Outc
     return outcomes
 
 
+def average_accuracy(experts: Experts, state: StateDict) -> float:
+    encoder = experts.config.encoder(state)
+    return average([accuracy(encoder, experts.heads, experts.test, task) for task in range(len(TASKS))])
+
+
 def individual(experts: Experts) -> Outcome:
     return measure(experts, [experts.config.encoder(expert) for expert in experts.experts])
 
 
 def table_of(outcomes: Outcomes) -> str:
     accuracies = {name: outcome.accuracy for name, outcome in outcomes.items()}
-    return table(accuracies, more={"bias": {name: f"{o.final_bias:.3f}" for name, o in outcomes.items()}})
+    return table(accuracies, TASKS, {"bias": {name: f"{o.final_bias:.3f}" for name, o in outcomes.items()}})
 
 
 def over_seeds(outcomes: Sequence[Outcomes]) -> str:
@@ -139,7 +150,7 @@ def in_words(outcomes: Outcomes) -> str:
         name: averages["individual"] - max(averages[f"{merged}{name}"] for merged in MERGES)
         for name in ("", *(f" + {surgery}" for surgery in SURGERIES))
     }
-    images = SURGERIES[CLOSED_FORM].num_images
+    images = SURGERIES[CLOSED_FORM].num_samples
     return (
         f"The best merge is {below['']:.1f} points below the experts, with Surgery {below[' + Surgery']:.1f}, "
         f"with SurgeryV2 {below[' + SurgeryV2']:.1f},\n"
@@ -149,6 +160,7 @@ def in_words(outcomes: Outcomes) -> str:
 
 def time_fit(experts: Experts, surgery: str, steps: int, repaired: dict[Job, Outcome]) -> SurgeryTiming:
     setting = surgeries(steps)[surgery]
+    assert isinstance(setting.rank, int)
     return time_surgery(
         experts,
         surgery,

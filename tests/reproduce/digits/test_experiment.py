@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surgery_kernels.reproduce import ablations, digits, eager
 from surgery_kernels.reproduce.__main__ import main
-from surgery_kernels.reproduce.experts import Config, load_experts, one_thread
-from surgery_kernels.reproduce.merges import merge
+from surgery_kernels.reproduce.digits import ablations, eager
+from surgery_kernels.reproduce.digits import experiment as digits
+from surgery_kernels.reproduce.digits.experts import Config, load_experts
+from surgery_kernels.reproduce.digits.measure import Outcome, measure_jobs, run_job
+from surgery_kernels.reproduce.digits.merges import merge
+from surgery_kernels.reproduce.digits.tasks import TASKS
+from surgery_kernels.reproduce.digits.timing import published_setting, time_surgery, time_ties
+from surgery_kernels.reproduce.jobs import Job, one_thread
 from surgery_kernels.reproduce.methods import MERGES
-from surgery_kernels.reproduce.repair import Job, Outcome, Setting, run_job, run_jobs
+from surgery_kernels.reproduce.repair import Setting
 from surgery_kernels.reproduce.report import average, table
-from surgery_kernels.reproduce.tasks import TASKS
-from surgery_kernels.reproduce.timing import published_setting, time_surgery, time_ties
 from surgery_kernels.surgery import fit
 from tests.tiny_digits import CHECKPOINTS, TINY, saved
 
@@ -66,13 +69,13 @@ def test_timing_compares_results(tiny_folder: Path) -> None:
 
 
 def test_table_has_a_column_per_task_and_the_average() -> None:
-    lines = table({"pretrained": [10.0] * 8, "TIES": [0.0] * 7 + [100.0]}).splitlines()
+    lines = table({"pretrained": [10.0] * 8, "TIES": [0.0] * 7 + [100.0]}, TASKS).splitlines()
     assert lines[0].split() == ["accuracy", "in", "%", *(name.split("+")[0] for name in TASKS), "average"]
     assert lines[1].split() == ["+rot270"]
     assert lines[3].split() == ["pretrained", *["10.0"] * 9]
     assert lines[4].split() == ["TIES", *["0.0"] * 7, "100.0", "12.5"]
     assert len(lines) == 5 and len({len(line) for line in (lines[0], *lines[2:])}) == 1
-    assert len(table({"weight averaging": [100.0] * 8}).splitlines()[0]) <= 100
+    assert len(table({"weight averaging": [100.0] * 8}, TASKS).splitlines()[0]) <= 100
 
 
 def test_table_names_repairs_below_their_merge_and_adds_columns() -> None:
@@ -123,8 +126,8 @@ def test_time_surgery_scales_to_all_steps(tiny_folder: Path) -> None:
 
 
 def test_jobs_are_alike_in_any_process(tiny_folder: Path) -> None:
-    jobs = [Job("TIES"), Job("TIES", Setting("v1", 2, steps=2, num_images=20, on_train=True))]
-    side_by_side = run_jobs(TINY, tiny_folder, jobs)
+    jobs = [Job("TIES"), Job("TIES", Setting("v1", 2, steps=2, num_samples=20, on_train=True))]
+    side_by_side = measure_jobs(TINY, tiny_folder, jobs)
     assert list(side_by_side) == jobs
     made = load_experts(TINY, tiny_folder)
     with one_thread():
@@ -186,7 +189,7 @@ def test_run_prints_the_tables_and_writes_every_file(tmp_path: Path, capsys: pyt
     assert all(list(values) == list(TASKS) for values in accuracies.values())
     assert set(results["bias"]["individual"].values()) == {0.0} and list(results["bias"]["TIES"]) == SITES
     bias = {name: f"{of_method['']:.3f}" for name, of_method in results["bias"].items()}
-    assert table({name: list(values.values()) for name, values in accuracies.items()}, more={"bias": bias}) in printed
+    assert table({name: list(values.values()) for name, values in accuracies.items()}, TASKS, {"bias": bias}) in printed
     assert (folder / "results.txt").read_text().strip() in printed
     assert all(len(line) <= 110 for line in printed.splitlines() if str(folder) not in line and ".png" not in line)
 
@@ -210,7 +213,7 @@ def test_surgery_repairs_in_every_seed(tmp_path: Path) -> None:
         seed, merges = config.seed, BANDS_HOLD_FOR[config.seed]
         individual = average(digits.individual(made).accuracy)
         jobs = [Job(name, setting) for setting in reversed(settings) for name in merges]
-        outcomes = run_jobs(config, folder, list(dict.fromkeys([*jobs, closed_form])))
+        outcomes = measure_jobs(config, folder, list(dict.fromkeys([*jobs, closed_form])))
         of_all_seeds.append(average(outcomes[closed_form].accuracy))
         for name in merges:
             merged, v1, matched, v2, closed, calibrated = (outcomes[Job(name, setting)] for setting in settings)

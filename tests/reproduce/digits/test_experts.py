@@ -10,11 +10,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from surgery_kernels.reproduce import experts
-from surgery_kernels.reproduce.experts import Config, load_experts
-from surgery_kernels.reproduce.tasks import PATCH_ORDER, TASKS, TRANSFORMS, Split, load_splits
-from surgery_kernels.reproduce.training import accuracy, frozen_heads
-from surgery_kernels.reproduce.vit import VisionTransformer
+from surgery_kernels.reproduce.digits import experts
+from surgery_kernels.reproduce.digits.experts import Config, load_experts
+from surgery_kernels.reproduce.digits.tasks import PATCH_ORDER, TASKS, TRANSFORMS, Split, load_splits
+from surgery_kernels.reproduce.digits.training import accuracy, frozen_heads
+from surgery_kernels.reproduce.digits.vit import VisionTransformer
 from tests.tiny_digits import CHECKPOINTS, TINY, saved
 
 pytestmark = pytest.mark.any_isa

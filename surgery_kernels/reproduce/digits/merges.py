@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..merging import Objective, entropy_objective, merge_state_dicts
+from ...merging import Objective, entropy_objective, merge_state_dicts
+from ..methods import MERGES
 from .experts import Experts, StateDict
-from .methods import MERGES
 from .tasks import TASKS
 from .training import classify
 
