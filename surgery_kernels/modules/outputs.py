@@ -39,6 +39,11 @@ def open_output(output: Any, site: str) -> Slot:
     )
 
 
+def logits_of(outputs: Any) -> Any:
+    """Of a classifier's output: itself, or its `logits` where it is a mapping with them."""
+    return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+
+
 def batch_first(slot: Slot) -> Slot:
     """Token-major [tokens, batch, dim] as a view [batch, tokens, dim]."""
     return Slot(slot.tensor.transpose(0, 1), lambda features: slot.put(features.transpose(0, 1)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..ops import arguments
-from .inputs import Inputs, batch_size, concatenate, sample_shape, select, without_labels
+from .inputs import Inputs, batch_size, concatenate, padded, sample_shape, select, without_labels
 
 Batches = Any  # a tensor, a mapping of tensors, a map-style dataset or an iterable of batches
 
@@ -63,22 +63,39 @@ def pool_of(argument: str, batches: Batches, num_workers: int = 0) -> Pool:
     """Samples by number, from everything that `fit` takes; an iterable is read to its end and kept in memory."""
     arguments.check_count("num_workers", num_workers, least=0)
     pool: Pool
-    if isinstance(batches, (Tensor, Mapping)):
+    if isinstance(batches, (Memory, Lazy)):
+        pool = batches
+    elif isinstance(batches, (Tensor, Mapping)):
         pool = Memory(without_labels(batches, argument))
     elif _is_map_style(batches):
         pool = Lazy(batches, num_workers, argument)
     elif isinstance(batches, Iterable):
         read = [without_labels(batch, argument) for batch in batches]
-        _check_one_shape(argument, read)
+        read = _of_one_shape(argument, read)
         pool = Memory(concatenate(read) if read else torch.empty(0))
     else:
-        raise TypeError(
-            f"{argument} must be a tensor, a mapping of tensors, a dataset or an iterable of batches, "
-            f"got {type(batches).__name__}"
-        )
+        raise _of_no_form(argument, batches)
     if not len(pool):
         raise ValueError(f"{argument} must hold at least one sample, got none")
     return pool
+
+
+def batches_of(argument: str, batches: Batches, batch_size: int = 64) -> Iterator[Inputs]:
+    """The same samples batch after batch, for whoever needs each once: an iterable is read as far as it is asked."""
+    if isinstance(batches, (Tensor, Mapping)) or _is_map_style(batches):
+        pool = pool_of(argument, batches)
+        yield from pool.stream(torch.arange(len(pool)).split(batch_size))
+    elif isinstance(batches, Iterable):
+        yield from (without_labels(batch, argument) for batch in batches)
+    else:
+        raise _of_no_form(argument, batches)
+
+
+def _of_no_form(argument: str, batches: object) -> TypeError:
+    return TypeError(
+        f"{argument} must be a tensor, a mapping of tensors, a dataset or an iterable of batches, "
+        f"got {type(batches).__name__}"
+    )
 
 
 def _is_map_style(batches: object) -> bool:
@@ -87,8 +104,10 @@ def _is_map_style(batches: object) -> bool:
     return hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
 
 
-def _check_one_shape(argument: str, batches: Sequence[Inputs]) -> None:
+def _of_one_shape(argument: str, batches: list[Inputs]) -> list[Inputs]:
+    batches = padded(batches)
     shapes = [sample_shape(batch) for batch in batches]
     for shape in shapes:
         if shape != shapes[0]:
             raise ValueError(f"{argument} must hold samples of one shape, got {shapes[0]} and {shape}")
+    return batches

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from .device import autocast_to, device_of
 from .frozen import frozen
 from .hooks import SiteHooks
-from .inputs import Inputs, select, to_device
+from .inputs import MASK, Inputs, select, to_device
 from .outputs import open_output
 from .sites import Sites
-
-MASK = "attention_mask"
 
 # A cache of keys and values would grow at every replay.
 WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "use_cache": False}
@@ -192,10 +190,15 @@ class BlockRunner(ExitStack):
                     raise self._not_in_a_row(i)
                 self._wrapped[i] = not isinstance(value, Tensor)
             without = {name: value for name, value in WITHOUT_CACHE.items() if name in options}
-            calls.append(
-                Call(args, {**options, **without}, self._place, self._puts[i - 1] if self._wrapped[i] else _as_it_is)
-            )
+            args, options = self._without_stream(args, {**options, **without})
+            calls.append(Call(args, options, self._place, self._puts[i - 1] if self._wrapped[i] else _as_it_is))
         return tuple(calls)
+
+    def _without_stream(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """So that calls do not keep the tokens of their pass alive."""
+        if isinstance(self._place, str):
+            return args, {**options, self._place: None}
+        return tuple(None if place == self._place else value for place, value in enumerate(args)), options
 
     def _not_in_a_row(self, block: int) -> ValueError:
         return ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +20,36 @@ class Visit:
     output: Tensor
 
 
+@contextmanager
+def watched(layers: Iterable[tuple[str, nn.Module]], see: Callable[[Visit], None]) -> Iterator[None]:
+    """Shows `see` every call of the layers, while it lasts, under the names they have here."""
+    with ExitStack() as hooks:
+        for name, layer in layers:
+            handle = layer.register_forward_hook(partial(_show, name, see), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
+
+
+def _show(
+    name: str,
+    see: Callable[[Visit], None],
+    _: nn.Module,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    output: Any,
+) -> None:
+    given = args[0] if args else next(iter(options.values()), None)
+    if isinstance(given, Tensor) and isinstance(output, Tensor):
+        see(Visit(name, given, output))
+
+
 class Visits(ExitStack):
     """Records the calls of some layers, while its `recording` lasts."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self._seen: list[Visit] | None = None
-        for name, layer in layers.items():
-            self.callback(layer.register_forward_hook(partial(self._see, name)).remove)
+        self.enter_context(watched(layers.items(), self._see))
 
     @contextmanager
     def recording(self) -> Iterator[list[Visit]]:
@@ -37,6 +59,6 @@ class Visits(ExitStack):
         finally:
             self._seen = None
 
-    def _see(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._seen is not None and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            self._seen.append(Visit(name, args[0], output))
+    def _see(self, visit: Visit) -> None:
+        if self._seen is not None:
+            self._seen.append(visit)

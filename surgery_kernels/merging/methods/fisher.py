@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...modules.calling import call_with
+from ...modules.device import device_of
+from ...modules.inputs import batch_size, select, to_device
+from ...modules.outputs import logits_of
+from ...modules.pools import Batches, batches_of
 from ...ops import arguments
 from ...ops.arguments import PerExpert
-from ..calling import call_with
 from ..method import ABOVE_0, AT_LEAST_0, Method, per_model, shared
 from ..scope import Scope
 
@@ -75,8 +80,8 @@ class Fisher(Method):
 @torch.inference_mode(False)  # gradients must work wherever the caller is
 def diagonal_fisher(
     model: nn.Module,
-    batches: Iterable[Tensor],
-    classify: Callable[[Tensor], Tensor] = lambda outputs: outputs,
+    batches: Batches,
+    classify: Callable[[Any], Tensor] = logits_of,
     *,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -84,8 +89,8 @@ def diagonal_fisher(
 
     Args:
         model: In evaluation mode; its parameters need not require gradients. It sees one input at a time.
-        batches: Unlabeled inputs [batch, ...].
-        classify: Gives the logits [1, classes] from the model's outputs.
+        batches: Unlabeled inputs in every form that `fit` takes; of an iterable of batches one is held at a time.
+        classify: Gives the logits [1, classes] from the model's outputs; by default these, or their `logits`.
         seed: Of the draws.
 
     Returns:
@@ -105,8 +110,9 @@ def diagonal_fisher(
         for name, p in parameters.items()
     }
     generator, count = torch.Generator().manual_seed(seed), 0
-    for batch in batches:
-        for x in batch.split(1):
+    for batch in batches_of("batches", batches):
+        for row in torch.arange(batch_size(batch)).split(1):
+            x = to_device(select(batch, row), device_of(model))
             log_p = classify(call_with(model, parameters, x)).log_softmax(dim=-1).flatten()
             label = torch.multinomial(log_p.detach().float().exp().cpu(), 1, generator=generator).item()
             gradients = torch.autograd.grad(log_p[int(label)], list(parameters.values()), allow_unused=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...modules.device import device_of
+from ...modules.inputs import run, to_device
+from ...modules.pools import Batches, batches_of
+from ...modules.visits import Visit, watched
 from ..method import SHARE, Method, shared
 from ..scope import Scope
 
@@ -82,13 +84,12 @@ class RegMean(Method):
         return torch.cholesky_solve((wanted / width).T, torch.linalg.cholesky(gram)).T / width
 
 
-def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+def gram_matrices(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """``mean_row x^T x`` of the inputs x of every nn.Linear that is called.
 
     Args:
         model: In evaluation mode; called with each batch under no_grad.
-        batches: Unlabeled inputs, whatever the model takes; tuples and lists are its positional arguments, mappings
-            its keyword arguments.
+        batches: Unlabeled inputs in every form that `fit` takes; of an iterable of batches one is held at a time.
 
     Returns:
         [in, in] by the names of the weights, float32 (float64 for float64 inputs). Layers that share a weight have one,
@@ -104,34 +105,18 @@ def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
-    def add(name: str, inputs: Tensor) -> None:
-        x = inputs.detach().flatten(end_dim=-2).to(torch.promote_types(inputs.dtype, torch.float32))
+    def add(visit: Visit) -> None:
+        x = visit.inputs.detach().flatten(end_dim=-2).to(torch.promote_types(visit.inputs.dtype, torch.float32))
+        name = visit.name
         sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
         rows[name] = rows.get(name, 0) + len(x)
 
-    with _inputs_of_linears(model, add), torch.no_grad():
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, (tuple, list)):
-                model(*batch)
-            else:
-                model(batch)
+    first: dict[int, str] = {}  # name of every weight
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    named = [(first.setdefault(id(module.weight), f"{path}.weight"), module) for path, module in layers]
+    with watched(named, add), torch.no_grad():
+        for batch in batches_of("batches", batches):
+            run(model, to_device(batch, device_of(model)))
     if not sums:
         raise ValueError("batches must reach at least one nn.Linear, got none")
     return {name: total / rows[name] for name, total in sums.items()}
-
-
-@contextmanager
-def _inputs_of_linears(model: nn.Module, add: Any) -> Iterator[None]:
-    handles = []
-    names: dict[int, str] = {}  # of layers that share a weight the first
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            name = names.setdefault(id(module.weight), f"{path}.weight")
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -304,7 +304,7 @@ def test_nonfinite_values_are_named(method: str) -> None:
     [
         ({"model": Network()}, "model must be in evaluation mode, got training mode"),
         ({"inputs": {}}, "inputs must be of at least one task, got none"),
-        ({"inputs": {"odd": torch.zeros(0, 6)}}, "inputs['odd'] must be at least one input, got none"),
+        ({"inputs": {"odd": torch.zeros(0, 6)}}, "inputs['odd'] must hold at least one sample, got none"),
         ({"batch_size": 0}, "batch_size must be 1 or greater, got 0"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -168,8 +168,24 @@ def test_gram_matrices() -> None:
 def test_every_form_of_batches() -> None:
     model, x = network(), inputs(0, 24).view(4, 6, 6)
     expected = gram_matrices(model, [x])
-    for batch in ((x,), [x], {"x": x}):
+    for batch in ((x,), [x], (x, torch.zeros(4)), {"x": x}, {"x": x, "labels": torch.zeros(4)}):
         assert torch.equal(gram_matrices(model, [batch])["embed.weight"], expected["embed.weight"])
+
+
+class Named(nn.Module):
+    """Calls its layer by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+def test_a_layer_that_is_called_by_keyword() -> None:
+    x = inputs(0, 24)
+    torch.testing.assert_close(gram_matrices(Named().double().eval(), [x])["layer.weight"], x.T @ x / len(x))
 
 
 def test_layers_that_share_a_weight_have_one_matrix() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .inputs import Inputs
 
-def call_with(model: nn.Module, tensors: Mapping[str, Tensor], *inputs: Any) -> Any:
-    """``model(*inputs)`` with `tensors` in place of its own; a tied one is replaced wherever it is, under any name.
+
+def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
+    """``model(inputs)`` with `tensors` in place of its own; a tied one is replaced wherever it is, under any name.
 
     torch's own rule for tied tensors would leave a module that has two names with the replacement for good.
     """
@@ -24,4 +26,5 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], *inputs: Any) -> 
     for names in names_of.values():
         for given in filter(tensors.__contains__, names):
             everywhere |= {name: tensors[given] for name in names if name not in tensors}
-    return functional_call(model, everywhere, inputs, tie_weights=False)
+    args, options = (inputs, {}) if isinstance(inputs, Tensor) else ((), inputs)
+    return functional_call(model, everywhere, args, options, tie_weights=False)
