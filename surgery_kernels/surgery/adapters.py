@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,18 +146,21 @@ class SurgeryAdapters(nn.Module):
             tasks: Whose adapters. A slice: the batch is one group of equal size for each, in order; int64 [batch]:
                 each sample's own.
         """
-        index = tasks if isinstance(tasks, Tensor) else None
-        given = slice(None) if isinstance(tasks, Tensor) else tasks
-        down, up = self.down[site][given], self.up[site][given]
-        bias, activation = None, "relu"
-        if self.kind == "linear":
-            bias, activation = self.bias[site][given], "none"
+        down, up, options = self.factors(site)
+        if isinstance(tasks, Tensor):
+            return surgery_adapter(features, down, up, task_index=tasks, **options)
+        of_tasks: dict[str, Any] = {name: x[tasks] if isinstance(x, Tensor) else x for name, x in options.items()}
+        grouped = features.unflatten(0, (len(down[tasks]), -1))
+        return surgery_adapter(grouped, down[tasks], up[tasks], **of_tasks).flatten(0, 1)
+
+    def factors(self, site: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """`down` and `up` of a site as `surgery_adapter` takes them, and its options for this kind."""
+        down, up = self.down[site], self.up[site]
+        if self.kind == "relu":
+            return down, up, {}
         if self.is_full(down):
             up = torch.eye(down.shape[-1], dtype=down.dtype, device=down.device).expand(len(down), -1, -1)
-        if index is not None:
-            return surgery_adapter(features, down, up, task_index=index, bias=bias, activation=activation)
-        grouped = features.unflatten(0, (len(down), -1))
-        return surgery_adapter(grouped, down, up, bias=bias, activation=activation).flatten(0, 1)
+        return down, up, {"bias": self.bias[site], "activation": "none"}
 
     def extra_repr(self) -> str:
         kind = "" if self.kind == "relu" else f", kind={self.kind!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -11,37 +11,37 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..modules.device import device_of
-from ..modules.frozen import frozen
 from ..modules.hooks import is_hooked
-from ..modules.inputs import sample_shape
 from ..modules.pools import Batches, pool_of
 from ..modules.sites import MODES, Sites, check_sites, find_sites
 from ..ops import arguments
 from .adapters import Rank, SurgeryAdapters, check_rank
-from .batches import TaskData, sample_order, task_data
-from .cache import fingerprint
-from .closed_form import ClosedForm, Run
-from .experts import Expert, load_expert
-from .features import Recorder
-from .gradient.resume import Checkpoint
-from .gradient.train import Adam, Trainer, train
-from .gradient.v1 import FinalTrainer
-from .gradient.v2 import DeepTrainer
-from .progress import progress_bar
-from .store import FeatureStore
+from .closed_form import ClosedForm, solve_closed_form
+from .experts import Expert
+from .gradient.solver import Gradient
+from .measure import Measure
+from .refine import refine
+from .run import Run
 
+SOLVERS = {
+    "gradient": None,
+    "closed_form": ClosedForm(),
+    "closed_form+gradient": ClosedForm(refine=True),
+}
 STEPS, LR = 1000, 1e-3
 
 
 @dataclass(frozen=True)
 class Log:
-    """How far the features were from the experts': before every step, or before and after each closed form."""
+    """How far the features were from the experts': before every step, or, where none is taken, before and after the
+    closed form of each site."""
 
     bias: Tensor  # float32 [steps or 2, num_tasks, num_sites]: mean |features - targets| of the step's or all samples
     tasks: tuple[str, ...]
     sites: tuple[str, ...]
     held_out: Tensor | None = None  # float32 [2, num_tasks, num_sites]: of the merged model and of the repaired one
+    closed_form: Tensor | None = None  # float32 [2, num_tasks, num_sites]: of the start of the steps, before and after
+    kept: tuple[str, ...] | None = None  # by task, "closed_form" or "gradient": which of them is in the adapters
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def fit(
             arguments of the model), a map-style dataset, or an iterable of batches, which is read to its end and kept.
             Of tuples the first item is used, of mappings all tensors but labels.
         mode: "v1" or "v2".
-        solver: "gradient", "closed_form" or a `ClosedForm` with options of its own. The closed form has no use for
-            `steps`, `lr`, `legacy_zero_grad`, `detach_layers`, `seed` and `checkpoint`.
-        rank: 1 or more; of the closed form also "full".
+        solver: "gradient", "closed_form", "closed_form+gradient" or a `ClosedForm` with options of its own. The closed
+            form alone has no use for `steps`, `lr`, `legacy_zero_grad`, `detach_layers` and `seed`.
+        rank: 1 or more; from the closed form on also "full".
         steps: Steps of every task, 1 or more.
         batch_size: Samples of every task in each step, 1 or more; of the closed form those in one forward pass.
         lr: Adam's learning rate, greater than 0; betas are 0.9 and 0.999.
@@ -112,14 +112,17 @@ def fit(
         sites: Where `find_sites` is wrong.
         cache: "memory", or a folder for memory-mapped files that a later call with the same models and samples reads
             instead of running them. A change is recognised by the models' parameters, the samples' numbers and the
-            contents of a few of them. The closed form keeps every token of the experts there.
-        checkpoint: File that the state is written to, every `checkpoint_every` steps and at the end.
+            contents of a few of them. The closed form keeps every token of the experts there, and those of the merged
+            model as long as it takes.
+        checkpoint: File that the state is written to, every `checkpoint_every` steps and at the end; of the closed form
+            after every site. With steps after it, those have the file, and the closed form one that ends in
+            ".closed_form".
         resume: Go on from `checkpoint` where it exists, with the same result bit for bit; more `steps` than it was
             written for continue it. It is refused for other models, tasks, numbers of samples or options. False starts
             anew.
         autocast: bfloat16 or float16 for the models; the adapters stay float32.
         num_workers: Processes that read a dataset.
-        holdout: Closed form only: by name of the task, samples that the fit does not see, for `Log.held_out`.
+        holdout: From the closed form on: by name of the task, samples that the fit does not see, for `Log.held_out`.
         progress: Bars on stderr: True, False, or None for ones that appear after two seconds.
 
     Returns:
@@ -131,106 +134,52 @@ def fit(
 
     Source: Representation Surgery (arXiv 2402.02705); SurgeryV2 (arXiv 2410.14389). The closed form is this library's.
     """
-    closed = _closed_form(solver)
+    if not isinstance(solver, ClosedForm):
+        arguments.check_one_of("solver", solver, tuple(SOLVERS))
+    closed = solver if isinstance(solver, ClosedForm) else SOLVERS[solver]
     check_rank(rank, "relu" if closed is None else "linear")
     _check_options(mode, steps, batch_size, lr, detach_layers, checkpoint_every, autocast)
     _check_tasks(experts, batches)
-    sites = _sites(merged, mode, sites)
-    if closed is not None:
+    if closed is None and holdout is not None:
+        raise ValueError("holdout must be None with solver='gradient', got samples")
+    if closed is not None and not closed.refine:
         given = {"steps": steps != STEPS, "lr": lr != LR, "legacy_zero_grad": legacy_zero_grad}
-        given |= {"detach_layers": detach_layers, "checkpoint": checkpoint is not None}
+        given |= {"detach_layers": detach_layers}
         for option in (name for name, there in given.items() if there):
             raise ValueError(f"{option} must be left out with solver='closed_form', got another than its default")
-        pools = {task: pool_of(f"batches[{task!r}]", batches[task], num_workers) for task in experts}
-        run = Run(merged, experts, pools, sites, rank, batch_size, cache, autocast, num_workers, progress)
-        adapters, bias, held_out = closed.solve(run, holdout)
-        return Fit(adapters, Log(bias, adapters.tasks, adapters.sites, held_out))
-    if holdout is not None:
-        raise ValueError("holdout must be None with solver='gradient', got samples")
-    data = []
-    for task in experts:
-        pool = pool_of(f"batches[{task!r}]", batches[task], num_workers)
-        data.append(task_data(task, pool, sample_order(seed, task, len(pool), steps, batch_size)))
-    if mode == "v2":
-        _check_alike(data)
-    with Recorder(merged, sites, autocast) as record:
-        probe = record(data[0].first())
-        sites_of_merged = replace(sites, token_major=record.token_major)
-    store = FeatureStore.like(probe, sites, cache, batch_size * len(data), autocast)
-    identified = store.folder is not None or checkpoint is not None
-    features, targets, identities = _features_and_targets(store, merged, experts, data, mode, progress, identified)
-
-    device = device_of(merged)
-    widths = dict(zip(sites.names, store.widths, strict=True))
-    adapters = SurgeryAdapters(len(data), widths, rank, tasks=tuple(experts), dtype=store.dtype, seed=seed)
-    if mode == "v2" or device.type == "cuda":  # V1's steps need no model: they run on the CPU where it has no kernels
-        adapters.to(device)
-    adam = Adam(lr, zero_grad_steps=len(data) - 1 if legacy_zero_grad else 0)
-    trainer: Trainer
-    if mode == "v1":
-        trainer = FinalTrainer(adapters, data, features, targets, adam)
-    else:
-        trainer = DeepTrainer(
-            adapters, merged, sites_of_merged, data, targets, adam, detach_layers=detach_layers, autocast=autocast
-        )
-    interrupted = None
-    if checkpoint is not None:
-        configuration = {
-            "mode": mode,
-            "sites": list(sites.names),
-            "rank": rank,
-            "batch_size": batch_size,
-            "lr": lr,
-            "legacy_zero_grad": legacy_zero_grad,
-            "detach_layers": detach_layers,
-            "seed": seed,
-            "autocast": str(autocast),
-            "merged": identities[0],
-            "tasks": list(adapters.tasks),
-            **{f"experts[{task!r}]": identity for task, identity in zip(experts, identities[1:], strict=True)},
-            "samples": {of_task.task: len(of_task.pool) for of_task in data},
-        }
-        interrupted = Checkpoint(Path(checkpoint), configuration, checkpoint_every)
-    with frozen(merged):
-        bias = train(trainer, adapters, steps, interrupted, resume, progress)
-    return Fit(adapters.to(device), Log(bias, adapters.tasks, adapters.sites))
-
-
-def _features_and_targets(
-    store: FeatureStore,
-    merged: nn.Module,
-    experts: Mapping[str, Expert],
-    data: Sequence[TaskData],
-    mode: str,
-    progress: bool | None,
-    identified: bool,
-) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """Per task the merged model's features ("v1" only, elsewhere they change) and its expert's; then what tells the
-    merged model and each expert from others; one model at a time."""
-    identities: list[str] = []
-
-    def identity(model: nn.Module) -> str:
-        identities.append(fingerprint([model.state_dict()]) if identified else "")
-        return identities[-1]
-
-    def of_expert(of_task: TaskData) -> Tensor:
-        expert = load_expert(of_task.task, experts[of_task.task], merged, store.sites)
-        return store.features("targets", expert, identity(expert), of_task, bar)
-
-    of_merged = identity(merged)
-    models = 2 if mode == "v1" else 1
-    with progress_bar(models * sum(len(of_task.used) for of_task in data), "features", "sample", progress) as bar:
-        features = [store.features("features", merged, of_merged, of_task, bar) for of_task in data if mode == "v1"]
-        targets = [of_expert(of_task) for of_task in data]
-    return features, targets, identities
-
-
-def _closed_form(solver: str | ClosedForm) -> ClosedForm | None:
-    """None: the gradient."""
-    if isinstance(solver, ClosedForm):
-        return solver
-    arguments.check_one_of("solver", solver, ("gradient", "closed_form"))
-    return ClosedForm() if solver == "closed_form" else None
+    held_out = {} if holdout is None else dict(holdout)
+    if held_out and set(held_out) != set(experts):
+        raise ValueError(f"holdout must have samples for the tasks of experts, got {list(held_out)}")
+    run = Run(
+        merged=merged,
+        experts=experts,
+        pools={task: pool_of(f"batches[{task!r}]", batches[task], num_workers) for task in experts},
+        sites=_sites(merged, mode, sites),
+        mode=mode,
+        rank=rank,
+        batch_size=batch_size,
+        cache=cache,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        resume=resume,
+        autocast=autocast,
+        progress=progress,
+    )
+    gradient = Gradient(steps, lr, legacy_zero_grad, detach_layers, seed, checkpoint_every)
+    if closed is None:
+        adapters, bias = gradient.solve(run)
+        return Fit(adapters, Log(bias, adapters.tasks, adapters.sites))
+    held = {task: pool_of(f"holdout[{task!r}]", samples, num_workers) for task, samples in held_out.items()}
+    measure = Measure("holdout" if held else "batches", run, held or run.pools) if held or closed.refine else None
+    adapters, bias = solve_closed_form(closed, run, measure)
+    log = Log(bias, adapters.tasks, adapters.sites)
+    if closed.refine:
+        assert measure is not None
+        refined = refine(run, adapters, gradient, measure)
+        adapters, log = refined.adapters, replace(log, bias=refined.bias, closed_form=bias, kept=refined.kept)
+    if held:
+        assert measure is not None
+        log = replace(log, held_out=torch.stack([measure.of_merged(), measure.of(adapters)]))
+    return Fit(adapters, log)
 
 
 def _sites(merged: nn.Module, mode: str, sites: Sites | None) -> Sites:
@@ -243,17 +192,6 @@ def _sites(merged: nn.Module, mode: str, sites: Sites | None) -> Sites:
         wanted = "at least one block" if mode == "v2" else "no blocks"
         raise ValueError(f"sites must have {wanted} with mode={mode!r}, got {len(sites.blocks)}")
     return sites
-
-
-def _check_alike(data: Sequence[TaskData]) -> None:
-    """The samples of all tasks fit into one batch."""
-    expected = sample_shape(data[0].first())
-    for of_task in data[1:]:
-        shape = sample_shape(of_task.first())
-        if shape != expected:
-            raise ValueError(
-                f"batches[{of_task.task!r}] must hold samples like those of {data[0].task!r}, {expected}, got {shape}"
-            )
 
 
 def _check_tasks(experts: Mapping[str, Expert], batches: Mapping[str, Batches]) -> None:

@@ -50,6 +50,10 @@ class FeatureStore:
         return tuple(shape[-1] for shape in self.shapes)
 
     @property
+    def bytes_per_sample(self) -> int:
+        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize
+
+    @property
     def has_tokens(self) -> bool:
         return any(len(shape) > 1 for shape in self.shapes)
 

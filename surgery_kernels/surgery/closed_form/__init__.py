@@ -1,5 +1,6 @@
 """Adapters solved for block after block, without gradients."""
 
-from .solver import ClosedForm, Run
+from .options import ClosedForm
+from .solver import solve_closed_form
 
-__all__ = ["ClosedForm", "Run"]
+__all__ = ["ClosedForm", "solve_closed_form"]

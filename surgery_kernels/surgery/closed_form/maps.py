@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.weight = 0.0
-        self._noise = 0.0  # standard deviation that rounding alone may give, as a share of the mean
+        self._noise = 0.0
         self._centers: tuple[Tensor, Tensor] | None = None
         self._sums: list[Tensor] = []
 
@@ -50,30 +51,71 @@ class Moments:
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self.weight += float(len(x) if weights is None else weights.double().sum())
 
-    def solve(self, rank: int, ridge: float) -> Map:
-        """The map of the least squared error, with `ridge` times the mean variance added to every variance.
-
-        Of features that never change it is the mean distance alone.
-        """
+    def problem(self) -> Problem:
         assert self._centers is not None
         gram, cross, x_sums, y_sums = self._sums
         x_mean, y_mean = x_sums / self.weight, y_sums / self.weight
         gram = gram / self.weight - torch.outer(x_mean, x_mean)
         cross = cross / self.weight - torch.outer(x_mean, y_mean)
         x_mean, y_mean = (a + b.double() for a, b in zip((x_mean, y_mean), self._centers, strict=True))
-        return _map(_solved(gram, cross, ridge, self._noise * x_mean), cross, rank, x_mean, y_mean)
+        return Problem(gram, cross, x_mean, y_mean, self._noise)
 
 
-def map_of_few(features: Tensor, distances: Tensor, rank: int, ridge: float | None) -> Map:
-    """Of single rows [rows, dim], as the final representation has them. Without a ridge that of RIDGES is taken whose
-    predictions are best for rows that were left out; it grows as the rows get fewer."""
+@dataclass(frozen=True)
+class Problem:
+    """Moments about the means, float64."""
+
+    gram: Tensor  # [dim, dim]
+    cross: Tensor  # [dim, dim]
+    x_mean: Tensor  # [dim]
+    y_mean: Tensor
+    noise: float  # standard deviation that rounding alone may give, as a share of the mean
+
+    @property
+    def mean(self) -> float:
+        """The mean variance of the features."""
+        return float(self.gram.diagonal().mean())
+
+    @property
+    def varies(self) -> bool:
+        return self.mean > float((self.noise * self.x_mean).square().mean())
+
+
+def solve(problems: Sequence[Problem], ridges: Sequence[float], rank: int) -> list[Map]:
+    """Of each problem the map of its rank with the least squared error, where `ridge` times the mean variance is added
+    to every variance. Of features that never change it is the mean distance alone.
+
+    All are decomposed together: (gram + ridge) = L L^T, and the first axes of what the whole matrix predicts.
+    """
+    dim = len(problems[0].gram)
+    eye = torch.eye(dim, dtype=torch.float64, device=problems[0].gram.device)
+    damped = [p.gram + ridge * p.mean * eye if p.varies else eye for p, ridge in zip(problems, ridges, strict=True)]
+    wanted = [p.cross if p.varies else torch.zeros_like(p.cross) for p in problems]
+    matrices = torch.cholesky_solve(torch.stack(wanted), torch.linalg.cholesky(torch.stack(damped))).unbind()
+    if rank >= dim:
+        return [
+            Map(matrix.T, matrix.new_empty(dim, 0), p.y_mean - p.x_mean @ matrix)
+            for p, matrix in zip(problems, matrices, strict=True)
+        ]
+    # Of matrix^T (gram + ridge) matrix the last eigenvectors: the first right singular vectors in that metric.
+    predicted = torch.stack([p.cross.T @ matrix for p, matrix in zip(problems, matrices, strict=True)])
+    vectors = torch.linalg.eigh((predicted + predicted.mT) / 2).eigenvectors
+    maps = []
+    for p, matrix, axes in zip(problems, matrices, vectors[..., -rank:].flip(-1), strict=True):
+        down = (matrix @ axes).T
+        maps.append(Map(down, axes, p.y_mean - axes @ (down @ p.x_mean)))
+    return maps
+
+
+def of_few(features: Tensor, distances: Tensor, ridge: float | None) -> tuple[Problem, float]:
+    """The problem of single rows [rows, dim], as the final representation has them. Without a ridge that of RIDGES is
+    taken whose predictions are best for rows that were left out; it grows as the rows get fewer."""
     x, y = features.double(), distances.double()
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
     gram, cross = x.T @ x / len(x), x.T @ y / len(x)
-    if ridge is None:
-        ridge = _chosen(x, y, gram, cross)
-    return _map(_solved(gram, cross, ridge, _noise(features) * x_mean), cross, rank, x_mean, y_mean)
+    problem = Problem(gram, cross, x_mean, y_mean, _noise(features))
+    return problem, _chosen(x, y, gram, cross) if ridge is None else ridge
 
 
 def _noise(features: Tensor) -> float:
@@ -96,23 +138,3 @@ def _chosen(x: Tensor, y: Tensor, gram: Tensor, cross: Tensor) -> float:
         return float(errors.square().sum())
 
     return min(RIDGES, key=left_out)
-
-
-def _solved(gram: Tensor, cross: Tensor, ridge: float, noise: Tensor) -> Tensor:
-    """(gram + ridge * its mean variance)^-1 cross; 0 where the features vary by no more than `noise`.  # [dim, dim]"""
-    mean = float(gram.diagonal().mean())
-    if mean <= float(noise.square().mean()):
-        return torch.zeros_like(cross)
-    damped = gram + ridge * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
-
-
-def _map(matrix: Tensor, cross: Tensor, rank: int, x_mean: Tensor, y_mean: Tensor) -> Map:
-    """The best of its rank: on the first axes of what the whole matrix predicts."""
-    if rank >= len(matrix):
-        return Map(matrix.T, matrix.new_empty(len(matrix), 0), y_mean - x_mean @ matrix)
-    # Of matrix^T (gram + ridge) matrix the last eigenvectors: the first right singular vectors in that metric.
-    predicted = cross.T @ matrix
-    axes = torch.linalg.eigh((predicted + predicted.T) / 2).eigenvectors[:, -rank:].flip(1)
-    down = (matrix @ axes).T
-    return Map(down, axes, y_mean - axes @ (down @ x_mean))

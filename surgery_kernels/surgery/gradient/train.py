@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters import SurgeryAdapters
 from ..features import check_finite
 from ..progress import progress_bar
-from .resume import Checkpoint
+from ..resume import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,30 @@ class Adam:
 
     lr: float
     zero_grad_steps: int
+
+
+class Steps:
+    """torch's Adam on all adapters."""
+
+    def __init__(self, adapters: SurgeryAdapters, adam: Adam) -> None:
+        # of full rank `up` is nothing
+        moved = [parameter for parameter in adapters.parameters() if parameter.numel()]
+        self._optimizer = torch.optim.Adam(moved, lr=adam.lr, fused=True)
+        self._zero_grad_steps = adam.zero_grad_steps
+
+    def take(self, loss: Tensor) -> None:
+        loss.backward()
+        self._optimizer.step()
+        for _ in range(self._zero_grad_steps):
+            self._optimizer.zero_grad(set_to_none=False)
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self._optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
 
 
 class Trainer(Protocol):

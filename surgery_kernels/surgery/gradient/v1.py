@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import surgery_train
+from ...ops import representation_loss, surgery_adapter, surgery_train
 from ..adapters import SurgeryAdapters
 from ..batches import TaskData
-from .train import Adam
+from .train import Adam, Steps
 
 
 class FinalTrainer:
@@ -59,3 +59,43 @@ class FinalTrainer:
     def load(self, state: dict[str, Any]) -> None:
         self._down_moments.copy_(state["down_moments"])
         self._up_moments.copy_(state["up_moments"])
+
+
+class LinearFinalTrainer:
+    """V1 of linear adapters, which start from a closed form: the same steps by torch, one after another."""
+
+    stride = 100
+
+    def __init__(
+        self,
+        adapters: SurgeryAdapters,
+        data: Sequence[TaskData],
+        features: Sequence[Tensor],  # [num_used, dim] per task
+        targets: Sequence[Tensor],
+        adam: Adam,
+    ) -> None:
+        self._adapters = adapters
+        device = adapters.down[0].device
+        self._pairs = [[x.to(device) for x in pair] for pair in zip(features, targets, strict=True)]
+        self._rows = [of_task.rows.to(device) for of_task in data]  # [steps, batch_size] each
+        self._steps = Steps(adapters, adam)
+
+    @torch.enable_grad()
+    def train(self, start: int, stop: int) -> Tensor:
+        losses = []
+        for step in range(start, stop):
+            x, targets = (torch.stack(list(batches)) for batches in zip(*self._batches(step), strict=True))
+            down, up, options = self._adapters.factors(0)
+            corrected = surgery_adapter(x, down, up, **options)
+            losses.append(representation_loss(corrected, targets))  # [num_tasks]
+            self._steps.take(losses[-1].sum())
+        return torch.stack(losses).detach().unsqueeze(-1)
+
+    def _batches(self, step: int) -> list[list[Tensor]]:
+        return [[x[rows[step]] for x in pair] for pair, rows in zip(self._pairs, self._rows, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        return self._steps.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._steps.load(state)

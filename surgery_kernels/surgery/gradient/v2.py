@@ -15,7 +15,7 @@ from ...modules.sites import Sites
 from ...ops import representation_loss, surgery_adapter
 from ..adapters import SurgeryAdapters
 from ..batches import TaskData
-from .train import Adam
+from .train import Adam, Steps
 
 
 class DeepTrainer:
@@ -45,8 +45,7 @@ class DeepTrainer:
         self._data = data
         self._targets = targets
         self._device = device_of(merged)
-        self._optimizer = torch.optim.Adam(adapters.parameters(), lr=adam.lr, fused=True)
-        self._zero_grad_steps = adam.zero_grad_steps
+        self._steps = Steps(adapters, adam)
         self._detach_layers = detach_layers
         self._autocast = autocast
         self._batches: Iterator[tuple[Inputs, ...]] | None = None  # from the first step on
@@ -68,27 +67,22 @@ class DeepTrainer:
             hooks.run(self._merged, to_device(concatenate(next(batches)), self._device))
         bias = torch.stack(self._losses, dim=-1)  # [num_tasks, num_sites]
         # A sum over sites and tasks: Adam then sees each adapter's gradient at the scale it has alone.
-        bias.sum().backward()
-        self._optimizer.step()
-        for _ in range(self._zero_grad_steps):
-            self._optimizer.zero_grad(set_to_none=False)
-            self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._steps.take(bias.sum())
         return bias.detach()
 
     def _correct(self, site: int, features: Tensor) -> Tensor:
-        down, up = self._adapters.down[site], self._adapters.up[site]
+        down, up, options = self._adapters.factors(site)
         grouped = features.unflatten(0, (len(down), -1))
         if site < len(self._sites.blocks):
-            corrected, compared = surgery_adapter(grouped, down, up, token_mean=True)
+            corrected, compared = surgery_adapter(grouped, down, up, token_mean=True, **options)
         else:
-            corrected = compared = surgery_adapter(grouped, down, up)
+            corrected = compared = surgery_adapter(grouped, down, up, **options)
         targets = self._targets_of_step[site]
         self._losses[site] = representation_loss(compared.to(targets.dtype), targets)
         return (corrected.detach() if self._detach_layers else corrected).flatten(0, 1)
 
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict()}
+        return self._steps.state()
 
     def load(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._steps.load(state)

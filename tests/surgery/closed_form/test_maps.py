@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery_kernels.surgery.closed_form.maps import RIDGES, Map, Moments, map_of_few
+from surgery_kernels.surgery.closed_form.maps import RIDGES, Map, Moments, of_few, solve
 from tests.cases import generator
 from tests.fits import ridge_map
 
@@ -23,6 +23,17 @@ def rows(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, torch.randint(0, 4, (count,), generator=g) / 2.0
 
 
+def solved_alone(moments: Moments, rank: int, ridge: float) -> Map:
+    (found,) = solve([moments.problem()], [ridge], rank)
+    return found
+
+
+def map_of_few(x: Tensor, y: Tensor, rank: int, ridge: float | None) -> Map:
+    problem, chosen = of_few(x, y, ridge)
+    (found,) = solve([problem], [chosen], rank)
+    return found
+
+
 def whole(solved: Map) -> Tensor:
     return solved.down.T @ (solved.up.T if solved.up.shape[1] else torch.eye(DIM, dtype=torch.float64))
 
@@ -34,7 +45,7 @@ def test_the_solution_is_that_of_the_formula(rank: int, ridge: float) -> None:
     moments = Moments()
     for part in torch.arange(40).split(13):
         moments.add(x[part], y[part], weights[part])
-    solved = moments.solve(rank, ridge)
+    solved = solved_alone(moments, rank, ridge)
     matrix, shift = ridge_map(x, y, weights.double(), rank, ridge)
     assert solved.down.shape == (min(rank, DIM), DIM)
     assert solved.up.shape == (DIM, rank if rank < DIM else 0)
@@ -46,7 +57,7 @@ def test_rows_without_weights_count_once() -> None:
     x, y, _ = rows(40)
     moments = Moments()
     moments.add(x, y)
-    solved = moments.solve(2, 1e-2)
+    solved = solved_alone(moments, 2, 1e-2)
     torch.testing.assert_close(whole(solved), ridge_map(x, y, torch.ones(40).double(), 2, 1e-2)[0])
     few = map_of_few(x, y, 2, 1e-2)
     torch.testing.assert_close(whole(few), whole(solved))
@@ -58,7 +69,7 @@ def test_a_large_mean_costs_float32_nothing() -> None:
     moments = Moments()
     moments.add((x + 1_000).float(), y.float())
     matrix, _ = ridge_map(x, y, torch.ones(400).double(), DIM, 1e-4)
-    torch.testing.assert_close(whole(moments.solve(DIM, 1e-4)), matrix, rtol=0, atol=1e-3)
+    torch.testing.assert_close(whole(solved_alone(moments, DIM, 1e-4)), matrix, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [3, 5, 8, 60])
@@ -95,7 +106,7 @@ def test_one_row_and_two(count: int) -> None:
     torch.testing.assert_close(x.mean(0) @ whole(solved) + solved.shift, y.mean(0))
     moments = Moments()
     moments.add(x, y)
-    solved = moments.solve(3, 1e-2)
+    solved = solved_alone(moments, 3, 1e-2)
     torch.testing.assert_close(x.mean(0) @ whole(solved) + solved.shift, y.mean(0))
 
 
@@ -106,7 +117,7 @@ def test_features_that_never_change_leave_the_shift() -> None:
         torch.testing.assert_close(solved.shift, y.mean(0))
     moments = Moments()
     moments.add(x[:1].expand(10, -1), y)
-    solved = moments.solve(2, 1e-2)
+    solved = solved_alone(moments, 2, 1e-2)
     assert not whole(solved).any()
     torch.testing.assert_close(solved.shift, y.mean(0))
 
@@ -126,4 +137,17 @@ def test_calls_without_weight_say_nothing() -> None:
     moments.add(x, y, weights)
     alone = Moments()
     alone.add(x, y, weights)
-    assert torch.equal(moments.solve(2, 0.1).down, alone.solve(2, 0.1).down)
+    assert torch.equal(solved_alone(moments, 2, 0.1).down, solved_alone(alone, 2, 0.1).down)
+
+
+@pytest.mark.parametrize("rank", [2, DIM])
+def test_problems_solved_together_are_those_alone(rank: int) -> None:
+    """One that never changes among them, and ridges of their own."""
+    pairs = [rows(40, seed)[:2] for seed in range(3)]
+    pairs[1] = (pairs[1][0][:1].expand(40, -1), pairs[1][1])
+    problems = [of_few(x, y, 0.1)[0] for x, y in pairs]
+    ridges = [1e-3, 0.1, 10.0]
+    for problem, ridge, together in zip(problems, ridges, solve(problems, ridges, rank), strict=True):
+        (alone,) = solve([problem], [ridge], rank)
+        for name in ("down", "up", "shift"):
+            assert torch.equal(getattr(together, name), getattr(alone, name)), name

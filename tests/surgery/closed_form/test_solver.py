@@ -257,8 +257,9 @@ def test_autocast_and_datasets(merged: nn.Module, experts: Any, batches: dict[st
 def test_a_cache_on_disk(
     merged: nn.Module, experts: Any, batches: dict[str, Tensor], mode: str, tmp_path: Path
 ) -> None:
-    """The second call runs no expert; the gradient's means are files of their own."""
+    """The second call runs no expert; the gradient's means are files of their own, streams are gone at the end."""
     first = solved(merged, experts, batches, mode, cache=tmp_path)
+    assert not list(tmp_path.glob("streams-*"))
     if mode == "v2":
         fit(merged, experts, batches, mode, steps=1, cache=tmp_path, progress=False)
     passes = []
@@ -290,14 +291,14 @@ NAN = torch.full((4, 5, 3), torch.nan, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"solver": "exact"}, "solver must be one of 'gradient', 'closed_form', got 'exact'"),
+        ({"solver": "exact"}, "solver must be one of 'gradient', 'closed_form', 'closed_form+gradient', got 'exact'"),
         ({"rank": 0}, "rank must be 1 or greater, got 0"),
         ({"rank": "half"}, "rank must be 'full' or an integer, got 'half'"),
         ({"rank": "full", "solver": "gradient"}, "rank must be an integer, got 'full'"),
         *(
             ({name: value}, f"{name} must be left out with solver='closed_form', got another than its default")
             for name, value in {
-                "steps": 10, "lr": 0.1, "legacy_zero_grad": True, "detach_layers": True, "checkpoint": "x",
+                "steps": 10, "lr": 0.1, "legacy_zero_grad": True, "detach_layers": True,
             }.items()
         ),
         ({"holdout": {"cars": NAN}}, "holdout must have samples for the tasks of experts, got ['cars']"),
@@ -320,6 +321,14 @@ def test_refused(merged: nn.Module, experts: Any, batches: Any, wrong: dict[str,
     batches["cars"] = options.pop("cars", batches["cars"])
     experts["cars"] = options.pop("expert", experts["cars"])
     assert refusal(lambda: solved(merged, experts, batches, **options)) == message
+
+
+def test_features_whose_squares_are_infinite(merged: nn.Module, experts: Any, batches: Any) -> None:
+    for model in (merged, *experts.values()):
+        model.float()
+    merged.embed.weight.data *= 1e25
+    message = refusal(lambda: solved(merged, experts, {task: x.float() for task, x in batches.items()}))
+    assert message == "products of features of task 'mnist' at site 'blocks.0' must be finite, got NaN"
 
 
 def test_a_merged_model_that_is_not_finite(merged: nn.Module, experts: Any, batches: Any) -> None:
