@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,24 +41,3 @@ def _show(
     given = args[0] if args else next(iter(options.values()), None)
     if isinstance(given, Tensor) and isinstance(output, Tensor):
         see(Visit(name, given, output))
-
-
-class Visits(ExitStack):
-    """Records the calls of some layers, while its `recording` lasts."""
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self._seen: list[Visit] | None = None
-        self.enter_context(watched(layers.items(), self._see))
-
-    @contextmanager
-    def recording(self) -> Iterator[list[Visit]]:
-        self._seen = []
-        try:
-            yield self._seen
-        finally:
-            self._seen = None
-
-    def _see(self, visit: Visit) -> None:
-        if self._seen is not None:
-            self._seen.append(visit)

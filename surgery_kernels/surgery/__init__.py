@@ -4,7 +4,7 @@ from ..modules.sites import Sites, find_sites
 from .adapters import SurgeryAdapters
 from .attach import SurgeryModel, attach
 from .bias import collect_features, representation_bias
-from .calibrate import Calibrated, calibrate
+from .calibrate import Calibrated, calibrate, regmean_plus_plus
 from .closed_form import ClosedForm
 from .fit import Fit, Log, fit
 from .plots import plot_bias, plot_features
@@ -24,5 +24,6 @@ __all__ = [
     "fit",
     "plot_bias",
     "plot_features",
+    "regmean_plus_plus",
     "representation_bias",
 ]
