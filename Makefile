@@ -1,4 +1,4 @@
-# make demo, test, bench, lint, format, build, build-oldest, test-triton, clean. The first call makes .venv; later calls install only what changed.
+# make demo, test, bench, docs, lint, format, build, build-oldest, test-triton, clean. The first call makes .venv; later calls install only what changed.
 # TORCH=2.12.0 (or any pip requirement) and PYTHON=python3.12 choose what .venv is made of; ARGS goes to the program.
 
 TORCH ?= 2.13.0
@@ -15,7 +15,7 @@ REQUIREMENT := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TO
 
 CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: demo test bench lint ruff clang-format mypy format build build-oldest test-triton clean
+.PHONY: demo test bench docs lint ruff clang-format mypy format build build-oldest test-triton clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -35,6 +35,9 @@ test: build $(VENV)/test.txt
 bench: build $(VENV)/bench.txt
 	$(RUN) -m pytest bench --benchmark-json=build/bench.json $(ARGS)
 	$(RUN) bench/report.py build/bench.json
+
+docs: $(VENV)/docs.txt
+	$(RUN) -m mkdocs --quiet build --strict
 
 lint: ruff clang-format mypy
 

@@ -2,7 +2,7 @@
 
 python -m pytest bench --benchmark-json=run.json
 python bench/report.py run.json              # prints the table
-python bench/report.py run.json --publish    # also the README's tables, bench/results/*.png and the run's JSON
+python bench/report.py run.json --publish    # also the tables and plots of docs/, and the run's JSON
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 from plots import draw
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gpu.md"]
+README = ROOT / "README.md"
 DISTURBED = 0.1
 
 
@@ -32,7 +34,7 @@ every tensor operation; what a selection or a sort moves inside itself is not co
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """A table of the README, between markers of its own: a run replaces those that it has rows for."""
+    """A table of docs/, between markers of its own: a run replaces those that it has rows for."""
 
     name: str
     head: str  # of the first column
@@ -287,6 +289,15 @@ def write_between_markers(path: Path, text: str, markers: tuple[str, str]) -> No
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
+def renew_rows(path: Path, text: str) -> None:
+    """Rows of a table that are shown a second time, told by their first cell."""
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| `")}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text(
+        "".join(f"{rows[key]}\n" if (key := line.split(" | ")[0]) in rows else line for line in lines), encoding="utf-8"
+    )
+
+
 def keep(run: dict[str, Any]) -> None:
     machine = run["machine_info"]
     slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads {machine['isa']}".lower())
@@ -300,7 +311,7 @@ def keep(run: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="JSON of pytest-benchmark; a run may be taken in parts")
-    parser.add_argument("--publish", action="store_true", help="write the README's tables, the plots and the JSON")
+    parser.add_argument("--publish", action="store_true", help="write the tables and plots of docs/, and the JSON")
     arguments = parser.parse_args()
     run, *more = (json.loads(path.read_text(encoding="utf-8")) for path in arguments.run)
     for other in more:
@@ -312,9 +323,11 @@ def main() -> None:
     if arguments.publish:
         keep(run)
         if MERGING in texts:
-            draw(load(run), RESULTS)
+            draw(load(run), ROOT / "docs" / "images")
         for section, text in texts.items():
-            write_between_markers(README, text, section.markers)
+            for page in PAGES:
+                write_between_markers(page, text, section.markers)
+        renew_rows(README, "\n".join(texts.values()))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def _in_words(found: TensorDifference) -> str:
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--markdown", is_flag=True, help="The list as the table of the README.")
+@click.option("--markdown", is_flag=True, help="The list as a table.")
 def methods(name: str | None, markdown: bool) -> None:
     """List the merging methods, or explain the one called NAME."""
     with _errors_as_exit_codes():

@@ -368,8 +368,3 @@ def test_methods() -> None:
         assert all(parameter.meaning in explained.output for parameter in method.parameters())
     wrong = CliRunner().invoke(cli.main, ["methods", "sleep"])
     assert wrong.exit_code == 2 and "name must be one of 'linear', " in wrong.stderr and "got 'sleep'" in wrong.stderr
-
-
-def test_the_table_of_the_readme_is_what_methods_declare() -> None:
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- methods -->\n{cli.methods_table()}\n<!-- /methods -->" in readme

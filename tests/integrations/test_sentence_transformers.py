@@ -12,40 +12,16 @@ from torch import Tensor
 
 from surgery_kernels import _C, merge_state_dicts
 from tests.cases import assert_same
+from tests.sentence_models import sentence_models
 
 pytestmark = pytest.mark.any_isa
 
 TEXTS = ["a cat sat", "on the mat", "a mat sat on the cat"]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "sat", "on", "the", "mat"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """A pretrained encoder and two fine-tuned ones: a tiny BERT, mean pooling and a dense layer."""
-    sentence_transformers = pytest.importorskip(
-        "sentence_transformers", reason="sentence-transformers is not installed"
-    )
-    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    BertModel(config).save_pretrained(folder)
-    encoders = []
-    for seed in range(3):
-        words = Transformer(str(folder))
-        torch.manual_seed(0)
-        modules = [words, Pooling(16), Dense(16, 8)]
-        encoders.append(sentence_transformers.SentenceTransformer(modules=modules, device="cpu"))
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in encoders[-1].parameters():
-                parameter += 0.02 * torch.randn_like(parameter)
-    return encoders
+    return sentence_models(tmp_path_factory.mktemp("bert"))
 
 
 def test_by_state_dicts(models: list[Any], tmp_path: Path) -> None:
