@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import arguments, mix
+from ..ops import arguments, looks, mix
 from .method import Method
 from .methods import METHODS
 from .methods.linear import WiseFt
@@ -81,7 +81,7 @@ def merge_state_dicts(
     groups = [merged] if whole else _side_by_side({name: first[name] for name in merged}, merging)
     size = sum(first[name].nbytes for name in merged)
     has_base = base is not None and merging.base != "none"
-    with progress_bar(merging.reads * (len(experts) + has_base) * size, progress):
+    with progress_bar(merging.reads * (len(experts) + has_base) * size, progress), looks.put_off():
         for names in filter(None, groups):
             merging.merge(
                 Scope(

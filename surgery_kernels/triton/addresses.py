@@ -120,6 +120,11 @@ class Scope:
         """Keeps alive what kernels find by address."""
         self._alive += tensors
 
+    @property
+    def delivers(self) -> bool:
+        """Whether there are outputs that are not contiguous."""
+        return bool(self._copies)
+
     def deliver(self) -> None:
         """Once everything is known to be finite: the outputs that are not contiguous."""
         for to, filled in self._copies:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import arguments
+from ..ops import arguments, looks
 from .addresses import BASE, CHUNK, EXPERTS, Group, Scope, is_capturing, is_whole, load, locate
 
 
@@ -39,13 +40,14 @@ def is_finite_key(key):
 
 
 @triton.jit
-def task_vector(expert, base, STORED: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr):
-    """expert - base as the dtype would store it; where DROP, 0 for NaN and infinity."""
+def task_vector(expert, base, HAS_BASE: tl.constexpr, DROP: tl.constexpr):
+    """expert - base in the dtype that stores them, two at a time where it has 16 bits; where DROP, 0 for what is not
+    finite."""
     x = expert
     if HAS_BASE:
-        x = (expert - base).to(STORED).to(expert.dtype)
+        x = expert - base
     if DROP:
-        x = tl.where(is_finite(x), x, 0.0)
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
     return x
 
 
@@ -71,13 +73,13 @@ def _nonfinite_of(
     WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
-    base = tl.zeros([CHUNK], COMPUTE)
+    base = tl.zeros([CHUNK], STORED)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
-    largest = key_of(base)  # what is not finite leaves no difference finite
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, STORED, WHOLE)
+    largest = key_of(base.to(COMPUTE))  # what is not finite leaves no difference finite
     for t in tl.range(num_tasks, loop_unroll_factor=2):
-        expert = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
-        largest = tl.maximum(largest, key_of(task_vector(expert, base, STORED, SUBTRACT, False)))
+        expert = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, STORED, WHOLE)
+        largest = tl.maximum(largest, key_of(task_vector(expert, base, SUBTRACT, False).to(COMPUTE)))
     return tl.sum(tl.where(is_finite_key(largest), 0, 1))
 
 
@@ -91,6 +93,7 @@ class FiniteCheck:
             raise ValueError("nonfinite must be 'propagate' or 'drop' while a CUDA graph is captured, got 'error'")
         self.found = torch.zeros(1, dtype=torch.int64, device=scope.device) if self.wanted else None
         self._scope, self._names = scope, names or []
+        self._certain = True
         self._subtract = scope.has_base and task_vectors
 
     def count(self) -> None:
@@ -105,25 +108,52 @@ class FiniteCheck:
             SUBTRACT=self._subtract, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
 
+    def suspect(self, sums: Tensor) -> None:
+        """In place of `count`: what is not finite has no finite sum, though sums may overflow without."""
+        if self.found is not None:
+            self.found.copy_((~sums.isfinite()).sum())
+            self._certain = False
+
     def look(self) -> None:
-        """Waits for the device."""
-        if self.found is None or self.found.item() == 0:
-            return
-        scope = self._scope
-        for part, first in enumerate(scope.experts[:: scope.num_tasks]):
-            where = f" in tensor {self._names[part]!r}" if part < len(self._names) else ""
-            base = scope.base[part] if scope.base else None
+        """Waits for the device unless looks are put off; never put off where outputs are delivered behind it."""
+        if self.found is not None:
+            scope = self._scope  # which holds contiguous copies: they need not stay for a look that is put off
+            inputs = Inputs(
+                scope.base, scope.experts, scope.num_tasks, scope.compute, self._names, self._subtract, self._certain
+            )
+            looks.look(self.found, inputs.tell, at_once=scope.delivers)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known to hold NaN or infinity; unless `certain` it may."""
+
+    base: Sequence[Tensor]
+    experts: Sequence[Tensor]
+    num_tasks: int
+    compute: torch.dtype
+    names: Sequence[str]
+    task_vectors: bool
+    certain: bool
+
+    def tell(self) -> None:
+        """Raises for the first tensor that does."""
+        for part, first in enumerate(self.experts[:: self.num_tasks]):
+            where = f" in tensor {self.names[part]!r}" if part < len(self.names) else ""
+            base = self.base[part] if self.base else None
             if base is not None and (count := _nonfinite_in(base)):
                 raise RuntimeError(f"base must be finite, got {count} NaN or infinite values{where}")
-            for t in range(scope.num_tasks):
-                expert = scope.experts[part * scope.num_tasks + t]
+            for t in range(self.num_tasks):
+                expert = self.experts[part * self.num_tasks + t]
                 if count := _nonfinite_in(expert):
                     raise RuntimeError(f"experts[{t}] must be finite, got {count} NaN or infinite values{where}")
-                if base is None or not self._subtract:
+                if base is None or not self.task_vectors:
                     continue
-                task_vector = expert.to(scope.compute) - base.to(scope.compute)
+                task_vector = expert.to(self.compute) - base.to(self.compute)
                 if count := _nonfinite_in(task_vector.to(first.dtype)):
                     raise RuntimeError(f"experts[{t}] - base must be finite, got {count} overflows{where}")
+        if self.certain:
+            raise RuntimeError("experts must stay as they are until they are merged, got some that became finite")
 
 
 def _nonfinite_in(tensor: Tensor) -> int:

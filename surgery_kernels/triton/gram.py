@@ -123,9 +123,8 @@ def gram(
         row = next(rows[first.dtype])
         if len(of_tensor):
             _of_tensor(row, first, of_tensor, scope.has_base, axis, rounded, nonfinite == "drop")
-    if finite.found is not None:  # a vector that is not finite has no finite square
-        finite.found.copy_((~products.diagonal(dim1=1, dim2=2).isfinite()).sum())
-        finite.look()
+    finite.suspect(products.diagonal(dim1=1, dim2=2))
+    finite.look()
     return fold_halves(products.movedim(0, -1))[None] if axis == "model" else products
 
 

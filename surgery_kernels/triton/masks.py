@@ -77,7 +77,7 @@ def _draw_by_rank(
 @triton.jit
 def _sum(
     table, num_parts, columns, tensors, sums, num_blocks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
+    STORED: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
     SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """What the bits of a block keep.  # sums: [3, num_tasks, num_blocks]"""
@@ -94,11 +94,11 @@ def _sum(
     kept = tl.zeros([LANES], tl.int32)
     expert_address, base_address = tl.load(row + EXPERTS + t), tl.load(row + BASE)
     for at in tl.range(0, count, LANES, loop_unroll_factor=8):
-        x = load(expert_address, begin + at, lanes, count - at, STORED, COMPUTE, False)
+        x = load(expert_address, begin + at, lanes, count - at, STORED, STORED, False)
         base = x
         if HAS_BASE:
-            base = load(base_address, begin + at, lanes, count - at, STORED, COMPUTE, False)
-        norm = tl.abs(task_vector(x, base, STORED, HAS_BASE, DROP)).to(tl.float64)
+            base = load(base_address, begin + at, lanes, count - at, STORED, STORED, False)
+        norm = tl.abs(task_vector(x, base, HAS_BASE, DROP)).to(tl.float64)
         bit = tl.load(bits + at // 8 + lanes // 8, mask=lanes < count - at, other=0).to(tl.int32) >> (lanes % 8) & 1
         all += norm
         kept_norm += tl.where(bit == 1, norm, 0.0)
@@ -165,8 +165,7 @@ def masks(
             of_part = of_blocks[..., first : first + count]
             sums[part, :, 0] = of_part[0].sum(dim=-1)  # of whole numbers: in any order
             sums[part, :, 1:] = fold_halves(of_part[1:]).T
-    if finite.wanted and not bool(sums.isfinite().all()):
-        finite.count()
+    finite.suspect(sums)
     finite.look()
     return bits, sums
 
@@ -175,8 +174,8 @@ def _sum_blocks(scope: Scope, group: Group, tensors: Tensor, num_blocks: int, no
     """[3, num_tasks, num_blocks]"""
     sums = torch.empty(3, scope.num_tasks, num_blocks, dtype=torch.float64, device=scope.device)
     _sum[(num_blocks, scope.num_tasks)](
-        *group.place, tensors, sums, num_blocks, **group.dtypes, HAS_BASE=scope.has_base, DROP=nonfinite == "drop",
-        SUM_BLOCK=SUM_BLOCK, LANES=LANES, num_warps=1, enable_fp_fusion=False,
+        *group.place, tensors, sums, num_blocks, STORED=group.dtypes["STORED"], HAS_BASE=scope.has_base,
+        DROP=nonfinite == "drop", SUM_BLOCK=SUM_BLOCK, LANES=LANES, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return sums
 

@@ -14,20 +14,36 @@ from .trim_rounds import CUT, FIELDS, THRESHOLD
 
 @triton.jit
 def limits_of(limits, t, flat, lanes, COMPUTE: tl.constexpr, CUTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The keys above which entries are kept: never negative, as 0 adds nothing, and never NaN."""
+    """The magnitudes above which entries are kept: never negative, as 0 adds nothing, and never NaN."""
     threshold = tl.load(limits + t * FIELDS + THRESHOLD)
+    infinity = tl.full([], float("inf"), COMPUTE)
     if COMPUTE == tl.float64:  # noqa: SIM300
-        infinity = tl.full([], 0x7FF0000000000000, tl.int64)
-        with_ties = tl.maximum(tl.minimum(threshold - 1, infinity), 0)
-        without = tl.minimum(threshold, infinity)
+        infinity = infinity.to(tl.int64, bitcast=True)
     else:
-        with_ties = tl.maximum(tl.minimum(threshold - 1, 0x7F800000), 0).to(tl.int32)
-        without = tl.minimum(threshold, 0x7F800000).to(tl.int32)
+        threshold, infinity = threshold.to(tl.int32), infinity.to(tl.int32, bitcast=True)
+    without = tl.minimum(threshold, infinity)
+    with_ties = tl.maximum(tl.minimum(threshold - 1, infinity), 0)
     if CUTS:
         before_cut = tl.minimum(tl.maximum(tl.load(limits + t * FIELDS + CUT) - flat, 0), BLOCK).to(tl.int32)
-        return tl.where(lanes < before_cut, with_ties, without)
+        return tl.where(lanes < before_cut, with_ties, without).to(COMPUTE, bitcast=True)
     else:
-        return with_ties
+        return with_ties.to(COMPUTE, bitcast=True)
+
+
+@triton.jit
+def is_above(x, limit):
+    """By magnitude, where NaN is above all."""
+    return ~(tl.abs(x) <= limit)
+
+
+@triton.jit
+def _sign_bit(x):
+    """-1 where it is set, else 0."""
+    if x.dtype == tl.float64:
+        bits = (x.to(tl.int64, bitcast=True) >> 63).to(tl.int32)
+    else:
+        bits = x.to(tl.int32, bitcast=True) >> 31
+    return bits
 
 
 @triton.jit
@@ -37,25 +53,24 @@ def _entry(
     STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
     CUTS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What an expert brings to the election and to the sum, and whether that is kept, positive, negative."""
-    x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE)
-    tau = task_vector(x, base, STORED, HAS_BASE, DROP)
-    limit = limits_of(limits, t, flat, lanes, COMPUTE, CUTS, BLOCK)
-    kept = key_of(tau) > limit
+    """What an expert brings to the election and to the sum, 0 unless that is kept, and whether it is."""
+    x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, STORED, WHOLE)
+    tau = task_vector(x, base, HAS_BASE, DROP).to(COMPUTE)
+    kept = is_above(tau, limits_of(limits, t, flat, lanes, COMPUTE, CUTS, BLOCK))
     if KEEP != 0:
         kept = narrowed(kept, key_of(tau), keep, part, num_tasks, t, at, flat, lanes, left, COMPUTE, KEEP, WHOLE, BLOCK)
     if (RULE == "exact" or RULE == "exact_all" or RULE == "magmax") and HAS_BASE:
-        tau = x - base
-    summed = tau
+        tau = x.to(COMPUTE) - base.to(COMPUTE)
     if RULE != "paper" and RULE != "paper_max" and RULE != "peft":
         if HAS_RESCALES:
             tau = (tau * tl.load(rescales + t).to(COMPUTE)).to(ROUNDED).to(COMPUTE)
         if HAS_WEIGHTS:
             tau = (tau * tl.load(numbers + 2 + t).to(COMPUTE)).to(ROUNDED).to(COMPUTE)
-        summed = tau
+    tau = tl.where(kept, tau, 0.0)
+    summed = tau
     if RULE == "peft" and HAS_WEIGHTS:
         summed = tau * tl.load(numbers + 2 + t).to(COMPUTE)
-    return tau, summed, kept, kept & (tau > 0), kept & (tau < 0)
+    return tau, summed, kept
 
 
 @triton.jit
@@ -135,38 +150,49 @@ def merge_block(
     """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count."""
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros([BLOCK], COMPUTE)
-    base = zeros
+    base = zeros.to(STORED)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE)
+        base = load(tl.load(row + BASE), at, lanes, left, STORED, STORED, WHOLE)
     total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
     positives = tl.zeros([BLOCK], tl.int32)
     negatives, kept_count, alone = positives, positives, zeros
+    # What is kept is not 0 unless it was scaled. A kept NaN may count as negative: it elects nobody and is the result.
+    BY_SIGN_BIT: tl.constexpr = ELECT != "count" and not (HAS_RESCALES or (HAS_WEIGHTS and RULE != "peft"))
     for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
-        elected, summed, kept, up, down = _entry(
+        elected, summed, kept = _entry(
             row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
             RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
         )  # fmt: skip
+        up, down = elected > 0, elected < 0
         kept_count += kept.to(tl.int32)
         if RULE == "magmax":  # the last of equal ones; NaN has the largest key
             total = tl.where(kept & (key_of(total) <= key_of(summed)), summed, total)
         else:
-            total = total + tl.where(kept, elected, 0.0)
+            total = total + elected
         if HAS_UNIQUE:
             alone = alone + tl.where(kept, summed * tl.load(unique_scales + t).to(COMPUTE), 0.0)
         if RULE == "paper_max":
             positive = tl.where(up & ~(positive > summed), summed, positive)
             negative = tl.where(down & ~(summed > negative), summed, negative)
-        else:
+        elif RULE == "peft" and HAS_WEIGHTS:
             positive = positive + tl.where(up, summed, 0.0)
             negative = negative + tl.where(down, summed, 0.0)
-        positives += up.to(tl.int32)
-        negatives += down.to(tl.int32)
+        else:  # where the two are one
+            positive = positive + tl.maximum(elected, 0.0)
+            negative = negative + tl.minimum(elected, 0.0)
+        if BY_SIGN_BIT:
+            negatives -= _sign_bit(elected)
+        else:
+            positives += up.to(tl.int32)
+            negatives += down.to(tl.int32)
         if (RULE == "mergekit" or RULE == "exact") and HAS_WEIGHTS:
             weight = tl.load(numbers + 2 + t).to(COMPUTE)
             positive_weight = positive_weight + tl.where(up, weight, 0.0)
             negative_weight = negative_weight + tl.where(down, weight, 0.0)
         if RULE == "exact_all" and HAS_WEIGHTS:
             positive_weight = positive_weight + tl.where(kept, tl.load(numbers + 2 + t).to(COMPUTE), 0.0)
+    if BY_SIGN_BIT:
+        positives = kept_count - negatives
     plus, minus, drawn = _elect(total, positives, negatives, RULE, ELECT)
     sign_sum = tl.sum(plus.to(tl.int32) - minus.to(tl.int32))
     draws = tl.sum((drawn & (positives > 0)).to(tl.int32))
@@ -177,17 +203,18 @@ def merge_block(
         if ALIGNED_ROWS:
             numel = tl.multiple_of(numel, 16)
         for t in range(num_tasks):
-            elected, summed, kept, up, down = _entry(
+            elected, summed, kept = _entry(
                 row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
                 RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
             )  # fmt: skip
             # a NaN total elects nobody; its entries stay visible
-            visible = tl.where(plus, up, down) | (kept & (total != total))
+            visible = tl.where(plus, elected > 0, elected < 0) | (kept & (total != total))
             if RULE == "mergekit_all" or RULE == "exact_all":
                 visible = kept
             agreeing = tl.where(visible, summed, 0.0)
             store(agreeing, tl.load(row + OUT), t * numel + at, lanes, left, STORED, WHOLE and ALIGNED_ROWS)
     else:
+        base = base.to(COMPUTE)
         if RULE == "mergekit_all" or RULE == "exact_all" or RULE == "magmax":
             merged = _finish_all(
                 total, positive_weight, alone, kept_count, base, numbers,

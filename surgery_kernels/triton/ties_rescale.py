@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .addresses import BASE, CHUNK, EXPERTS, FIRST_CHUNK, NUMEL, OFFSET, Group, Scope, divide, is_whole, load, locate
 from .finite import key_of, task_vector
-from .ties_block import limits_of
+from .ties_block import is_above, limits_of
 from .ties_keep import narrowed
 
 SUMS_AT_ONCE = 1024  # chunks of a tensor whose norms are added up together
@@ -45,13 +45,13 @@ def _norms_of_chunk(
     WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
-    base = tl.zeros([CHUNK], COMPUTE)
+    base = tl.zeros([CHUNK], STORED)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, STORED, WHOLE)
     for t in range(num_tasks):
-        x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
-        tau = task_vector(x, base, STORED, HAS_BASE, DROP)
-        kept = key_of(tau) > limits_of(limits, t, flat, lanes, COMPUTE, True, CHUNK)
+        x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, STORED, WHOLE)
+        tau = task_vector(x, base, HAS_BASE, DROP).to(COMPUTE)
+        kept = is_above(tau, limits_of(limits, t, flat, lanes, COMPUTE, True, CHUNK))
         if KEEP != 0:
             kept = narrowed(
                 kept, key_of(tau), keep, part, num_tasks, t, begin, flat, lanes, count, COMPUTE, KEEP, WHOLE, CHUNK

@@ -54,11 +54,11 @@ def _ties_of(
     WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
-    base = tl.zeros([CHUNK], COMPUTE)
+    base = tl.zeros([CHUNK], STORED)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
-    x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
-    key = key_of(task_vector(x, base, STORED, HAS_BASE, DROP))
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, STORED, WHOLE)
+    x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, STORED, WHOLE)
+    key = key_of(task_vector(x, base, HAS_BASE, DROP).to(COMPUTE))
     return ((key == tl.load(expert + THRESHOLD)) & (lanes < count)).to(tl.int32)
 
 

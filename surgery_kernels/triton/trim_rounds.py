@@ -70,11 +70,11 @@ def _sample(
     at = begin[:, None] + lanes[None, :]
     there = here[:, None] & (at < of_part[:, None])
     expert = tl.load(row + EXPERTS + t).to(tl.pointer_type(STORED))
-    x = tl.load(expert[:, None] + at, mask=there, other=0).to(COMPUTE)
+    x = tl.load(expert[:, None] + at, mask=there, other=0)
     base = x
     if HAS_BASE:
-        base = tl.load(tl.load(row + BASE).to(tl.pointer_type(STORED))[:, None] + at, mask=there, other=0).to(COMPUTE)
-    key = key_of(task_vector(x, base, STORED, HAS_BASE, DROP))
+        base = tl.load(tl.load(row + BASE).to(tl.pointer_type(STORED))[:, None] + at, mask=there, other=0)
+    key = key_of(task_vector(x, base, HAS_BASE, DROP).to(COMPUTE))
     tl.store(sample + (t * PLACES + place[:, None]) * CLUSTER + lanes[None, :], key, mask=there)
 
 
@@ -152,16 +152,16 @@ def _count_chunk(
     WHOLE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, CHUNK)
-    base = tl.zeros([CHUNK], COMPUTE)
+    base = tl.zeros([CHUNK], STORED)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, COMPUTE, WHOLE)
+        base = load(tl.load(row + BASE), begin, lanes, count, STORED, STORED, WHOLE)
     copy = (tl.program_id(0) % COPIES) * num_tasks
     for t in range(num_tasks):
         expert = state + t * FIELDS
         lowest, highest = tl.load(expert + THRESHOLD), tl.load(expert + LAST)
         if (lowest < highest) | CHECKED:
-            x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, COMPUTE, WHOLE)
-            tau = task_vector(x, base, STORED, HAS_BASE, DROP)
+            x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, STORED, WHOLE)
+            tau = task_vector(x, base, HAS_BASE, DROP).to(COMPUTE)
             key = key_of(tau)
             if not WHOLE:
                 key = tl.where(lanes < count, key, -1)
