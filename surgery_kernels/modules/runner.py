@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from .hooks import SiteHooks
 from .inputs import MASK, Inputs, select, to_device
 from .outputs import open_output
 from .sites import Sites
+from .stand_in import standing_in
 
 # A cache of keys and values would grow at every replay.
 WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "use_cache": False}
@@ -119,7 +120,7 @@ class BlockRunner(ExitStack):
 
     def finish(self, begun: Started, stream: Tensor) -> Tensor:
         """The final representation from the stream behind the last block.  # [batch, dim]"""
-        with self._standing_in(stream):
+        with standing_in(self._blocks, lambda block: self._puts[block](stream)):
             self._pass(begun.inputs)
         return self._final
 
@@ -227,20 +228,6 @@ class BlockRunner(ExitStack):
             self._final = features
             return None
         return None if self._correct is None else self._correct(features)
-
-    @contextmanager
-    def _standing_in(self, stream: Tensor) -> Iterator[None]:
-        """Blocks that return the stream at once."""
-        own = [vars(block).get("forward") for block in self._blocks]
-        try:
-            for block, put in zip(self._blocks, self._puts, strict=True):
-                block.forward = lambda *_, put=put, **__: put(stream)
-            yield
-        finally:
-            for block, forward in zip(self._blocks, own, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
 
 
 def row_weights(inputs: Inputs, features: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from ...modules.sites import Sites
 from ...ops import representation_loss, surgery_adapter
 from ..adapters import SurgeryAdapters
 from ..batches import TaskData
+from .early import Early, early_blocks
 from .train import Adam, Steps
 
 
 class DeepTrainer:
     """V2: every site corrects what the next block reads, so each step is a pass forward and back.
 
-    All tasks go through the model as one batch, grouped by task. Only the first block's output is the same in every
-    step; keeping it would save one of some 3 * depth passes through a block, for `tokens` times the targets' memory.
+    All tasks go through the model as one batch, grouped by task. What the blocks up to the first site give is the same
+    in every step: kept from the first one on, it stands in for them.
     """
 
     stride = 1
@@ -49,6 +51,7 @@ class DeepTrainer:
         self._detach_layers = detach_layers
         self._autocast = autocast
         self._batches: Iterator[tuple[Inputs, ...]] | None = None  # from the first step on
+        self._early: Early | None = None
         self._targets_of_step: Sequence[Tensor] = ()  # per site [num_tasks, batch_size, dim]
         self._losses = [torch.empty(0)] * len(sites.names)  # [num_tasks] each
 
@@ -56,13 +59,19 @@ class DeepTrainer:
         if self._batches is None:
             streams = [of_task.pool.stream(list(of_task.order[start:])) for of_task in self._data]
             self._batches = zip(*streams, strict=True)
-        with SiteHooks(self._merged, self._sites, self._correct) as hooks:
+            of_model = self._merged, self._sites, self._data
+            self._early = early_blocks(*of_model, len(self._data) * self._data[0].rows.shape[1], self._autocast)
+        stand_in = nullcontext() if self._early is None else self._early.standing_in()
+        with SiteHooks(self._merged, self._sites, self._correct) as hooks, stand_in:
             return torch.stack([self._step(step, hooks, self._batches) for step in range(start, stop)])
 
     @torch.enable_grad()
     def _step(self, step: int, hooks: SiteHooks, batches: Iterator[tuple[Inputs, ...]]) -> Tensor:
-        targets = torch.stack([x[of_task.rows[step]] for of_task, x in zip(self._data, self._targets, strict=True)])
+        rows = [of_task.rows[step] for of_task in self._data]
+        targets = torch.stack([x[of_step] for of_step, x in zip(rows, self._targets, strict=True)])
         self._targets_of_step = targets.to(self._device).split(list(self._adapters.widths.values()), dim=-1)
+        if self._early is not None:
+            self._early.choose(rows)
         with autocast_to(self._autocast, self._device):
             hooks.run(self._merged, to_device(concatenate(next(batches)), self._device))
         bias = torch.stack(self._losses, dim=-1)  # [num_tasks, num_sites]
