@@ -74,9 +74,9 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
 
   // A short program of element-wise steps (csrc/step.h: five integers each) over blocks of elements, each rounded where
   // it says so: one read of all inputs and one write. inputs: num_inputs for the first tensor, then for the second,
-  // ...; out: as many for each as the program stores, which may be inputs. numbers: float64 [num_blocks or 1,
-  // num_numbers], a block being a tensor, or a row or a column of one. wide: float64 inside. Returns sums, float64
-  // [num_blocks, num_sums].
+  // ...; out: as many for each as the program stores, which may be inputs; bits are uint8 [ceil(numel / 8)]. numbers:
+  // float64 [num_blocks or 1, num_numbers], a block being a tensor, or a row or a column of one. wide: float64 inside.
+  // Returns sums, float64 [num_blocks, num_sums].
   m.def(
       "steps_out(Tensor[] inputs, int num_inputs, int[] program, Tensor numbers, str axis=\"tensor\", "
       "bool wide=False, *, Tensor(a!)[] out) -> Tensor");

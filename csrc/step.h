@@ -28,8 +28,9 @@ enum class Code : int32_t {
   sum,     // sum d += a, in float64
   dot,     // sum d += a * b, in float64
   store,   // output d = a
+  bits,    // output d, packed bits with the least significant first: a != 0
 };
-constexpr int kNumCodes = int(Code::store) + 1;
+constexpr int kNumCodes = int(Code::bits) + 1;
 
 struct Step {
   Code code;

@@ -24,9 +24,58 @@ struct Units {
   int64_t count() const { return pieces * strips; }
 };
 
+// What a program fills for every tensor: outputs like its inputs, one of which they may be, and bits.
+class Filled {
+ public:
+  Filled(const Program& program, const std::vector<Tensor>& out, const std::vector<Tensor>& inputs, size_t num_inputs)
+      : bits_(of_kind(program, out, true)),
+        tensors_(of_kind(program, out, false), {}, inputs, num_inputs, size_t(count(program, false)),
+                 /*in_place=*/true) {
+    const size_t num_outputs = program.packs.size();
+    for (const bool packed : program.packs)
+      kinds_.push_back({packed, size_t(std::count_if(kinds_.begin(), kinds_.end(),
+                                                     [&](const Kind& before) { return before.packed == packed; }))});
+    for (size_t i = 0; i < out.size(); ++i) {
+      const int64_t bytes = (inputs[i / num_outputs * num_inputs].numel() + 7) / 8;
+      require(!program.packs[i % num_outputs] || (out[i].is_cpu() && out[i].scalar_type() == ScalarType::Byte &&
+                                                  has_shape(out[i], {bytes}) && out[i].is_contiguous()),
+              "out must be contiguous uint8 [", bytes, "] on the CPU for bits, got another tensor");
+    }
+    check_apart(bits_, {&inputs});
+    check_apart(out, {});
+  }
+
+  void* at(const Scope& scope, size_t part, int64_t i, size_t output) const {
+    const Kind& kind = kinds_[output];
+    if (!kind.packed) return tensors_.at(scope, part, i, kind.place);
+    return static_cast<char*>(bits_[part * (bits_.size() / scope.parts.size()) + kind.place].data_ptr()) + i / 8;
+  }
+  void deliver() { tensors_.deliver(); }
+
+ private:
+  struct Kind {
+    bool packed;
+    size_t place;  // among those of its kind
+  };
+
+  static int64_t count(const Program& program, bool packed) {
+    return std::count(program.packs.begin(), program.packs.end(), packed);
+  }
+  static std::vector<Tensor> of_kind(const Program& program, const std::vector<Tensor>& out, bool packed) {
+    std::vector<Tensor> chosen;
+    for (size_t i = 0; i < out.size(); ++i)
+      if (program.packs[i % program.packs.size()] == packed) chosen.push_back(out[i]);
+    return chosen;
+  }
+
+  std::vector<Kind> kinds_;
+  const std::vector<Tensor> bits_;
+  Outputs tensors_;
+};
+
 class Run {
  public:
-  Run(const StepsInputs& inputs, const Program& program, const Numbers& numbers, const Outputs& outputs, bool in_place)
+  Run(const StepsInputs& inputs, const Program& program, const Numbers& numbers, const Filled& outputs, bool in_place)
       : inputs_(inputs), program_(program), numbers_(numbers), outputs_(outputs), in_place_(in_place) {
     for (size_t p = 0; p < inputs.vectors.size(); ++p) {
       const Vectors& vectors = inputs.vectors[p];
@@ -113,7 +162,7 @@ class Run {
   const StepsInputs& inputs_;
   const Program& program_;
   const Numbers& numbers_;
-  const Outputs& outputs_;
+  const Filled& outputs_;
   const bool in_place_;
   std::vector<Units> units_;
   int64_t num_units_ = 0, num_partial_ = 0;
@@ -133,15 +182,18 @@ Tensor steps_out(std::vector<Tensor> inputs, int64_t num_inputs, std::vector<int
   const size_t outputs = size_t(program.num_outputs), parts = taken.scope.parts.size();
   require(out.size() == parts * outputs, "out must be ", outputs, " for every tensor that is computed, got ",
           out.size(), " for ", parts);
+  require(!program.packs_any() || axis == Axis::tensor, "axis must be 'tensor' for a program with bits, got '",
+          axis_name, "'");
   bool in_place = false;
   for (size_t i = 0; i < out.size(); ++i) {
+    if (program.packs[i % outputs]) continue;
     const auto* const of_part = &inputs[i / outputs * size_t(num_inputs)];
     check_same_shape(out[i], of_part[0], "out", "inputs[0]");
     for (int64_t j = 0; j < num_inputs; ++j) in_place |= out[i].numel() > 0 && same_memory(out[i], of_part[j]);
   }
   require(!in_place || !program.loads_after_stores,
           "program must load before it stores where out is an input, got a load after a store");
-  Outputs to(out, {}, inputs, size_t(num_inputs), outputs, /*in_place=*/true);
+  Filled to(program, out, inputs, size_t(num_inputs));
 
   Run(taken, program, numbers, to, in_place).run(static_cast<double*>(sums.data_ptr()));
   to.deliver();

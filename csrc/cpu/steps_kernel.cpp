@@ -193,6 +193,8 @@ struct Machine {
         return add_terms(sum_at(step.destination), args.lanes, count, Products<C>{at(step.a), at(step.b)});
       case Code::store:
         return store_output(step);
+      case Code::bits:
+        return store_bits(step);
     }
     if (step.rounds) round_register<S>(at(step.destination), n);
   }
@@ -229,6 +231,19 @@ struct Machine {
         stream_lines<sizeof group>(group, p + i);
       else
         memcpy(p + i, group, sizeof group);
+    }
+  }
+
+  void store_bits(const Step& step) const {
+    static_assert(kStepGroup == 32);  // a word
+    const C* const a = at(step.a);
+    uint8_t* const p = static_cast<uint8_t*>(args.outputs[step.destination]) + begin / 8;
+    for (int i = 0; i < count; i += kStepGroup) {
+      uint32_t zeros = 0;
+      for (int l = 0; l < kStepGroup; l += V::N) zeros |= bits_of_lanes<C>(equal(load(a + i + l), V::set(0))) << l;
+      const int left = std::min(count - i, kStepGroup);
+      const uint32_t word = ~zeros & (~uint32_t(0) >> (kStepGroup - left));
+      memcpy(p + i / 8, &word, size_t(left + 7) / 8);
     }
   }
 

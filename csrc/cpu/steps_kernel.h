@@ -15,7 +15,7 @@ struct StepsArgs {
   const Step* steps;
   int num_steps;
   const void* const* inputs;  // [num_inputs]
-  void* const* outputs;       // [num_outputs]
+  void* const* outputs;       // [num_outputs]; of bits, the byte of the first element
   int64_t n, index;           // elements, and the place of the first one in its tensor; by column at most `block`
   const double* numbers;      // number k at k * stride; by column that of element i at k * stride + i % lanes
   int64_t stride;

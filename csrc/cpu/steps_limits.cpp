@@ -192,8 +192,9 @@ std::tuple<Tensor, Tensor> steps_limits(std::vector<Tensor> inputs, int64_t num_
   const Program program(words, num_inputs, numbers.count());
   numbers.check(taken.num_blocks);
   if (axis == Axis::column && !numbers.are_shared()) numbers.transpose();
-  require(program.num_outputs == 1 && program.num_sums == 0, "program must store its keys and nothing else, got ",
-          program.num_outputs, " outputs and ", program.num_sums, " sums");
+  require(program.num_outputs == 1 && program.num_sums == 0 && !program.packs_any(),
+          "program must store its keys and nothing else, got ", program.num_outputs, " outputs and ", program.num_sums,
+          " sums");
   require(!ranks.empty(), "ranks must be at least one, got none");
   require(!whole || axis != Axis::column, "whole must be False by column, got True");
 

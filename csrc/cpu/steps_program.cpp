@@ -68,6 +68,7 @@ Program::Program(const std::vector<int64_t>& words, int64_t num_inputs, int64_t 
       case Code::log:
       case Code::sum:
       case Code::store:
+      case Code::bits:
         reads(a);
         break;
       case Code::fma:
@@ -77,7 +78,12 @@ Program::Program(const std::vector<int64_t>& words, int64_t num_inputs, int64_t 
       default:
         reads(a), reads(b);
     }
-    (code == Code::store ? outputs : code == Code::sum || code == Code::dot ? sums : registers).add(destination);
+    const bool fills = code == Code::store || code == Code::bits;
+    (fills ? outputs : code == Code::sum || code == Code::dot ? sums : registers).add(destination);
+    if (fills) {
+      if (size_t(destination) >= packs.size()) packs.resize(size_t(destination) + 1);
+      packs[size_t(destination)] = code == Code::bits;
+    }
     const bool unary = code == Code::abs || code == Code::neg || code == Code::sqrt;
     steps.push_back({code, int32_t(destination), int32_t(a), int32_t(unary ? a : b), word[4] != 0});
   }

@@ -1,5 +1,6 @@
 // A program of steps_out or steps_limits, parsed and checked: what it runs over cannot corrupt memory.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -15,7 +16,10 @@ namespace sk {
 struct Program {
   std::vector<Step> steps;
   int num_registers = 0, num_outputs = 0, num_sums = 0;
+  std::vector<bool> packs;          // [num_outputs]: whether an output is bits
   bool loads_after_stores = false;  // the memory of an output cannot be that of an input
+
+  bool packs_any() const { return std::find(packs.begin(), packs.end(), true) != packs.end(); }
 
   Program(const std::vector<int64_t>& words, int64_t num_inputs, int64_t num_numbers);
 

@@ -107,7 +107,7 @@ def _task_arithmetic(self: Any, modelpool: Pool) -> nn.Module:
     modelpool = _pool(modelpool)
     with self.profile("load model"):
         models = _models(modelpool)
-    method = _of_changes(self.scaling_factor, "sum")
+    method = _sum_of_changes(self.scaling_factor)
     with self.profile("merge weights"):
         result = fused([*map(state_of, models)], method)
     if result is None:
@@ -155,7 +155,7 @@ def _expo(self: Any, modelpool: Pool) -> nn.Module:
     models = _models(modelpool)
     pretrained, *states = map(state_of, models)
     mean = states[0] if len(states) == 1 else fused(states, merging.Average(nonfinite=NONFINITE))
-    result = None if mean is None else fused([mean, pretrained], _of_changes(-self.extrapolation_factor, "sum"))
+    result = None if mean is None else fused([mean, pretrained], _sum_of_changes(-self.extrapolation_factor))
     return STOCK[ExPOAlgorithm](self, modelpool) if result is None else loaded(models[1], result)
 
 
@@ -165,7 +165,8 @@ def _magmax(self: Any, modelpool: Pool) -> nn.Module:
     with self.profile("load model"):
         models = _models(modelpool)
     with self.profile("merge weights"):
-        result = fused([*map(state_of, models)], _of_changes(self.scaling_factor, "magmax"), integers="first")
+        method = merging.METHODS["magmax"](self.scaling_factor, NONFINITE)  # type: ignore[call-arg]
+        result = fused([*map(state_of, models)], method, integers="first")
     if result is None:
         return STOCK[MagMaxAlgorithm](self, modelpool)
     self.print_profile_summary()
@@ -253,9 +254,9 @@ def _angles(
     return angles
 
 
-def _of_changes(scale: float, reduce: str) -> merging.Method:
-    """``base + scale * what is left of all changes``, rounded once."""
-    return merging.Ties(1.0, scale, semantics="exact", elect="none", reduce=reduce, nonfinite=NONFINITE)
+def _sum_of_changes(scale: float) -> merging.Method:
+    """``base + scale * sum of all changes``, rounded once."""
+    return merging.Ties(1.0, scale, semantics="exact", elect="none", reduce="sum", nonfinite=NONFINITE)
 
 
 def _density(threshold: float) -> float:

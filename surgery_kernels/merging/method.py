@@ -210,6 +210,7 @@ class Method(ABC):
     decides: ClassVar[str] = "element"
     decides_by: ClassVar[tuple[str, ...]] = ()  # "scope": parameters that must be the same for a whole model
     scope: ClassVar[str] = "tensor"  # "scope": of `merge_state_dicts`, where none is asked for
+    recipe_scope: ClassVar[str] = "tensor"  # the same of recipes
     in_recipes: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = ()  # keys of mergekit that change no result
 

@@ -18,7 +18,7 @@ class Scope:
     names: list[str]
     base: list[Tensor]  # one per name, or empty: the experts are task vectors, or the method has no base
     experts: list[list[Tensor]]  # [num_tensors][num_tasks]
-    out: list[Tensor]  # one per name
+    out: list[Tensor]  # one per name, or empty: nothing is merged yet
     owner: Mapping[str, str]  # every name of a merged tensor to its first: tied tensors have several
     decided: Any = None  # what `Method.decide` found for the whole model, of which this is a part
     offset: int = 0  # elements of the model before this part
@@ -60,7 +60,7 @@ class Scope:
             names=[self.names[i] for i in chosen],
             base=[self.base[i] for i in chosen] if self.base else [],
             experts=[self.experts[i] for i in chosen],
-            out=[self.out[i] for i in chosen],
+            out=[self.out[i] for i in chosen] if self.out else [],
         )
 
     def of_experts(self, chosen: Sequence[int]) -> Scope:

@@ -55,15 +55,15 @@ def merge_state_dicts(
     arguments.check_one_of("method", method, tuple(METHODS))
     if not experts:
         raise ValueError("experts must be at least one state dict, got none")
-    merging = _method(method, options)
+    merging = method_of(method, options)
     merging.check(len(experts))
     whole = _whole(merging, scope)
     if base is None and merging.base == "required":
         raise ValueError(f"base must be given for {method}, got None")
     first = experts[0] if base is None else base
-    _check_same_tensors(first, experts, "experts[0]" if base is None else "base")
+    check_same_tensors(first, experts, "experts[0]" if base is None else "base")
 
-    owner = _tied(first, experts)
+    owner = tied(first, experts)
     merged = [name for name, tensor in first.items() if tensor.is_floating_point() and owner[name] == name]
     if whole and merging.decides_by and len({first[name].dtype == torch.float64 for name in merged}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
@@ -117,8 +117,8 @@ def wise_ft_curve(
     """
     for t in ts:
         WiseFt(t, nonfinite).check(1)
-    _check_same_tensors(base, [expert], "base")
-    owner = _tied(base, [expert])
+    check_same_tensors(base, [expert], "base")
+    owner = tied(base, [expert])
     curve: list[dict[str, Tensor]] = [{} for _ in ts]
     for name, tensor in base.items():
         if owner[name] != name:
@@ -155,7 +155,7 @@ def _whole(merging: Method, scope: str | None) -> bool:
     return only == "model"
 
 
-def _method(name: str, options: Mapping[str, Any]) -> Method:
+def method_of(name: str, options: Mapping[str, Any]) -> Method:
     known = [parameter.name for parameter in METHODS[name].parameters()]
     for option in options:
         if option not in known:
@@ -172,7 +172,7 @@ def _side_by_side(tensors: StateDict, merging: Method) -> list[list[str]]:
     return list(groups.values())
 
 
-def _check_same_tensors(first: StateDict, experts: Sequence[StateDict], argument: str) -> None:
+def check_same_tensors(first: StateDict, experts: Sequence[StateDict], argument: str) -> None:
     for i, expert in enumerate(experts):
         if missing := [name for name in first if name not in expert]:
             raise ValueError(f"experts[{i}] must have the names of {argument}, got no {_some(missing)}")
@@ -195,7 +195,7 @@ def _some(names: list[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _tied(base: StateDict, experts: Sequence[StateDict]) -> dict[str, str]:
+def tied(base: StateDict, experts: Sequence[StateDict]) -> dict[str, str]:
     """Every name with the first name that shares its memory in all of them."""
     first: dict[object, str] = {}
     owner = {}

@@ -44,9 +44,10 @@ class Code(IntEnum):
     SUM = 19
     DOT = 20
     STORE = 21
+    BITS = 22
 
 
-_EFFECTS = (Code.SUM, Code.DOT, Code.STORE)
+_EFFECTS = (Code.SUM, Code.DOT, Code.STORE, Code.BITS)
 _COMPARISONS = (Code.GT, Code.GE, Code.EQ, Code.WITHIN)
 _CHOICES = (
     Code.MIN,
@@ -183,6 +184,7 @@ class Steps:
         self._index_of: dict[_Node, int] = {}
         self._constants: dict[str, Value] = {}
         self._stored: set[int] = set()  # values that the stored dtype holds
+        self._packed: set[int] = set()  # outputs that are bits
         self._rounds = True
         self._program: list[int] | None = None
 
@@ -208,6 +210,13 @@ class Steps:
         self.num_outputs += 1
         return self.num_outputs - 1
 
+    def store_bits(self, value: Value) -> int:
+        """Makes the next output packed bits (see `masks.unpack`), 1 where `value` is not 0; returns which one it is."""
+        self._record(Code.BITS, (value,), place=self.num_outputs, rounds=False)
+        self._packed.add(self.num_outputs)
+        self.num_outputs += 1
+        return self.num_outputs - 1
+
     def sum(self, value: Value) -> int:
         """Adds `value` up in float64; returns which sum it is."""
         return self._add_up(Code.SUM, value)
@@ -217,9 +226,9 @@ class Steps:
         return self._add_up(Code.DOT, a, b)
 
     @contextlib.contextmanager
-    def exact(self) -> Iterator[None]:
-        """Results within are not rounded to the stored dtype."""
-        before, self._rounds = self._rounds, False
+    def exact(self, exact: bool = True) -> Iterator[None]:
+        """Results within are not rounded to the stored dtype; where not `exact`, they are."""
+        before, self._rounds = self._rounds, not exact
         try:
             yield
         finally:
@@ -244,7 +253,8 @@ class Steps:
                 [shape[0], -1]. A tensor of one dimension or none is one block. Those of all tensors count in order.
             wide: Whether arithmetic is that of float64 whatever the dtype.
             out: As many tensors like the inputs as the program stores, of the first tensor, then of the second, ... One
-                may be an input of the same tensor; no other overlap is allowed.
+                may be an input of the same tensor; no other overlap is allowed. Those of `store_bits` are contiguous
+                uint8 [ceil(numel / 8)], for the axis "tensor" only.
 
         Returns:
             [num_blocks, num_sums] float64, added up in an order of its own: 0 for an empty block. Carries no gradient.
@@ -259,7 +269,13 @@ class Steps:
         if len(outputs) != wanted:
             raise ValueError(f"out must be {wanted} tensors, {self.num_outputs} for each computed, got {len(outputs)}")
         for i, tensor in enumerate(outputs):
-            arguments.check_like(f"out[{i}]", tensor, inputs[i // self.num_outputs * self.num_inputs], "its inputs")
+            first = inputs[i // self.num_outputs * self.num_inputs]
+            if i % self.num_outputs in self._packed:
+                _check_bits(f"out[{i}]", tensor, first)
+            else:
+                arguments.check_like(f"out[{i}]", tensor, first, "its inputs")
+        if self._packed and axis != "tensor":
+            raise ValueError(f"axis must be 'tensor' for a program with bits, got {axis!r}")
         sums = _ops.steps_out(
             inputs,
             self.num_inputs,
@@ -304,7 +320,7 @@ class Steps:
             RuntimeError: a rank is outside the number of elements, or tensors are float64 and others at once.
         """
         inputs = self._check(inputs, axis)
-        if (self.num_outputs, self.num_sums) != (1, 0):
+        if (self.num_outputs, self.num_sums) != (1, 0) or self._packed:
             raise ValueError(
                 "the program must store its keys and nothing else, "
                 f"got {self.num_outputs} outputs and {self.num_sums} sums"
@@ -383,6 +399,15 @@ class Steps:
         self._record(code, operands, place=self.num_sums, rounds=False)
         self.num_sums += 1
         return self.num_sums - 1
+
+
+def _check_bits(argument: str, tensor: object, first: Tensor) -> None:
+    size = -(-first.numel() // 8)
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.shape != (size,):
+        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{argument} must be uint8 of shape ({size},), got {got}")
+    if tensor.device != first.device or not tensor.is_contiguous():
+        raise ValueError(f"{argument} must be contiguous and on {first.device} like its inputs, got another tensor")
 
 
 def _compile(nodes: Sequence[_Node], num_numbers: int) -> list[int]:

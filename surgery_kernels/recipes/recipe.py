@@ -110,7 +110,7 @@ def read_recipe(root: Node, text: str) -> Recipe:
     base_model = ModelReference.read(keys["base_model"]) if "base_model" in keys else None
     settings = read_settings(keys.get("parameters"), method, of_model=False)
     slices = read_slices(root, keys, Context(method, base_model, (settings,)))
-    scope = _read_scope(keys.get("scope"), method, slices)
+    scope = _read_scope(keys.get("scope", root.key("scope", method.recipe_scope)), method, slices)
     if copied := base_alone(root, slices, method):
         merge_method, slices, scope = "passthrough", copied, "tensor"
     return Recipe(
@@ -128,9 +128,9 @@ def read_recipe(root: Node, text: str) -> Recipe:
     )
 
 
-def _read_scope(node: Node | None, method: type[Method], slices: tuple[Slice, ...]) -> str:
-    scope = "tensor" if node is None else node.one_of(SCOPES)
-    if node is None or scope == "tensor":
+def _read_scope(node: Node, method: type[Method], slices: tuple[Slice, ...]) -> str:
+    scope = node.one_of(SCOPES)
+    if scope == "tensor":
         return scope
     if method.decides != "scope":
         raise node.must(f"be 'tensor' for {method.name}")

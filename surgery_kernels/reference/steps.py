@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.masks import pack
 from ..ops.steps import Code
 from .gram import RUN
 from .sums import block_sum, fold_halves
@@ -36,7 +37,7 @@ def steps(
         count = _num_blocks(inputs[i].shape, axis)
         of_tensor = numbers if len(numbers) == 1 else numbers[first : first + count]
         stored, columns = run(inputs[i : i + num_inputs], program, of_tensor, block_of, wide)
-        outputs += [x.reshape(inputs[i].shape) for x in stored]
+        outputs += [x if x.dtype == torch.uint8 else x.reshape(inputs[i].shape) for x in stored]
         sums.append(_add_up(columns, inputs[i].shape, axis, count))
         first += count
     return outputs, torch.cat(sums)
@@ -104,6 +105,9 @@ def run(
         match code:
             case Code.STORE:
                 outputs[d] = r[a] if keys else r[a].to(stored)
+                continue
+            case Code.BITS:
+                outputs[d] = pack((r[a] != 0)[None])[0]
                 continue
             case Code.SUM:
                 sums[d] = r[a].double()

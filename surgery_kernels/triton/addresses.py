@@ -11,7 +11,7 @@ of out, base and every expert; for kernels of several outputs also the address o
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,8 @@ class Scope:
     base: one tensor for every merged one, or none; experts: all experts of the first, then of the second, ...; out: one
     for every merged one, filled through a copy where not contiguous; stacked: in its place, [num_tasks, *shape] of the
     only tensor; numbers: what kernels of a dtype read from `Group.numbers`; places: for several out tensors for every
-    merged one, any of which may be one of its inputs, what kernels read of each merged tensor.
+    merged one, any of which may be one of its inputs, what kernels read of each merged tensor; packed: which of the out
+    tensors of a merged one are bits.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class Scope:
         numbers: Callable[[torch.dtype], list[float]] = lambda dtype: [],
         places: Sequence[Sequence[int]] | None = None,
         num_outputs: int = 1,
+        packed: Collection[int] = (),
     ) -> None:
         self._check(base, experts, num_tasks)
         filled = [] if stacked is None else [stacked]
         if out is not None:
-            _check_out(out, base, experts, num_tasks, num_outputs, in_place=places is not None)
+            _check_out(out, base, experts, num_tasks, num_outputs, packed, in_place=places is not None)
             filled = [
                 x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in out
             ]
@@ -98,8 +100,9 @@ class Scope:
             addresses += [self._address(expert) for expert in of_part]
             if places is not None:
                 addresses += outputs
+            whole = [x for i, x in enumerate(outputs) if i not in packed] + addresses[1 : 2 + num_tasks]
             before, count = chunks.get(first.dtype, 0), -(-first.numel() // CHUNK)
-            aligned = all(x % 16 == 0 for x in addresses)
+            aligned = all(x % 16 == 0 for x in whole)
             row = [first.numel(), self.numel, before, self.num_chunks, int(aligned), *addresses]
             row += places[part] if places is not None else ()
             rows.setdefault(first.dtype, []).append(row + [0] * (len(row) % 2))
@@ -171,6 +174,7 @@ def _check_out(
     experts: Sequence[Tensor],
     num_tasks: int,
     num_outputs: int,
+    packed: Collection[int],
     in_place: bool,
 ) -> None:
     parts = len(experts) // num_tasks
@@ -179,8 +183,19 @@ def _check_out(
             raise RuntimeError(f"out must be one tensor for every merged tensor, got {len(out)}")
         raise RuntimeError(f"out must be {num_outputs} tensors for every merged tensor, got {len(out)} for {parts}")
     for i, tensor in enumerate(out):
-        check_same("out", tensor, experts[i // num_outputs * num_tasks])
+        first = experts[i // num_outputs * num_tasks]
+        if i % num_outputs in packed:
+            _check_bits(tensor, first)
+        else:
+            check_same("out", tensor, first)
     check_apart(out, [base, experts], in_place, parts)
+
+
+def _check_bits(tensor: Tensor, first: Tensor) -> None:
+    size = -(-first.numel() // 8)
+    right = tensor.dtype == torch.uint8 and tensor.shape == (size,) and tensor.is_contiguous()
+    if not right or tensor.device != first.device:
+        raise RuntimeError(f"out must be contiguous uint8 [{size}] on {first.device} for bits, got another tensor")
 
 
 def check_same(argument: str, tensor: Tensor, first: Tensor) -> None:

@@ -52,7 +52,7 @@ def steps_limits(
     if whole and axis == "column":
         raise RuntimeError("whole must be False by column, got True")
     call = Call(inputs, num_inputs, program, numbers, axis, wide)
-    if (call.program.num_outputs, call.program.num_sums) != (1, 0):
+    if (call.program.num_outputs, call.program.num_sums) != (1, 0) or call.program.packed:
         raise RuntimeError(
             "program must store its keys and nothing else, "
             f"got {call.program.num_outputs} outputs and {call.program.num_sums} sums"

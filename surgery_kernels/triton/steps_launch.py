@@ -170,11 +170,14 @@ class Call:
                 f"out must be {self.program.num_outputs} for every tensor that is computed, "
                 f"got {len(out)} for {len(self.firsts)}"
             )
+        if self.program.packed and axis != "tensor":
+            raise RuntimeError(f"axis must be 'tensor' for a program with bits, got {axis!r}")
         self.has_keys = keys is not None
         self.placed = axis != "tensor" and not self.shared  # numbers of an element
         places = [(0, 1, 1)] * len(self.firsts) if self.shared else places_of(self.firsts, axis)
         self.scope = Scope(
-            [], inputs, num_inputs, out, keys, places=places, num_outputs=self.program.num_outputs
+            [], inputs, num_inputs, out, keys, places=places, num_outputs=self.program.num_outputs,
+            packed=self.program.packed,
         )  # fmt: skip
         if self.scope.in_place and self.program.loads_after_stores:
             raise RuntimeError("program must load before it stores where out is an input, got a load after a store")

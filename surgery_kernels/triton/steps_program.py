@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..ops.steps import Code
 
 MOST = 1 << 10  # registers, outputs or sums
-UNARY = (Code.ABS, Code.NEG, Code.SQRT, Code.EXP, Code.LOG, Code.SUM, Code.STORE)
+UNARY = (Code.ABS, Code.NEG, Code.SQRT, Code.EXP, Code.LOG, Code.SUM, Code.STORE, Code.BITS)
 
 
 class Program:
@@ -18,6 +18,7 @@ class Program:
             raise RuntimeError(f"program must be five integers for every step, got {len(words)}")
         self._limits = {"inputs": num_inputs, "numbers": num_numbers}
         self._used: dict[str, set[int]] = {"registers": set(), "outputs": set(), "sums": set()}
+        self.packed: set[int] = set()  # outputs that are bits
         self.loads_after_stores = False
         self.words = list(words)
         self.named: tuple[str | int, ...] = ()  # the same with every code by its name
@@ -52,10 +53,14 @@ class Program:
             if code == Code.WITHIN:
                 self._check("numbers", b)
                 self._check("numbers", b + 1)
-        filled = {Code.STORE: "outputs", Code.SUM: "sums", Code.DOT: "sums"}.get(code, "registers")
+        filled = {
+            Code.STORE: "outputs", Code.BITS: "outputs", Code.SUM: "sums", Code.DOT: "sums"
+        }.get(code, "registers")  # fmt: skip
         if not 0 <= destination < MOST:
             raise RuntimeError(f"program must have {filled} in [0, {MOST}), got {destination}")
         self._used[filled].add(destination)
+        if filled == "outputs":
+            (self.packed.add if code == Code.BITS else self.packed.discard)(destination)
         if code in UNARY:
             b = a
         return code.name, destination, a, b, int(rounds != 0)

@@ -15,7 +15,7 @@ from .addresses import EXPERTS, load, pointer_to
 from .steps_compute import compute, narrow, number, widen
 
 LOAD, NUMBER, WITHIN = (tl.constexpr(int(code)) for code in (Code.LOAD, Code.NUMBER, Code.WITHIN))
-SUM, DOT, STORE = (tl.constexpr(int(code)) for code in (Code.SUM, Code.DOT, Code.STORE))
+SUM, DOT, STORE, BITS = (tl.constexpr(int(code)) for code in (Code.SUM, Code.DOT, Code.STORE, Code.BITS))
 FMA, SELECT = tl.constexpr(int(Code.FMA)), tl.constexpr(int(Code.SELECT))
 FIRST, LAST = tl.constexpr(int(Code.ADD)), tl.constexpr(int(Code.SELECT))  # of those that `compute` knows
 NAMES = tl.constexpr(tuple(code.name for code in Code))
@@ -43,6 +43,9 @@ def run_constant(
                 tl.store(pointer_to(address, OUT, WHOLE) + at + lanes, x)
             else:
                 tl.store(pointer_to(address, OUT, WHOLE) + at + lanes, x, mask=lanes < left)
+        elif PROGRAM[i] == "BITS":
+            address = tl.load(row + EXPERTS + num_inputs + PROGRAM[i + 1])
+            _store_bits(registers[PROGRAM[i + 2]], address, at, lanes, left)
         elif PROGRAM[i] == "SUM":
             sums = _add(sums, registers[PROGRAM[i + 2]].to(tl.float64), lanes < left, PROGRAM[i + 1])
         elif PROGRAM[i] == "DOT":
@@ -75,6 +78,15 @@ def run_constant(
 
 
 @triton.jit
+def _store_bits(x, address, at, lanes, left):
+    """A byte for every eight elements, of which the first is a multiple of eight."""
+    bits = ((x != 0) & (lanes < left)).to(tl.int32) << (lanes % 8)
+    byte = tl.arange(0, lanes.shape[0] // 8)
+    packed = tl.sum(tl.reshape(bits, [lanes.shape[0] // 8, 8]), axis=1)
+    tl.store(address.to(tl.pointer_type(tl.uint8)) + at // 8 + byte, packed.to(tl.uint8), mask=byte * 8 < left)
+
+
+@triton.jit
 def _add(sums, terms, there, PLACE: tl.constexpr):
     """Elements that are not there add nothing: a sum from 0 on is never -0."""
     total = sums[PLACE] + tl.where(there, terms, 0.0)
@@ -96,6 +108,9 @@ def run_from_memory(
         if code == STORE:
             pointer = tl.load(row + EXPERTS + num_inputs + destination).to(tl.pointer_type(OUT)) + at + lanes
             tl.store(pointer, narrow(tl.load(registers + a * size + lanes), OUT, WIDE), mask=lanes < left)
+        elif code == BITS:
+            address = tl.load(row + EXPERTS + num_inputs + destination)
+            _store_bits(tl.load(registers + a * size + lanes), address, at, lanes, left)
         elif (code == SUM) | (code == DOT):
             if sums is not None:
                 terms = tl.load(registers + a * size + lanes).to(tl.float64)

@@ -13,6 +13,7 @@ from click import Command, Group
 
 from surgery_kernels import cli
 from surgery_kernels.recipes import parse_recipes
+from tests.checkpoints import save_safetensors, state_dict
 from tests.encoders import Encoder
 from tests.sentence_models import sentence_models
 
@@ -41,7 +42,13 @@ def of_surgery() -> dict[str, Any]:
     }
 
 
-GIVEN = {"README.md": of_surgery, "surgery.md": of_surgery}
+def of_methods() -> dict[str, Any]:
+    for seed, name in enumerate(("base", "math", "code")):
+        save_safetensors(Path("models") / name, state_dict(seed))
+    return {}
+
+
+GIVEN = {"README.md": of_surgery, "surgery.md": of_surgery, "methods.md": of_methods}
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=lambda path: path.stem)

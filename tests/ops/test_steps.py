@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import _C, reference
+from surgery_kernels.ops.masks import unpack
 from surgery_kernels.ops.steps import Code, Steps
 from tests.cases import DTYPES, NUM_TASKS, SHAPES, assert_same, bits, gaussian, grid, inputs, option_id
 from tests.programs import AXES, eager_nearswap, inputs_of, nearswap, num_blocks, numbers_of, random_program
@@ -22,7 +23,10 @@ steps_out = torch.ops.surgery_kernels.steps_out
 
 def compare(tensors: list[Tensor], num_inputs: int, program: list[int], numbers: Tensor, **options: Any) -> None:
     expected, expected_sums = reference.steps(tensors, num_inputs, program, numbers, **options)
-    out = [torch.full_like(x, math.nan, memory_format=torch.contiguous_format) for x in expected]
+    out = [
+        torch.full_like(x, math.nan if x.is_floating_point() else 255, memory_format=torch.contiguous_format)
+        for x in expected
+    ]
     sums = steps_out(tensors, num_inputs, program, numbers, **options, out=out)
     for j, (x, wanted) in enumerate(zip(out, expected, strict=True)):
         assert_same(x, wanted, f"output {j}, {options}")
@@ -132,6 +136,58 @@ def test_limits_are_kept_in_flat_order() -> None:
     assert kept.tolist() == [[1, 1, 0], [1, 1, 0]]
     steps.run([x], torch.tensor([[1.0, 4], [0.5, 0], [1.0, 2]]), axis="column", out=[kept])
     assert kept.tolist() == [[1, 1, 0], [1, 0, 0]]
+
+
+def shared_and_bits(num_tasks: int) -> Steps:
+    """Packed bits between outputs like the inputs, and sums."""
+    steps = Steps(num_tasks)
+    loaded = [steps.load(i) for i in range(num_tasks)]
+    total = sum(loaded, 0.0)
+    steps.store_bits(total > 0.0)
+    steps.store(total)
+    for x in loaded:
+        steps.store_bits(x)
+    steps.sum(total)
+    return steps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+def test_bits(dtype: torch.dtype) -> None:
+    steps = shared_and_bits(3)
+    tensors = [x for shape in [*SHAPES, (33_000,)] for x in inputs_of(shape, 3, dtype)]
+    for wide in (False, True):
+        compare(tensors, 3, steps.program, steps.table([]), wide=wide)
+    a, b, c = tensors[-3:]
+    packed = torch.empty(4, 33_000 // 8, dtype=torch.uint8)
+    steps.run([a, b, c], out=[packed[0], torch.empty_like(a), *packed[1:]])
+    assert torch.equal(unpack(packed, a.shape)[1:], torch.stack([a, b, c]) != 0)
+
+
+@pytest.mark.any_isa
+def test_refused_bits() -> None:
+    steps = shared_and_bits(1)
+    x = torch.zeros(4, 3)
+    bits = [torch.zeros(2, dtype=torch.uint8) for _ in range(2)]
+    for message, out, axis in (
+        ("out[0] must be uint8 of shape (2,), got torch.float32 (4, 3)", [x, torch.zeros_like(x), bits[1]], "tensor"),
+        ("out[2] must be uint8 of shape (2,), got torch.uint8 (1,)", [bits[0], x, bits[1][:1]], "tensor"),
+        ("axis must be 'tensor' for a program with bits, got 'row'", [bits[0], x, bits[1]], "row"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            steps.run([torch.ones_like(x)], axis=axis, out=out)
+    program, numbers = steps.program, steps.table([])
+    for message, out, axis in (
+        ("out must be contiguous uint8 [2] on the CPU for bits, got another tensor", [x, x.clone(), bits[1]], "tensor"),
+        ("axis must be 'tensor' for a program with bits, got 'row'", [bits[0], x, bits[1]], "row"),
+        ("out must be apart from every other out, got memory that overlaps one", [bits[0], x, bits[0]], "tensor"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            steps_out([torch.ones_like(x)], 1, program, numbers, axis=axis, out=out)
+    only_bits = Steps(1)
+    only_bits.store_bits(only_bits.load(0))
+    message = "the program must store its keys and nothing else, got 1 outputs and 0 sums"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        only_bits.limits([x], [1])
 
 
 def test_exponentials_and_logarithms_are_good() -> None:
@@ -265,7 +321,7 @@ def test_programs_grow_after_a_run() -> None:
 REFUSED_PROGRAMS: list[tuple[str, list[int]]] = [
     ("program must be five integers for every step, got 0", []),
     ("program must be five integers for every step, got 6", [0, 0, 0, 0, 0, 21]),
-    ("program must have codes in [0, 22), got 22", [22, 0, 0, 0, 0]),
+    ("program must have codes in [0, 23), got 23", [23, 0, 0, 0, 0]),
     ("program must have inputs in [0, 2), got 2", [0, 0, 2, 0, 0]),
     ("program must have numbers in [0, 1), got 1", [1, 0, 1, 0, 0]),
     ("program must have numbers in [0, 1), got 1", [0, 0, 0, 0, 0, 18, 1, 0, 0, 0]),

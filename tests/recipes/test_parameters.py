@@ -142,7 +142,9 @@ def values(parameter: Parameter) -> st.SearchStrategy[Any]:
 
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
-    method = RECIPE_METHODS[draw(st.sampled_from(sorted(RECIPE_METHODS)))]
+    registry = importlib.import_module("mergekit.merge_methods.registry")
+    known = [method.spec.name for method in registry.registered_methods()]
+    method = RECIPE_METHODS[draw(st.sampled_from(sorted(RECIPE_METHODS.keys() & known)))]
     parameters = {parameter.key: values(parameter) for parameter in known_to_mergekit(method)}
     of_models = {
         parameter.key: parameters[parameter.key] for parameter in known_to_mergekit(method) if parameter.per_model

@@ -16,7 +16,7 @@ from surgery_kernels import reference
 from surgery_kernels.ops.steps import Code, Steps
 from tests.cases import DTYPES, assert_same, bits, gaussian, grid, inputs, option_id
 from tests.guards import Counted, assert_border_kept, guarded
-from tests.ops.test_steps import REFUSED_PROGRAMS
+from tests.ops.test_steps import REFUSED_PROGRAMS, shared_and_bits
 from tests.programs import (
     AXES,
     eager_nearswap,
@@ -82,7 +82,7 @@ def test_programs_of_every_instruction(seed: int, dtype: torch.dtype, wide: bool
 
 
 def test_the_programs_have_every_instruction() -> None:
-    assert {code for seed in (2, 5, 9) for code in random_program(seed, 3)[::5]} == set(Code)
+    assert {code for seed in (2, 5, 9) for code in random_program(seed, 3)[::5]} == set(Code) - {Code.BITS}
 
 
 @pytest.mark.usefixtures("kept")
@@ -157,6 +157,50 @@ def test_more_registers_than_a_gpu_has(gpu: torch.device) -> None:
     steps.store(sum(((x - mean) * (x - mean) for x in loaded), 0.0))
     _, experts = inputs(gaussian, 200, 64, torch.bfloat16)
     check(gpu, experts, 64, steps.program, steps.table([]))
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("with_sums", [True, False], ids=["", "without sums"])
+def test_bits(gpu: torch.device, with_sums: bool) -> None:
+    from surgery_kernels.triton.steps import steps_out
+
+    steps = shared_and_bits(2)
+    program = steps.program if with_sums else without_sums(steps.program)
+    for dtype in (torch.float64, torch.bfloat16):
+        tensors = [x for shape in [*SMALL_SHAPES, (40_000,)] for x in inputs_of(shape, 2, dtype)]
+        expected, sums = reference.steps(tensors, 2, program, steps.table([]))
+        num_bytes = sum(x.numel() for x in expected if x.dtype == torch.uint8)
+        moved, out, at = torch.full((num_bytes + 2,), 85, dtype=torch.uint8, device=gpu), [], 1
+        for x in expected:
+            packed = x.dtype == torch.uint8
+            out.append(moved[at : at + x.numel()] if packed else torch.full_like(x, math.nan).to(gpu))
+            at += x.numel() if packed else 0
+        found = steps_out([x.to(gpu) for x in tensors], 2, program, steps.table([]), out=out)
+        for j, (x, wanted) in enumerate(zip(out, expected, strict=True)):
+            assert_same(x.cpu(), wanted, f"output {j}")
+        assert_same(found.cpu(), sums)
+        assert moved[0] == moved[-1] == 85
+
+
+def test_refused_bits(gpu: torch.device) -> None:
+    from surgery_kernels.triton.steps import steps_limits, steps_out
+
+    steps, x = shared_and_bits(1), torch.zeros(4, 3, device=gpu)
+    bits = [torch.zeros(2, dtype=torch.uint8, device=gpu) for _ in range(2)]
+    for message, out, axis in (
+        (
+            f"out must be contiguous uint8 [2] on {x.device} for bits, got another tensor",
+            [x, x.clone(), bits[1]],
+            "tensor",
+        ),
+        ("axis must be 'tensor' for a program with bits, got 'row'", [bits[0], x.clone(), bits[1]], "row"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            steps_out([x], 1, steps.program, steps.table([]), axis=axis, out=out)
+    only_bits = Steps(1)
+    only_bits.store_bits(only_bits.load(0))
+    with pytest.raises(RuntimeError, match="^program must store its keys and nothing else, got 1 outputs and 0 sums$"):
+        steps_limits([x], 1, only_bits.program, only_bits.table([]), [1])
 
 
 @pytest.mark.usefixtures("kept")

@@ -77,12 +77,14 @@ def lay_out(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     max_shard_bytes: int,
     parts: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Layout:
     """Tensors in the given order, a new shard where the next one would pass `max_shard_bytes` of data.
 
     Args:
         parts: Of what has components with files of their own: the files' names without number and ending, by what is
             in front of the names of the tensors. None: one model.
+        metadata: Of every file, besides its format.
     """
     parts = {"": "model"} if parts is None else parts
     longest_first = sorted(parts, key=len, reverse=True)
@@ -94,7 +96,8 @@ def lay_out(
     for part, stem in parts.items():
         groups = _groups({name: tensors[name] for name in tensors_of[part]}, max_shard_bytes)
         for number, names in enumerate(groups):
-            header, offsets, nbytes = _header({name.removeprefix(part): tensors[name] for name in names})
+            own = {name.removeprefix(part): tensors[name] for name in names}
+            header, offsets, nbytes = _header(own, metadata or {})
             places |= {
                 f"{part}{name}": Place(len(shards), at, *tensors[f"{part}{name}"]) for name, at in offsets.items()
             }
@@ -128,9 +131,11 @@ def _file_name(stem: str, number: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+def _header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
     """The header of a file with these tensors, their offsets in the file, and its length."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begins, end = {}, 0
     for name in _widest_first(tensors):
         dtype, shape = tensors[name]

@@ -6,6 +6,8 @@ from ..method import Method
 from .adamerging import AdaMerging
 from .fisher import Fisher
 from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, Passthrough, TaskArithmetic, WiseFt
+from .localized import LocalizeAndStitch, MagMax
+from .masks import ConsensusTa, ConsensusTies, Emr, TallMasks
 from .regmean import RegMean
 from .selective import ArceeFusion, NearSwap, Ram, RamPlus, Sce
 from .sparse import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear
@@ -41,6 +43,12 @@ METHODS: dict[str, type[Method]] = {
         Ram,
         RamPlus,
         ArceeFusion,
+        MagMax,
+        LocalizeAndStitch,
+        ConsensusTa,
+        ConsensusTies,
+        TallMasks,
+        Emr,
         Fisher,
         RegMean,
         AdaMerging,

@@ -27,7 +27,7 @@ def _task_vectors(steps: Steps, num_tasks: int) -> list[Value]:
     return [steps.load(1 + t) - base for t in range(num_tasks)]
 
 
-def _is_finite(x: Value) -> Value:
+def is_finite(x: Value) -> Value:
     return abs(x) < inf
 
 
@@ -55,12 +55,12 @@ def _only_finite(num_tasks: int, has_base: bool, rounded: bool) -> Steps:
     loaded = [steps.load(i) for i in range(num_tasks + has_base)]
     if not has_base:
         for x in loaded:
-            steps.store(_is_finite(x).where(x, 0.0))
+            steps.store(is_finite(x).where(x, 0.0))
         return steps
     base, *experts = loaded
     with _arithmetic(steps, rounded):
-        of_base = _is_finite(base).where(base, 0.0)
-        known = [_is_finite(x - base).where(x, of_base) for x in experts]
+        of_base = is_finite(base).where(base, 0.0)
+        known = [is_finite(x - base).where(x, of_base) for x in experts]
     for x in (of_base, *known):
         steps.store(x)
     return steps
@@ -70,7 +70,7 @@ def _only_finite(num_tasks: int, has_base: bool, rounded: bool) -> Steps:
 def _restored() -> Steps:
     steps = Steps(2)
     base, merged = steps.load(0), steps.load(1)
-    steps.store(_is_finite(base).where(merged, base))
+    steps.store(is_finite(base).where(merged, base))
     return steps
 
 
@@ -174,7 +174,7 @@ def moved(num_tasks: int, finite: bool) -> Steps:
         distances = [abs(x) for x in _task_vectors(steps, num_tasks)]
         moved = [x > steps.number(0) for x in distances]
         if finite:
-            moved = [x * _is_finite(distance) for x, distance in zip(moved, distances, strict=True)]
+            moved = [x * is_finite(distance) for x, distance in zip(moved, distances, strict=True)]
         several = reduce(add, moved) > 1.0
         together = [x * several for x in moved]
     for x in together:

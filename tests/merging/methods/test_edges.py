@@ -22,6 +22,7 @@ REQUIRED: dict[str, dict[str, Any]] = {  # what has no default
     "slerp": {"t": 0.3},
     "nearswap": {"t": 0.1},
     "lines": {"first": 0.2, "last": 0.8},
+    **dict.fromkeys(["tall_masks", "emr"], {"task": 0}),
     **dict.fromkeys(["dare_linear", "dare_ties", "della_linear", "della"], {"density": 0.5}),
     **dict.fromkeys(["breadcrumbs", "breadcrumbs_ties"], {"density": 0.5}),
 }
