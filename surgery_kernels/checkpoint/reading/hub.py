@@ -12,6 +12,7 @@ from .files import files_below
 from .parts import ADAPTER_FILES, INDICES, MODEL_FILES, anatomy
 
 REFERENCE = re.compile(r"(?P<model>[\w.-]*\w/\w[\w.-]*)(@(?P<revision>.+))?")  # org/name@revision
+INSIDE = re.compile(r"(?P<model>[\w.-]*\w/(?P<name>\w[\w.-]*))/(?P<folder>[^@]+?)/?(@.+)?")  # org/name/folder
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ["*.index.json", "*.index.*.json", ADAPTER_CONFIG]  # they say which weights are wanted
 
@@ -29,8 +30,19 @@ def download(reference: str, *, weights: bool = True) -> tuple[Path, Collection[
     """
     match = REFERENCE.fullmatch(reference)
     if match is None:
+        inside = (
+            None
+            if Path(reference).parts[:1] and Path(Path(reference).parts[0]).exists()
+            else INSIDE.fullmatch(reference)
+        )
+        way_on = (
+            f": of a folder within {inside['model']}, run `hf download {inside['model']} --include "
+            f"'{inside['folder']}/*' --local-dir {inside['name']}` and name {inside['name']}/{inside['folder']}"
+            if inside
+            else ""
+        )
         raise FileNotFoundError(
-            f"reference must be a path or a model of the Hub, org/name[@revision], got {reference!r}"
+            f"reference must be a path or a model of the Hub, org/name[@revision], got {reference!r}{way_on}"
         )
     try:
         from huggingface_hub import HfApi, snapshot_download

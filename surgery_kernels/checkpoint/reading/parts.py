@@ -151,7 +151,8 @@ def _file_or_index(where: Path, file: str, own: Collection[str]) -> str | None:
             return None
         if file == SLICED[0] and SLICED[1] in own:
             raise ValueError(
-                f"{where} must have whole tensors, got {', '.join(SLICED)}, ..., which hold slices: convert them first"
+                f"{where} must have whole tensors, got {', '.join(SLICED)}, ..., which hold slices of them: join them "
+                "with the model's converter, such as convert_llama_weights_to_hf.py of transformers"
             )
         return file
     if file not in own:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .files import check_weights
+from .legacy_torch_file import is_legacy, read_legacy
 from .source import TensorInfo
 from .state_dict import state_dict
 
@@ -40,28 +41,43 @@ class Archive:
 def read_torch(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file by name, in the order in which they lie there; reads all but their data.
 
-    torch.load runs with `weights_only` and without memory for the tensors, and tells where it would have read them.
+    torch.load runs with `weights_only` and without memory for the tensors, and tells where it would have read them; of
+    files from before torch 1.6, which are no archives, `legacy_torch_file.py` finds that out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no dict of dense tensors, is not in the zip format, or asks for code to be run.
+        ValueError: it holds no dict of dense tensors, is not what torch.save writes, or asks for code to be run.
     """
     check_weights(path)
-    with _refusing(path):
-        archive = _read_archive(path) if zipfile.is_zipfile(path) else None
-    if archive is None:
+    if zipfile.is_zipfile(path):
+        content, sizes = _read_zip(path)
+    elif is_legacy(path):
+        with _refusing(path), torch.serialization.safe_globals(HARMLESS):
+            content, sizes, byte_order = read_legacy(path)
+        _check_byte_order(path, byte_order)
+    else:
         raise ValueError(
-            f"{path} must be complete and in the zip format that torch.save has written since torch 1.6, got another: "
-            f"load it and save it again"
+            f"{path} must be complete and in a format of torch.save, got another: load it and save it again"
         )
+    infos = {name: _info(path, name, tensor, sizes) for name, tensor in state_dict(path, content).items()}
+    return dict(sorted(infos.items(), key=lambda item: item[1].offset or 0))
+
+
+def _read_zip(path: Path) -> tuple[Any, dict[int, int]]:
+    """What was saved, in tensors without memory, and how many bytes there are at the offset of every entry."""
+    with _refusing(path):
+        archive = _read_archive(path)
     if archive.compressed:
         raise ValueError(f"{path} must be an archive without compression, got {archive.compressed[0]!r} compressed")
-    if archive.byte_order != sys.byteorder:
-        raise ValueError(f"{path} must be from a {sys.byteorder}-endian machine, got {archive.byte_order!r}")
+    _check_byte_order(path, archive.byte_order)
     with _refusing(path), FakeTensorMode(), torch.serialization.safe_globals(HARMLESS):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    infos = {name: _info(path, name, tensor, archive.sizes) for name, tensor in state_dict(path, content).items()}
-    return dict(sorted(infos.items(), key=lambda item: item[1].offset or 0))
+    return content, archive.sizes
+
+
+def _check_byte_order(path: Path, byte_order: str) -> None:
+    if byte_order != sys.byteorder:
+        raise ValueError(f"{path} must be from a {sys.byteorder}-endian machine, got {byte_order!r}")
 
 
 @contextlib.contextmanager
@@ -86,10 +102,10 @@ def _info(path: Path, name: str, tensor: Tensor, sizes: dict[int, int]) -> Tenso
         end += itemsize * (1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)))
     # what the pickle says about sizes is believed only as far as the archive has them
     size = sizes.get(storage, 0)
-    if storage not in sizes or end > size:
+    if tensor.numel() and (storage not in sizes or end > size):
         raise ValueError(f"{path} must hold the data of {name!r}, {end} bytes, got {size}")
     contiguous = None if tensor.is_contiguous() else strides
-    return TensorInfo(tensor.dtype, shape, tensor.nbytes, path, storage + start, contiguous)
+    return TensorInfo(tensor.dtype, shape, tensor.nbytes, path, max(storage, 0) + start, contiguous)
 
 
 def _read_archive(path: Path) -> Archive:

@@ -167,6 +167,13 @@ def test_references_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     for reference in ("nothing", "./nothing/here", "/nothing", "a/b/c", "org/", "../model"):
         message = f"reference must be a path or a model of the Hub, org/name[@revision], got {reference!r}"
         refused(reference, message, FileNotFoundError)
+    way_on = (
+        ": of a folder within org/model, run `hf download org/model --include 'sub/deep/*' --local-dir model` and name "
+        "model/sub/deep"
+    )
+    for reference in ("org/model/sub/deep", "org/model/sub/deep@main"):
+        message = f"reference must be a path or a model of the Hub, org/name[@revision], got {reference!r}{way_on}"
+        refused(reference, message, FileNotFoundError)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     message = "huggingface_hub must be installed for a model of the Hub, got no path 'org/model' here and: "
     refused("org/model", message, ImportError)
