@@ -19,7 +19,7 @@ from .checkpoint.diff import TensorDifference
 from .checkpoint.diff import diff as diff_checkpoints
 from .checkpoint.differences import ALLOWABLE
 from .checkpoint.estimate import estimate_seconds
-from .checkpoint.experts import LAYOUTS
+from .checkpoint.experts import DECISIONS, LAYOUTS
 from .checkpoint.plan import plan_merge
 from .checkpoint.run import check as check_run
 from .checkpoint.run import run
@@ -113,6 +113,14 @@ def main() -> None:
     "--merge-computed", is_flag=True, help="Merge buffers too, such as inv_freq; else those of the donor stay."
 )
 @click.option("--moe-layout", type=click.Choice(LAYOUTS), help="Of the experts in OUT; none: as the donor has them.")
+@click.option(
+    "--moe-decisions",
+    type=click.Choice(DECISIONS),
+    default="matrix",
+    show_default=True,
+    help="Over each expert's matrices, or as mergekit over those of all in a fused tensor.",
+)
+@click.option("--unsafe-truncate-embeddings", is_flag=True, help="Merge the rows that all models have, as mergekit.")
 @click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
 @click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
@@ -131,6 +139,8 @@ def merge(
     lora_merge_dtype: str | None,
     merge_computed: bool,
     moe_layout: str | None,
+    moe_decisions: str,
+    unsafe_truncate_embeddings: bool,
     strict: bool,
     intermediate_dir: str | None,
     resume: bool,
@@ -157,6 +167,8 @@ def merge(
         "lora_merge_dtype": lora_merge_dtype,
         "merge_computed": merge_computed,
         "moe_layout": moe_layout,
+        "moe_decisions": moe_decisions,
+        "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
         "max_shard_bytes": max_shard_size,
     }
     say = (lambda _: None) if quiet else click.echo

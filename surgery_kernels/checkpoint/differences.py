@@ -23,6 +23,7 @@ ALLOWABLE = {
 NOTED = {
     "tied": "the input layer stands in",
     "tokens": "rows are merged by token",
+    "truncated": "the rows that all have are merged, and the others are left out",
     "dtype": "such tensors are merged in the wider dtype",
     "computed": "they are not learned, and those of {first} are kept",
 }
@@ -66,7 +67,13 @@ class Match:
 
 
 def match(
-    first: Source, model: Source, pairs: Collection[Pair], belonging: Collection[str], *, casts: bool, by_token: bool
+    first: Source,
+    model: Source,
+    pairs: Collection[Pair],
+    belonging: Collection[str],
+    *,
+    casts: bool,
+    of_other_sizes: str,
 ) -> Match:
     """Looks for tensors of `first` in `model`.
 
@@ -74,7 +81,7 @@ def match(
         pairs: What is looked for.
         belonging: The names of the model of which each should be in a pair.
         casts: The recipe says which dtype all are cast to.
-        by_token: The recipe says that vocabularies follow the tokens.
+        of_other_sizes: What becomes of vocabularies of other sizes: "vocabulary", "tokens" or "truncated".
     """
     names: dict[str, str] = {}
     axes = vocabulary_of(first).axes
@@ -90,7 +97,7 @@ def match(
         got = model.tensors[own]
         if got.shape != wanted.shape:
             in_rows = _differ_in_rows(axes.get(pair.ours), got, wanted)
-            kind = ("tokens" if by_token else "vocabulary") if in_rows else "shape"
+            kind = of_other_sizes if in_rows else "shape"
             found[kind].append(f"{name!r} of shape {list(got.shape)} instead of {list(wanted.shape)}")
             if kind == "shape":
                 continue

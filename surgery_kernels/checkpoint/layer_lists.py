@@ -8,6 +8,17 @@ from typing import Any
 from ..merging.depths import NUM_LAYERS_KEYS, num_layers
 from .vocabulary.sizes import inner_configs
 
+# What the layers of a module are counted by, and in which configurations within that of the model.
+TOWER_KEYS = (*NUM_LAYERS_KEYS, "depth", "encoder_layers")
+COUNTED_BY = {
+    "language": NUM_LAYERS_KEYS,
+    "vision": TOWER_KEYS,
+    "audio": TOWER_KEYS,
+    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+TOWERS = {"vision": "vis", "audio": "aud"}  # parts of the keys of their configurations
+
 # With one entry for every layer. A string has a letter for each.
 BY_LAYER = (
     "activation_sparsity_pattern",
@@ -72,26 +83,49 @@ FULL_ATTENTION_EVERY = {
 }
 
 
-def followed(config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+def followed(
+    config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any], int]], role: str = "language"
+) -> dict[str, Any]:
     """The number of layers and the lists over them for other layers.
 
     Args:
-        config: Of the donor, or the one of a language model within it.
+        config: Of the donor.
         origins: For every layer of the result the configuration of the model it is from, and which it is there.
+        role: What kind of layers, of `COUNTED_BY`.
 
     Returns:
-        What changes; nothing where `config` does not count layers.
+        What changes, in whole configurations within `config` too; nothing where none counts such layers.
     """
-    key = next((key for key in NUM_LAYERS_KEYS if isinstance(config.get(key), int)), None)
-    if key is None:
+    new = _followed(config, origins, COUNTED_BY[role]) if role not in TOWERS else {}
+    for key, inner in _inside(config, role).items():
+        within = [(_inside(source, role).get(key, source), layer) for source, layer in origins]
+        if changed := _followed(inner, within, (*COUNTED_BY[role], *NUM_LAYERS_KEYS)):
+            new[key] = {**inner, **changed}
+    return new
+
+
+def _inside(config: Mapping[str, Any], role: str) -> dict[str, Mapping[str, Any]]:
+    """The configurations within another that may count layers of that kind."""
+    if role == "language":
+        return inner_configs(config)
+    named = TOWERS.get(role, role)
+    return {key: of for key, of in config.items() if named in key and isinstance(of, Mapping)}
+
+
+def _followed(
+    config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any], int]], keys: Sequence[str]
+) -> dict[str, Any]:
+    there = [key for key in keys if isinstance(config.get(key), int)]
+    if not there:
         return {}
-    new: dict[str, Any] = {key: len(origins)}
+    count = config[there[0]]
+    new: dict[str, Any] = {key: len(origins) for key in there if config[key] == count}
     entries = [(_counting_alike(source, config), layer) for source, layer in origins]
     if any(layer != place for place, (_, layer) in enumerate(entries)):
         entries = [(_with_types(source), layer) for source, layer in entries]
         config = _with_types(config)
     for name, value in config.items():
-        if name in BY_LAYER and isinstance(value, (list, str)) and len(value) == config[key]:
+        if name in BY_LAYER and isinstance(value, (list, str)) and len(value) == count:
             found = [_entry(source.get(name), value, layer) for source, layer in entries]
             if None not in found:
                 new[name] = "".join(found) if isinstance(value, str) else found
@@ -101,12 +135,17 @@ def followed(config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any
     return new
 
 
-def uncertain_layers(origins: Sequence[int], config: Mapping[str, Any]) -> list[str]:
+def counts(config: Mapping[str, Any], role: str) -> bool:
+    """Whether a configuration says how many layers of that kind there are."""
+    return bool(followed(config, [], role))
+
+
+def uncertain_layers(origins: Sequence[int], config: Mapping[str, Any], role: str = "language") -> list[str]:
     """The keys by which a configuration tells layers apart by counting them, where `origins` counts others."""
     if all(layer == place for place, layer in enumerate(origins)):
         return []
-    known = dict(config)
-    for inner in inner_configs(config).values():
+    known = {} if role in TOWERS else dict(config)
+    for inner in _inside(config, role).values():
         known |= inner
     if any(key in _with_types(known) for key in ("layer_types", "mlp_layer_types", "layers_block_type")):
         return []

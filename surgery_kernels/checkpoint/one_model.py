@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..recipes import Recipe
 from ..recipes.layers import in_layer, layers_of
 from ..recipes.model_reference import ModelReference
+from .modules import names_of
 from .reading.source import Source
 from .vocabulary.layers import vocabulary_of
 
@@ -16,14 +17,17 @@ Shapes = dict[str, set[tuple[int, ...]]]
 
 def check_one_model(recipe: Recipe, sources: Mapping[ModelReference, Source]) -> None:
     """Raises ValueError where the slices take after models of other tensors or widths than the first one's."""
-    models = list(dict.fromkeys(part.first.model for part in recipe.slices))
-    if recipe.origins is None or len(models) == 1:
-        return
-    first, *others = (sources[model] for model in models)
-    by_token = recipe.tokenizer is not None
-    wanted = _shapes(first, by_token)
+    for module, origins in recipe.origins.items():
+        models = dict.fromkeys(model for model, _ in origins)
+        if len(models) > 1:
+            _check_alike([sources[model] for model in models], module, by_token=recipe.tokenizer is not None)
+
+
+def _check_alike(models: Sequence[Source], module: str | None, *, by_token: bool) -> None:
+    first, *others = models
+    wanted = _shapes(first, module, by_token)
     for other in others:
-        got = _shapes(other, by_token)
+        got = _shapes(other, module, by_token)
         for name in sorted(wanted.keys() ^ got.keys()):
             owner = first if name in wanted else other
             raise ValueError(
@@ -38,14 +42,14 @@ def check_one_model(recipe: Recipe, sources: Mapping[ModelReference, Source]) ->
                 )
 
 
-def _shapes(source: Source, by_token: bool) -> Shapes:
+def _shapes(source: Source, module: str | None, by_token: bool) -> Shapes:
     """Of the vocabulary and the tensors in layers, by names that leave the layer open; some models have several.
 
     Where rows follow the tokens (`by_token`) vocabularies have the shape of the result.
     """
     shapes: Shapes = defaultdict(set)
     vocabulary = vocabulary_of(source)
-    for name, layer in layers_of(source.tensors, source.name).items():
+    for name, layer in layers_of(names_of(source, module), source.name).items():
         shape = source.tensors[name].shape
         if layer is not None:
             shapes[in_layer(name, "*")].add(shape)

@@ -16,10 +16,12 @@ from .. import _C
 from ..ops import arguments
 from ..recipes import Recipe
 from ..recipes.model_reference import Location, ModelReference
+from ..recipes.modules import role_of
 from ..recipes.recipe import DTYPES
 from .differences import ALLOWABLE, Difference, check_allowed
-from .experts import LAYOUTS, Piece, fused_places, in_one_layout, layout_of
-from .layer_lists import uncertain_layers
+from .experts import DECISIONS, LAYOUTS, fused_places, in_one_layout, layout_of, written_family
+from .layer_lists import COUNTED_BY, counts, uncertain_layers
+from .modules import left_out
 from .reading.companions import Companions, companions
 from .reading.lora import LoraExpert
 from .reading.opening import find_folder, open_checkpoint
@@ -51,17 +53,27 @@ class Plan:
     @property
     def notices(self) -> list[str]:
         """Sentences that a user should read before the merge begins."""
-        origins = [layer for _, layer in self.recipe.origins or ()]
-        counting = ", ".join(uncertain_layers(origins, self.first.config or {}))
-        of_config = f"config.json of {self.first.name} tells layers apart by {counting}, which does not follow them"
         of_sources = [notice for source in self.sources.values() for notice in source.notices]
         left = ", ".join(self.companions.left)
         of_files = f"the result goes without these files of {self.first.name}: {left}"
         return [
             *(*self.recipe.notices, *of_sources, *self.vocabularies.notices),
-            *([of_config] if counting else []),
+            *self._of_modules,
             *([of_files] if left else []),
         ]
+
+    @property
+    def _of_modules(self) -> Iterator[str]:
+        """What the recipe leaves out, and what config.json does not say right of the layers that it picks."""
+        for missing in left_out(self.recipe, self.first):
+            yield f"recipe.modules has no {missing}, which mergekit would leave out: it is that of {self.first.name}"
+        config = self.first.config or {}
+        for module, origins in self.recipe.origins.items() if config else ():
+            role, layers = role_of(module), [layer for _, layer in origins]
+            if counting := ", ".join(uncertain_layers(layers, config, role)):
+                yield (f"config.json of {self.first.name} tells layers apart by {counting}, which does not follow them")
+            if module and role in COUNTED_BY and not counts(config, role):
+                yield f"config.json of {self.first.name} does not say how many layers {module} has: set it by hand"
 
     @cached_property
     def companions(self) -> Companions:
@@ -132,6 +144,8 @@ def plan_merge(
     stream: str | None = None,
     merge_computed: bool = False,
     moe_layout: str | None = None,
+    moe_decisions: str = "matrix",
+    unsafe_truncate_embeddings: bool = False,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Plan:
     """Opens the checkpoints of a recipe and decides what happens to every tensor.
@@ -153,6 +167,10 @@ def plan_merge(
             position_ids; else those of the donor are kept.
         moe_layout: Of experts in the result: "fused", all of a layer in two tensors, or "split"; None: the donor's.
             Models of both are merged with one another, matrix by matrix.
+        moe_decisions: What a method decides over a tensor it decides of experts over each "matrix", or as mergekit
+            0.1.5 over a fused "tensor", all matrices of that kind in a layer; then the result has them fused.
+        unsafe_truncate_embeddings: As mergekit's: without a tokenizer in the recipe, of vocabularies of several sizes
+            the rows that all have are merged, tensor by tensor, and config.json stays as it is.
         max_shard_bytes: Of tensors in one file, at least 1; a larger tensor has a file of its own.
 
     Raises:
@@ -164,6 +182,11 @@ def plan_merge(
     arguments.check_one_of("nonfinite", nonfinite, arguments.NONFINITE)
     if moe_layout is not None:
         arguments.check_one_of("moe_layout", moe_layout, LAYOUTS)
+    arguments.check_one_of("moe_decisions", moe_decisions, DECISIONS)
+    if moe_decisions == "tensor":
+        if moe_layout == "split":
+            raise ValueError("moe_layout must be 'fused' where moe_decisions is 'tensor', got 'split'")
+        moe_layout = "fused"
     if lora_merge_dtype is not None:
         arguments.check_one_of("lora_merge_dtype", lora_merge_dtype, tuple(DTYPES))
     if max_shard_bytes < 1:
@@ -173,9 +196,17 @@ def plan_merge(
         lora_dtype = recipe.dtype if lora_merge_dtype is None else DTYPES[lora_merge_dtype]
         for reference, source in _opened(recipe, results or {}, lora_dtype):
             sources[reference] = source
-        options = {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream}
         return _plan(
-            recipe, results or {}, sources, frozenset(allow), options, max_shard_bytes, merge_computed, moe_layout
+            recipe,
+            results or {},
+            sources,
+            {"nonfinite": nonfinite, "random_seed": random_seed, "stream": stream},
+            allow=frozenset(allow),
+            merge_computed=merge_computed,
+            moe_layout=moe_layout,
+            moe_decisions=moe_decisions,
+            truncated=unsafe_truncate_embeddings,
+            max_shard_bytes=max_shard_bytes,
         )
     except BaseException:
         for source in sources.values():
@@ -214,26 +245,31 @@ def _plan(
     recipe: Recipe,
     results: Mapping[str, Path],
     sources: Mapping[ModelReference, Source],
-    allow: frozenset[str],
     options: Mapping[str, Any],
-    max_shard_bytes: int,
+    *,
+    allow: frozenset[str],
     merge_computed: bool,
     moe_layout: str | None,
+    moe_decisions: str,
+    truncated: bool,
+    max_shard_bytes: int,
 ) -> Plan:
     for source in sources.values():
         check_plain(source)
         if isinstance(source, LoraExpert):
             source.check_changes()
-    of_donor = layout_of(sources[recipe.donor])
-    sources = in_one_layout(sources)
-    vocabularies = Vocabularies(recipe, sources, lambda model: results.get(model) or find_folder(model))
+    donor = sources.get(replace(recipe.donor, lora=None), sources[recipe.donor])  # as its files are
+    is_fused = (moe_layout or layout_of(donor)) == "fused"
+    family = written_family(donor, sources.values())
+    sources = in_one_layout(sources, moe_decisions)
+    vocabularies = Vocabularies(
+        recipe, sources, lambda model: results.get(model) or find_folder(model), truncated=truncated
+    )
     steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     tensors = {step.name: (step.out_dtype, step.shape) for step in steps}
-    pieces: dict[str, Piece] = {}
-    if (moe_layout or of_donor) == "fused":
-        tensors, pieces = fused_places(tensors)
-    layout = with_parts(lay_out(tensors, max_shard_bytes, sources[recipe.donor].anatomy.stems), pieces)
+    written, pieces = fused_places(tensors, family) if is_fused else (tensors, {})
+    layout = with_parts(lay_out(written, max_shard_bytes, sources[recipe.donor].anatomy.stems), pieces)
     return Plan(recipe, sources, steps, layout, differences, options["nonfinite"], vocabularies, tuple(results))

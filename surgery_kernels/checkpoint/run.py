@@ -45,6 +45,8 @@ def merge(
     stream: str | None = None,
     merge_computed: bool = False,
     moe_layout: str | None = None,
+    moe_decisions: str = "matrix",
+    unsafe_truncate_embeddings: bool = False,
     resume: bool = False,
     device: str = "cpu",
     threads: int | None = None,
@@ -62,8 +64,8 @@ def merge(
         out: Folder to make; None for documents that all have names.
         strict: Refuse what the recipe says without effect; else it is warned of.
         intermediate_dir: Folder of the results of documents that have names; None: they go when `out` is finished.
-        lora_merge_dtype, allow, nonfinite, random_seed, stream, merge_computed, moe_layout, max_shard_bytes: As in
-            `plan_merge`.
+        lora_merge_dtype, allow, nonfinite, random_seed, stream, merge_computed, moe_layout, moe_decisions,
+        unsafe_truncate_embeddings, max_shard_bytes: As in `plan_merge`.
         resume: Go on with the `<out>.partial` of the same merge, if there is one. The files come out the same.
         device: Where tensors are merged: "cpu", or "cuda" with or without an index.
         threads: Of the kernels on the CPU, at least 1; None: as torch has it.
@@ -87,6 +89,8 @@ def merge(
                 stream=stream,
                 merge_computed=merge_computed,
                 moe_layout=moe_layout,
+                moe_decisions=moe_decisions,
+                unsafe_truncate_embeddings=unsafe_truncate_embeddings,
                 max_shard_bytes=max_shard_bytes,
             ) as plan:
                 for notice in plan.notices:
@@ -151,7 +155,7 @@ def _write_model(
                     ahead.wait_for(number)
                     facts = {"decided": decided, "offset": offsets[step.name], "generator": draws.before(step)}
                     scope = _scope(step, loader, **facts)
-                    look = Produced(step).check if plan.nonfinite == "error" and step.method is not None else None
+                    look = Produced(step).check if plan.nonfinite == "error" and not step.is_exact else None
                     writer.write(step.name, _merged(plan, step, scope, loader), look)
         complete = True
     finally:

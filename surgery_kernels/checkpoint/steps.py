@@ -19,6 +19,7 @@ from ..recipes.parameters import resolve_methods
 from ..recipes.slices import Output, Slice
 from .computed import is_computed
 from .differences import Difference, Match, Pair, match, refuse_stranger, together
+from .modules import names_of, slices_over
 from .one_model import check_one_model
 from .reading.read_ahead import Span
 from .reading.source import Source, TensorInfo
@@ -51,19 +52,24 @@ class Step:
     shape: tuple[int, ...]
     first: Input  # the base where there is one; gives the rows that an expert has not
     experts: tuple[Input, ...]  # in the order of the recipe
-    method: Method | None  # None: `first` is copied
+    method: Method | None  # None: `first` is copied, or cast
     dtype: torch.dtype  # of the inputs of the merge
     out_dtype: torch.dtype
     has_base: bool = False  # `first` is what task vectors are taken from
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What goes into the method, the base first."""
-        return (self.first, *self.experts) if self.has_base else self.experts
+        """What goes into the method, the base first; what is copied where there is none."""
+        return (self.first, *self.experts) if self.has_base or not self.experts else self.experts
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is a copy that no rounding can make infinite."""
+        return self.method is None and self.dtype == self.out_dtype == self.first.info.dtype
 
     @property
     def num_draws(self) -> int:
@@ -77,7 +83,7 @@ class Step:
         Where two have the same, of a layer that is used twice, the first of the result is drawn first; that is
         mergekit's order only as a rule: it leaves it to Python's sets.
         """
-        return max(tensor.name for tensor in self.inputs or (self.first,))
+        return max(tensor.name for tensor in self.inputs)
 
     @property
     def nbytes_scratch(self) -> int:
@@ -120,7 +126,8 @@ def plan_steps(
     steps: list[Step] = []
     differences: list[Difference] = []
     compared: list[tuple[Source, Source, Match]] = []
-    for part in recipe.slices:
+    slices = slices_over(recipe, sources)
+    for part in slices:
         of_part = _SliceOf(recipe, part, sources, vocabularies, merge_computed)
         compared += of_part.compared
         differences += of_part.differences
@@ -129,7 +136,7 @@ def plan_steps(
     for first, model, _ in compared:
         if model.name not in taking_part:
             refuse_stranger(first, model)
-    if recipe.origins is not None:
+    if recipe.origins or len(slices) > 1:
         steps.sort(key=lambda step: step.name)  # as safetensors files have them, whichever slice they are of
     return steps, together(differences)
 
@@ -148,9 +155,12 @@ class _SliceOf:
         self._recipe, self._part, self._vocabularies = recipe, part, vocabularies
         self._first = sources[part.first.model]
         self._experts = [sources[expert.model] for expert in part.experts]
-        self._outputs = part.outputs(self._first.tensors, num_layers(self._first.config or {}))
+        names = names_of(self._first, part.module)
+        # of a module only its names tell: a configuration counts the layers of each by another key
+        whole = len(names) == len(self._first.tensors)
+        self._outputs = part.outputs(names, num_layers(self._first.config or {}) if whole else None)
         self._merged = {output.name for output in self._outputs if self._is_merged(output, merge_computed)}
-        if not self._merged:
+        if not self._merged and part.experts:
             raise ValueError(f"{self._first.name} must have floating-point tensors to merge, got none")
         self._vocabularies.check(self._first, [self._kept(output).name for output in self._outputs])
         self._matches = self._matched()
@@ -159,7 +169,9 @@ class _SliceOf:
 
     def steps(self, options: Mapping[str, Any]) -> list[Step]:
         outputs = [output for output in self._outputs if output.name in self._merged]
-        methods = resolve_methods(self._recipe, self._part, outputs, **options)
+        methods: dict[str, Method | None] = dict.fromkeys(self._merged)
+        if not self._part.is_base_alone:
+            methods |= resolve_methods(self._recipe, self._part, outputs, **options)
         return [
             self._merging(output, methods[output.name]) if output.name in methods else self._copying(output)
             for output in self._outputs
@@ -179,16 +191,17 @@ class _SliceOf:
                 Pair(self._part.first.own_name(output), expert.own_name(output), output.name in self._merged)
                 for output in self._outputs
             ]
-            belonging = self._part.names(expert, source.tensors).values()
-            casts, by_token = self._recipe.dtype is not None, self._vocabularies.by_token
-            found.append(match(self._first, source, pairs, belonging, casts=casts, by_token=by_token))
+            belonging = self._part.names(expert, names_of(source, self._part.module)).values()
+            casts, of_other_sizes = self._recipe.dtype is not None, self._vocabularies.of_other_sizes
+            found.append(match(self._first, source, pairs, belonging, casts=casts, of_other_sizes=of_other_sizes))
         return found
 
     def _copying(self, output: Output) -> Step:
         kept = self._kept(output)
         return Step(output.name, kept.info.shape, kept, (), None, kept.info.dtype, kept.info.dtype)
 
-    def _merging(self, output: Output, method: Method) -> Step:
+    def _merging(self, output: Output, method: Method | None) -> Step:
+        """`method`: None casts the base that nothing is merged into."""
         kept = self._kept(output)
         inputs = [kept]
         for source, matched in zip(self._experts, self._matches, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..recipes import Recipe
+from ..recipes.modules import DEFAULT
 from .plan import Plan
 from .sizes import format_size
 
@@ -35,8 +36,10 @@ def recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
     rows += [
         ("" if i else "models", model) for i, model in enumerate([*shown, *([f"and {more} more"] if more else [])])
     ]
-    if recipe.origins is not None:
-        rows.append(("slices", f"{len(recipe.slices)}, {counted(len(recipe.origins), 'layer')}"))
+    for module, origins in recipe.origins.items():
+        slices = [part for part in recipe.slices if part.module == module]
+        of_module = "" if module in (None, DEFAULT) else f" of {module}"
+        rows.append(("slices", f"{len(slices)}{of_module}, {counted(len(origins), 'layer')}"))
     return rows
 
 

@@ -25,6 +25,15 @@ def layers_of(names: Iterable[str], model: str) -> dict[str, int | None]:
     return {name: int(at[1]) if at else None for name, at in found.items()}
 
 
+def has_layers(names: Iterable[str]) -> bool:
+    """Whether some lie in a stack of layers; where the numbers have gaps, what has none lies between, no layers."""
+    stacks: dict[str, set[int]] = {}
+    for name in names:
+        if found := LAYER.search(name):
+            stacks.setdefault(name[: found.start()], set()).add(int(found[1]))
+    return any(numbers == set(range(len(numbers))) for numbers in stacks.values())
+
+
 def in_layer(name: str, layer: int | str) -> str:
     """The name of the same tensor of another layer."""
     return LAYER.sub(f".{layer}.", name, count=1)

@@ -90,7 +90,9 @@ def _as_taken(parameter: Parameter, value: Value) -> Value:
 
 def _missing(recipe: Recipe, key: str, expert: Source | None, name: str) -> str:
     if expert is None:
-        return f"recipe.parameters.{key} must be given for every tensor, got none for {name}"
+        under_models = any(f".parameters.{key} is ignored" in notice for notice in recipe.notices)
+        way_on = ": it is one number for all models, and does not count under one of them" if under_models else ""
+        return f"recipe.parameters.{key} must be given for every tensor, got none for {name}{way_on}"
     if expert.at is None:
         return (
             f"recipe.parameters.{key} must be given for the base_model {expert.model}, which {recipe.merge_method} "

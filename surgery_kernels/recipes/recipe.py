@@ -80,11 +80,13 @@ class Recipe:
         return tuple(dict.fromkeys(source.model for part in self.slices for source in part.experts))
 
     @property
-    def origins(self) -> list[tuple[ModelReference, int]] | None:
-        """Whose layer, and which, every layer of the result takes after; None for whole models."""
-        if any(part.first.layers is None for part in self.slices):
-            return None
-        return [(part.first.model, layer) for part in self.slices for layer in part.first.layers or ()]
+    def origins(self) -> dict[str | None, list[tuple[ModelReference, int]]]:
+        """By module, whose layer, and which, every layer of the result takes after; whole ones are left out."""
+        found: dict[str | None, list[tuple[ModelReference, int]]] = {}
+        for part in self.slices:
+            if part.first.layers is not None:
+                found.setdefault(part.module, []).extend((part.first.model, layer) for layer in part.first.layers)
+        return found
 
     @property
     def donor(self) -> ModelReference:
@@ -111,7 +113,7 @@ def read_recipe(root: Node, text: str) -> Recipe:
     settings = read_settings(keys.get("parameters"), method, of_model=False)
     slices = read_slices(root, keys, Context(method, base_model, (settings,)))
     scope = _read_scope(keys.get("scope", root.key("scope", method.recipe_scope)), method, slices)
-    if copied := base_alone(root, slices, method):
+    if copied := base_alone(root, slices):
         merge_method, slices, scope = "passthrough", copied, "tensor"
     return Recipe(
         text,

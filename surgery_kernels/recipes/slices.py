@@ -4,7 +4,7 @@ models: [{model: a}, {model: b}]             # one slice of whole models
 slices:
   - sources: [{model: a, layer_range: [0, 16]}, {model: b, layer_range: [8, 24]}]
     parameters: {...}                        # before those of the recipe, after those of a source
-modules: {default: {slices: [...]}}          # as mergekit writes recipes of its own
+modules: {default: {slices: [...]}}          # as mergekit writes recipes of its own, see `modules.py`
 """
 
 from __future__ import annotations
@@ -52,6 +52,19 @@ class Slice:
     start: int = 0  # layers of the result before it
     is_first: bool = True  # it has what comes before the layers, the embeddings
     is_last: bool = True  # it has what comes after them, the final norm and the output layer
+    module: str | None = None  # whose layers, and what is around them, it is of; None: the model has but one
+
+    @property
+    def is_base_alone(self) -> bool:
+        """Whether nothing is merged into it."""
+        return self.base is not None and not self.experts
+
+    @property
+    def of_whole_models(self) -> Slice:
+        """The same where a module has no layers to pick from."""
+        experts = tuple(replace(source, layers=None) for source in self.experts)
+        base = self.base and replace(self.base, layers=None)
+        return replace(self, experts=experts, base=base, first=replace(self.first, layers=None))
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -66,7 +79,7 @@ class Slice:
 
         Args:
             source: One of the slice's.
-            names: Of all tensors of the model.
+            names: Of all tensors of the model, or of those of its module.
 
         Returns:
             Names of the result to those of the model, in the order of `names`.
@@ -93,7 +106,7 @@ class Slice:
         return found
 
     def outputs(self, names: Collection[str], num_layers: int | None) -> list[Output]:
-        """The tensors of the result, by the names of all tensors of the first model, in their order.
+        """The tensors of the result, by the names of all tensors of the first model or its module, in their order.
 
         `num_layers` is that of the first model's configuration, see `depths`.
         """
@@ -123,6 +136,7 @@ class Context:
     method: type[Method]
     base_model: ModelReference | None
     scopes: tuple[Settings, ...]
+    module: str | None = None
 
 
 def read_slices(root: Node, keys: dict[str, Node], context: Context) -> tuple[Slice, ...]:
@@ -134,9 +148,13 @@ def read_slices(root: Node, keys: dict[str, Node], context: Context) -> tuple[Sl
     (name,) = given
     if name == "modules":
         modules = keys[name].value
-        if not isinstance(modules, dict) or list(modules) != ["default"]:
-            raise keys[name].must("be a mapping with the one key default")
-        return _read_module(keys[name].key("default", modules["default"]), context)
+        if not isinstance(modules, dict):
+            raise keys[name].must("be a mapping of modules")
+        read = [
+            _read_module(keys[name].key(module, value), replace(context, module=str(module)))
+            for module, value in modules.items()
+        ]
+        return tuple(part for slices in read for part in slices)
     return _read_models(keys[name], context) if name == "models" else _read_stack(keys[name], context)
 
 
@@ -172,7 +190,7 @@ def _read_stack(node: Node, context: Context) -> tuple[Slice, ...]:
         listed = []
         for source in sources.entries():
             of_source = source.given(("model", "layer_range", "parameters", "revision"), "a source")
-            layers = _read_range(source.required(of_source, "layer_range"))
+            layers = _read_range(source.required(of_source, "layer_range"), empty=context.module is not None)
             listed.append(replace(_read_source(source, of_source, inside), layers=layers))
         if len({len(source.layers or ()) for source in listed}) > 1:
             counts = ", ".join(f"{len(source.layers or ())} of {source.model}" for source in listed)
@@ -191,11 +209,12 @@ def _read_source(node: Node, keys: dict[str, Node], context: Context) -> Source:
     return Source(model, read_settings(keys.get("parameters"), context.method, of_model=True), at=node.at)
 
 
-def _read_range(node: Node) -> range:
+def _read_range(node: Node, *, empty: bool) -> range:
+    """`empty`: It may be, as mergekit writes it of a module without layers."""
     if not isinstance(node.value, list) or len(node.value) != 2:
         raise node.must("be [first layer, layer behind the last]")
     first, end = map(whole_number, node.entries())
-    if not 0 <= first < end:
+    if not 0 <= first < end and not (empty and first == end == 0):
         raise node.must("be [first layer, layer behind the last]")
     return range(first, end)
 
@@ -210,7 +229,7 @@ def _slice(node: Node, listed: Sequence[Source], context: Context) -> Slice:
         experts += [base] if base else []
     first = base or experts[0]
     if method.base == "none":
-        return _checked(node, Slice(tuple(experts), None, first, context.scopes), method)
+        return _checked(node, Slice(tuple(experts), None, first, context.scopes, module=context.module), method)
     if base is None and method.base == "required":
         if method.name not in SYMMETRIC or len(listed) != 2:
             raise ValueError(f"{node.at.partition('.')[0]}.base_model must be given for {method.name}, got none")
@@ -219,7 +238,7 @@ def _slice(node: Node, listed: Sequence[Source], context: Context) -> Slice:
             node.notices.append(f"{node.at} are merged from {base.model} to {listed[1].model}, without a base_model")
     if base is not None:
         experts = [source for source in experts if (source.model, source.layers) != (base.model, base.layers)]
-    return _checked(node, Slice(tuple(experts), base, first, context.scopes), method)
+    return _checked(node, Slice(tuple(experts), base, first, context.scopes, module=context.module), method)
 
 
 def _names_the_donor(node: Node, listed: Sequence[Source], context: Context) -> bool:
@@ -261,19 +280,11 @@ def _checked(node: Node, part: Slice, method: type[Method]) -> Slice:
     return part
 
 
-def base_alone(root: Node, slices: Sequence[Slice], method: type[Method]) -> tuple[Slice, ...] | None:
-    """For passthrough, slices of a base into which nothing is merged, such as one with an adapter; else None.
-
-    Raises:
-        ValueError: other slices merge something.
-    """
-    alone = [part for part in slices if part.base and not part.experts]
-    if not alone:
+def base_alone(root: Node, slices: Sequence[Slice]) -> tuple[Slice, ...] | None:
+    """For passthrough, slices of a base into which none merges anything, such as one with an adapter; else None."""
+    if not all(part.is_base_alone for part in slices):
         return None
-    models = ", ".join(dict.fromkeys(str(part.first.model) for part in alone))
-    if len(alone) < len(slices):
-        least = f"{count_in_words(method)} besides the base for {method.name} in every slice"
-        raise ValueError(f"{root.at}.slices must have {least}, got one of {models} alone")
+    models = ", ".join(dict.fromkeys(str(part.first.model) for part in slices))
     root.notices.append(f"{root.at} merges nothing into {models}: the result is that alone")
     return tuple(replace(part, experts=(replace(part.first, settings={}),), base=None, scopes=()) for part in slices)
 

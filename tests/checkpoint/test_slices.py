@@ -254,8 +254,6 @@ def test_errors(folders: list[str], tmp_path: Path) -> None:
         slices([several], [(0, 0, 1)]),
         r".* must be of a model with one stack of layers to pick layers from, got (en|de)coder, (en|de)coder",
     )
-    with pytest.raises(ValueError, match="recipe.modules must be a mapping with the one key default, got"):
-        load_recipe({"merge_method": "linear", "modules": {"vision": {"models": [{"model": "a"}]}}})
 
 
 def test_slices_that_make_no_model(folders: list[str], tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from surgery_kernels.merging import Method, Parameter
 from surgery_kernels.merging.depths import depths, num_layers
 from surgery_kernels.merging.method import NONE_GIVEN
 from surgery_kernels.recipes import Recipe, load_recipe
-from surgery_kernels.recipes.parameters import resolve_methods
+from surgery_kernels.recipes.parameters import check_given, resolve_methods
 from surgery_kernels.recipes.recipe import RECIPE_METHODS
+from surgery_kernels.recipes.slices import Output
 
 pytestmark = pytest.mark.any_isa
 
@@ -304,6 +305,26 @@ def test_missing_weight() -> None:
     recipe = ties(merge_method="linear", models=models[:1])
     with pytest.raises(ValueError, match=message):
         resolved(load_recipe(recipe), ["norm"])
+
+
+def test_a_number_of_the_merge_under_a_model() -> None:
+    """Where mergekit ignores it, and says that it is missing."""
+    recipe = load_recipe(
+        {
+            "merge_method": "slerp",
+            "base_model": "a",
+            "models": [{"model": "a"}, {"model": "b", "parameters": {"t": 0.5}}],
+        }
+    )
+    assert recipe.notices == ("recipe.models[1].parameters.t is ignored: slerp for one model has no such key",)
+    message = (
+        "recipe.parameters.t must be given for every tensor, got none for {}: it is one number for all models, and does "
+        "not count under one of them"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format('any'))}$"):
+        check_given(recipe)
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format('w'))}$"):
+        resolve_methods(recipe, recipe.slices[0], [Output("w", 0.0)])
 
 
 def test_weights_of_linear_without_a_sum() -> None:

@@ -148,11 +148,6 @@ REFERENCE = "(or {model: {path: ...}})"
             "merge_method: model_stock\nbase_model: a\nmodels: [{model: a}]",
             ".models must be at least 2 besides the base for model_stock, got none",
         ),
-        (
-            "merge_method: ties\nbase_model: a\nslices:\n- sources: [{model: a, layer_range: [0, 1]}]\n"
-            "- sources: [{model: a, layer_range: [1, 2]}, {model: b, layer_range: [1, 2]}]",
-            ".slices must have at least 1 besides the base for ties in every slice, got one of a alone",
-        ),
         ("merge_method: linear\nmodels: [{model: a}]\nscope: model", ".scope must be 'tensor' for linear, got 'model'"),
     ],
 )
@@ -299,3 +294,17 @@ slices: [{{sources: [{{model: a+lora, layer_range: [0, 2], parameters: {{weight:
         ["a+lora"],
     )
     assert "recipe merges nothing into a+lora: the result is that alone" in recipe.notices
+
+
+def test_the_base_alone_in_one_slice() -> None:
+    """As mergekit, which takes it as it is."""
+    recipe = parse_recipe("""
+merge_method: ties
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [0, 1]}]
+  - sources: [{model: a, layer_range: [1, 2]}, {model: b, layer_range: [1, 2]}]
+parameters: {weight: 1}
+""")
+    assert recipe.merge_method == "ties" and not recipe.notices
+    assert [part.is_base_alone for part in recipe.slices] == [True, False]

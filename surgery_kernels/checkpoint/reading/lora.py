@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary.layers import tied_to, untied
+from .expert_views import as_trained
 from .folder import Checkpoint, open_file
 from .lora_product import add_products
 from .lora_settings import ADAPTER_CONFIG, LoraSettings
@@ -129,4 +130,5 @@ def open_lora(name: str, folder: Path, base: Source, dtype: torch.dtype | None =
     else:
         raise FileNotFoundError(f"{name} must be a folder with {' or '.join(ADAPTER_FILES)}, got neither of them")
 
+    base = as_trained(adapter.tensors, settings.target_parameters, base)
     return LoraExpert(name, base, adapter, settings, dtype)

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 
 from ...ops import arguments
 from ..vocabulary.layers import tied_to
+from .expert_layouts import family_of
 from .folder import Checkpoint
 from .lora_names import Key, NamesInBase, parsed
 from .lora_settings import LoraSettings
 from .source import Source, TensorInfo
-
-# Families whose fused experts are [experts, inputs, outputs], which counts where a matrix is square.
-INPUTS_FIRST = ("gpt_oss", "aria", "aria_text", "llama4", "llama4_text", "openai_privacy_filter")
 
 MODEL = re.compile(r"(?<![^.])model\.$")  # at the end of what is around an embedding, and not around the head
 
@@ -208,7 +206,7 @@ class _Matching:
         # PEFT corrects fan_in_fan_out by the kind of the module: it is to be believed only where both layouts would fit
         as_inputs = parts["A"].embedding or self._settings.fan_in_fan_out
         if num_experts is not None:
-            as_inputs = (self._base.config or {}).get("model_type") in INPUTS_FIRST
+            as_inputs = family_of(self._base.config).inputs_first  # which counts where a matrix is square
         scaling = self._settings.scaling(module, down.shape[0] // (num_experts or 1))
         magnitude = parts["magnitude_vector"].key if "magnitude_vector" in parts else None
         if magnitude and math.prod(self._adapter.tensors[magnitude].shape) != up.shape[0]:

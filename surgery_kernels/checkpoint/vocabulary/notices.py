@@ -61,3 +61,11 @@ def _some(tokens: Sequence[str]) -> str:
     shown = ", ".join(map(repr, tokens[:SHOWN]))
     more = len(tokens) - SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def truncated(name: str, before: int, after: int, donor: str) -> str:
+    """`name`: Of a tensor of the result, which has `after` rows."""
+    return (
+        f"unsafe: {name!r} has {after} rows instead of {before}, and config.json stays that of {donor}: merge by token "
+        "(tokenizer_source: base) for a model that can be loaded"
+    )

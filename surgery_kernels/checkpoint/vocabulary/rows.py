@@ -100,10 +100,9 @@ class Rows:
         return total / len(tokens)
 
 
-def common_rows(tensors: Sequence[tuple[Source, str]], axis: int) -> list[Rows | None]:
-    """Rows by their numbers: as many as the first tensor has, whose own stand in for those that another has not."""
+def common_rows(tensors: Sequence[tuple[Source, str]], axis: int, num_rows: int) -> list[Rows | None]:
+    """Rows by their numbers, `num_rows` of them; the first tensor's stand in for those that another has not."""
     first, name = tensors[0]
-    num_rows = first.tensors[name].shape[axis]
     found: list[Rows | None] = []
     for source, own in tensors:
         number = source.tensors[own].shape[axis]

@@ -24,8 +24,22 @@ from .tokens import Tokens, has_tokenizer, read_tokens
 class Vocabularies:
     """What a recipe makes of tokens: the rows of every tensor that is indexed by them, and the tokenizer."""
 
-    def __init__(self, recipe: Recipe, sources: Mapping[ModelReference, Source], find: Callable[[str], Path]) -> None:
-        """`find` gives the folder of a model that only its tokenizer is taken from."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Mapping[ModelReference, Source],
+        find: Callable[[str], Path],
+        *,
+        truncated: bool = False,
+    ) -> None:
+        """What rows follow.
+
+        Args:
+            recipe: With or without a tokenizer.
+            sources: Its models.
+            find: Gives the folder of a model that only its tokenizer is taken from.
+            truncated: Rows that are merged by their numbers are those that all models have.
+        """
         self._recipe = recipe
         self._sources = {reference: sources[reference] for reference in recipe.references}
         self._donor = self._sources[recipe.donor]
@@ -35,11 +49,13 @@ class Vocabularies:
         self._parted = False
         self.notices: list[str] = []
         self._by_token = self._read()
+        self._truncated = truncated and self._by_token is None
         self.files = self._with_template({} if self._result is None else self._result.files)
 
     @property
-    def by_token(self) -> bool:
-        return self._by_token is not None
+    def of_other_sizes(self) -> str:
+        """What becomes of vocabularies that have other numbers of rows, as a kind of difference."""
+        return "truncated" if self._truncated else "vocabulary" if self._by_token is None else "tokens"
 
     def arranged(
         self, name: str, tensors: Sequence[Named], base: Source | None
@@ -56,8 +72,13 @@ class Vocabularies:
         axis = vocabulary_of(first).axes.get(name)
         if axis is None:
             return shape, [None] * len(tensors)
+        if self._truncated:
+            num_rows = min(source.tensors[of].shape[axis] for source, of in tensors)
+            if num_rows < shape[axis]:
+                self.notices.append(notices.truncated(own, shape[axis], num_rows, str(self._recipe.donor)))
+            return (*shape[:axis], num_rows, *shape[axis + 1 :]), common_rows(tensors, axis, num_rows)
         if self._by_token is None:
-            num_rows, rows = shape[axis], common_rows(tensors, axis)
+            num_rows, rows = shape[axis], common_rows(tensors, axis, shape[axis])
         else:
             num_rows, rows = self._by_token.arranged(tensors, axis, base)
         self._num_rows[name in vocabulary_of(first).short] = num_rows

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ...ops.arguments import name_of
-from ..layer_lists import followed
+from ...recipes.modules import role_of
+from ..layer_lists import COUNTED_BY, followed
 from ..plan import Plan
 from ..reading.files import read_json
 from ..reading.parts import Part
 from ..vocabulary.layers import says_tied, untied
-from ..vocabulary.sizes import inner_configs
+from ..vocabulary.sizes import LANGUAGE
 from .durable import copy_file, write_text
 
+DTYPE_KEYS = ("dtype", "torch_dtype")  # the last is understood by all versions of transformers
 CLASS = "_class_name"  # in a configuration of diffusers, which have no dtype
 
 
@@ -34,20 +36,11 @@ def _merged(plan: Plan, part: Part, config: Mapping[str, Any]) -> dict[str, Any]
 
     Only what is there changes, in the configuration of a language model within another too; a dtype may be new.
     """
+    merged = _with_layers(plan, config)
     steps = [step for step in plan.merged if plan.first.anatomy.part_of(step.name) is part]
-    new: dict[str, object] = {}
     dtypes = {step.out_dtype for step in steps}
     if len(dtypes) == 1 and any(step.out_dtype != step.first.info.dtype for step in steps):
-        keys = [key for key in ("dtype", "torch_dtype") if key in config]
-        if not keys and CLASS not in config:
-            keys = ["torch_dtype"]
-        new |= dict.fromkeys(keys, name_of(dtypes.pop()))
-    changed = {key: value for key, value in new.items() if key in config or key == "torch_dtype"}
-    changed |= _of_layers(plan, config)
-    for name, inner in inner_configs(config).items():
-        of_inner = {key: value for key, value in new.items() if key in inner} | _of_layers(plan, inner)
-        changed[name] = {**inner, **of_inner}
-    merged = {**config, **changed}
+        merged = _with_dtype(merged, name_of(dtypes.pop()))
     if part.folder:
         return merged
     if False in says_tied(plan.first.config or {}) and False not in says_tied(config):  # by an adapter
@@ -55,8 +48,21 @@ def _merged(plan: Plan, part: Part, config: Mapping[str, Any]) -> dict[str, Any]
     return plan.vocabularies.configured(merged)
 
 
-def _of_layers(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    origins = plan.recipe.origins
-    if origins is None:
-        return {}
-    return followed(config, [(plan.sources[model].config or {}, layer) for model, layer in origins])
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """In the configurations within another only where they say one."""
+
+    def said(of: Mapping[str, Any]) -> dict[str, str]:
+        return {key: dtype for key in DTYPE_KEYS if key in of}
+
+    own = said(config) or ({} if CLASS in config else {DTYPE_KEYS[-1]: dtype})
+    within = {key: of for key, of in config.items() if isinstance(of, Mapping) and (key in LANGUAGE or "conf" in key)}
+    return {**config, **own, **{key: {**of, **said(of)} for key, of in within.items()}}
+
+
+def _with_layers(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for module, origins in plan.recipe.origins.items():
+        if (role := role_of(module)) in COUNTED_BY:
+            sources = [(plan.sources[model].config or {}, layer) for model, layer in origins]
+            merged |= followed(merged, sources, role)
+    return merged

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 import torch
 
-from ..experts import Piece
+from ..reading.expert_layouts import Piece
 from ..reading.safetensors_file import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -27,6 +27,9 @@ class Place:
     offset: int  # bytes from the start of the file
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = (
+        None  # in elements, of a part of a tensor that others lie between; None: contiguous
+    )
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +113,8 @@ def with_parts(layout: Layout, pieces: Mapping[str, Piece]) -> Layout:
     places = dict(layout.places)
     for name, piece in pieces.items():
         of = layout.places[piece.fused]
-        places[name] = Place(of.shard, of.offset + piece.start * of.dtype.itemsize, of.dtype, piece.shape)
+        offset = of.offset + piece.start * of.dtype.itemsize
+        places[name] = Place(of.shard, offset, of.dtype, piece.shape, piece.strides)
     return replace(layout, places=places, inside=frozenset(pieces))
 
 

@@ -131,7 +131,10 @@ class Writer:
             end = min(begin + PIECE, len(flat)) if look else len(flat)
             if look:
                 look(flat, begin, end)
-            _write_at(file, _bytes_of(flat[begin:end]), place.offset + begin * size)
+            if place.strides is None:
+                _write_at(file, _bytes_of(flat[begin:end]), place.offset + begin * size)
+        if place.strides is not None:
+            _write_between(file, flat.view(place.shape), place.strides, place.offset)
 
     def _sync(self, names: list[str]) -> None:
         for shard in sorted({self._layout.places[name].shard for name in names}):
@@ -150,6 +153,29 @@ class Writer:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_between(file: int, tensor: Tensor, strides: tuple[int, ...], offset: int) -> None:
+    """Writes among other elements, a few rows of the file at a time: they are read, and written back."""
+    by_row = tensor.T if tensor.ndim == 2 else tensor[None]  # [inputs, outputs]; one row of a bias
+    step, pitch = strides if tensor.ndim == 2 else (*strides, tensor.numel() * strides[0])
+    itemsize, num_rows = tensor.dtype.itemsize, max(1, PIECE // pitch)
+    for begin in range(0, len(by_row), num_rows):
+        rows = by_row[begin : begin + num_rows]
+        length = ((len(rows) - 1) * pitch + (rows.shape[1] - 1) * step + 1) * itemsize
+        at = offset + begin * pitch * itemsize
+        there = torch.frombuffer(bytearray(_read_at(file, length, at)), dtype=tensor.dtype)
+        there.as_strided(rows.shape, (pitch, step)).copy_(rows)
+        _write_at(file, _bytes_of(there), at)
+
+
+def _read_at(file: int, length: int, offset: int) -> bytes:
+    read = b""
+    while len(read) < length:
+        if not (more := os.pread(file, length - len(read), offset + len(read))):
+            raise OSError(f"a shard must be {offset + length} bytes long, got {offset + len(read)}")
+        read += more
+    return read
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:
