@@ -318,8 +318,8 @@ def test_a_number_of_the_merge_under_a_model() -> None:
     )
     assert recipe.notices == ("recipe.models[1].parameters.t is ignored: slerp for one model has no such key",)
     message = (
-        "recipe.parameters.t must be given for every tensor, got none for {}: it is one number for all models, and does "
-        "not count under one of them"
+        "recipe.parameters.t must be given for every tensor, got none for {}: it is one number for all models, and "
+        "does not count under one of them"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message.format('any'))}$"):
         check_given(recipe)
