@@ -35,12 +35,18 @@ def in_one_layout(sources: Mapping[Any, Source], decisions: str = "matrix") -> d
     named = next((family for source in sources.values() if (family := split_family(source))), None)
     views: dict[int, Source] = {}
     for source in sources.values():
-        layout = layouts[id(source)]
+        layout, family = layouts[id(source)], named or family_of(source.config)
         if decisions == "tensor" and layout == "split":
-            views[id(source)] = FusedExperts(source, split_family(source) or family_of(source.config))
-        elif decisions == "matrix" and layout == "fused":
-            views[id(source)] = SplitExperts(source, named or family_of(source.config))
+            views[id(source)] = FusedExperts(source, split_family(source) or family)
+        elif layout == "fused" and (decisions == "matrix" or _has_names_of_split(source, family)):
+            split = SplitExperts(source, family)
+            views[id(source)] = split if decisions == "matrix" else FusedExperts(split, family)
     return {key: views.get(id(source), source) for key, source in sources.items()}
+
+
+def _has_names_of_split(source: Source, family: Family) -> bool:
+    """Whether what lies beside fused experts, the router, is called as beside split ones."""
+    return family.inner != family.fused_inner and any(f".{family.inner}." in name for name in source.tensors)
 
 
 def written_family(donor: Source, sources: Collection[Source]) -> Family:

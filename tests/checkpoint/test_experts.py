@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,40 @@ def test_experts_that_cannot_be_fused(tmp_path: Path) -> None:
     message = "moe_layout must be one of 'fused', 'split', got 'packed'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         merge(recipe, tmp_path / "out", moe_layout="packed")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_decisions_over_fused_tensors_as_mergekit(tmp_path: Path) -> None:
+    command = importlib.import_module("mergekit.scripts.run_yaml").main
+    folders = [str(tmp_path / name) for name in ("base", "a", "b")]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        model = FAMILIES["mixtral"][0]()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder)
+    (tmp_path / "r.yml").write_text(str(ties_recipe(folders)))
+    options = ["--no-copy-tokenizer", "--quiet"]
+    command.main([str(tmp_path / "r.yml"), str(tmp_path / "theirs"), *options], standalone_mode=False)
+    arguments = ["merge", str(tmp_path / "r.yml"), str(tmp_path / "ours"), "--moe-decisions", "tensor"]
+    out = CliRunner().invoke(main, arguments)
+    assert out.exit_code == 0, out.output
+    assert_equal(loaded(tmp_path / "ours"), loaded(tmp_path / "theirs"))
+
+
+def test_fused_experts_beside_a_router_of_split_ones(models: Any, tmp_path: Path) -> None:
+    """As files have it that somebody has fused by hand."""
+    family, tensors, split, packed = models
+    inner = FAMILIES[family][1][0]
+    by_hand = {
+        name if ".experts." in name else name.replace(".mlp.", f".{inner}."): tensor
+        for name, tensor in load_file(Path(packed[1]) / "model.safetensors").items()
+    }
+    save_safetensors(Path(packed[1]), by_hand)
+    for number, decisions in enumerate(("matrix", "tensor")):
+        merge(ties_recipe([split[0], packed[1]]), tmp_path / f"{number}", moe_decisions=decisions)
+        merge(ties_recipe([split[0], split[1]]), tmp_path / f"{number}-expected", moe_decisions=decisions)
+        assert_equal(loaded(tmp_path / f"{number}"), loaded(tmp_path / f"{number}-expected"))
 
 
 def test_what_is_no_mixture_or_of_another_layout(tmp_path: Path) -> None:
