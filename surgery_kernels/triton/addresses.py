@@ -290,17 +290,27 @@ def part_of(table, num_parts, columns, value, COLUMN: tl.constexpr):
 @triton.jit
 def locate(table, num_parts, columns, CHUNK: tl.constexpr, before=0):
     """Of this program, `before` behind the launch's: its tensor, that one's row, its first element, and how many."""
-    program = before + tl.program_id(0)
-    part = part_of(table, num_parts, columns, program, FIRST_CHUNK).to(tl.int64)
+    return locate_chunk(table, num_parts, columns, before + tl.program_id(0), CHUNK)
+
+
+@triton.jit
+def locate_chunk(table, num_parts, columns, chunk, CHUNK: tl.constexpr):
+    part = part_of(table, num_parts, columns, chunk, FIRST_CHUNK).to(tl.int64)
     row = table + part * columns
-    begin = (program - tl.load(row + FIRST_CHUNK)) * CHUNK
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     return part, row, begin, tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
 
 
 @triton.jit
+def is_aligned(row):
+    """Whether a tensor may be read 16 bytes at a time."""
+    return tl.load(row + ALIGNED) != 0
+
+
+@triton.jit
 def is_whole(row, count, CHUNK: tl.constexpr):
-    """Whether a chunk is read 16 bytes at a time: it has all its elements, at addresses that allow it."""
-    return (count == CHUNK) & (tl.load(row + ALIGNED) != 0)
+    """Whether a chunk is read so: it has all its elements, at addresses that allow it."""
+    return (count == CHUNK) & is_aligned(row)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Exact thresholds on CUDA tensors by radix selection on magnitudes: no sort, no luck needed, no look by the host.
 
-A round reads the experts whose threshold is still open, counts their keys in ranges of a histogram, and narrows each
-expert's range to the bin that holds its keep-th largest key. The first range of a large scope comes from a sample, so
-that few keys need an atomic addition and one round suffices for 16-bit dtypes, two for float32; a range that the sample
-missed is corrected by what the round counted. Rounds for which nothing is open return at once.
+A range of keys per expert, for large scopes from a sample, is narrowed to the keep-th largest key by rounds that count
+keys in a histogram. For float32 and float64 the one read of the tensors lists the few keys in the range, and the rounds
+read those lists; for 16 bits, where many keys share a value, one round over the tensors suffices. A range that the
+sample missed is corrected by what was counted, and narrowed by rounds over the tensors. Rounds that find nothing open
+have few programs and return at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from ..ops import arguments
 from .addresses import Scope, upload
 from .finite import FiniteCheck
 from .trim_cut import cut_ties
-from .trim_rounds import BIN_BITS, BUDGET, COPIES, CUT, LARGEST, THRESHOLD, TIES, narrow, start_from_sample
+from .trim_lists import list_keys
+from .trim_rounds import BIN_BITS, BUDGET, COPIES, CUT, LARGEST, THRESHOLD, TIES, narrow
+from .trim_sample import start_from_sample
 
 DIRECT = 1 << 16  # elements up to which every key is counted from the first round on
 INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
@@ -52,12 +55,16 @@ def find_limits(
     spare = min(SPARE_BITS.get(group.dtype, 0) for group in scope.groups)
     bits = 63 if scope.wide else 31
     rounds = -(-(bits - spare) // BIN_BITS)
+    lists = None
     if scope.numel > DIRECT:
-        start_from_sample(scope, state, nonfinite, bits, spare)
-        rounds += 1
+        start_from_sample(scope, state, nonfinite, bits, spare, spare == 0)
+        if spare == 0:
+            lists = list_keys(scope, state, nonfinite, finite)
+        else:  # few values that many keys share: a range of them is narrowed by one read, and no list would hold them
+            rounds += 1
     histogram = torch.zeros(COPIES * scope.num_tasks << BIN_BITS, dtype=torch.int64, device=scope.device)
     for i in range(rounds):
-        narrow(scope, state, histogram, nonfinite, spare, finite, checked=finite.wanted and i == 0)
+        narrow(scope, state, histogram, lists, nonfinite, spare, finite, first=lists is None and i == 0)
     if any(from_smallest):
         reversed = upload(torch.tensor(from_smallest), scope.device)
         ties, budget = state[:, TIES.value], state[:, BUDGET.value]
@@ -83,7 +90,7 @@ def _start(keep: int, scope: Scope) -> list[int]:
     else:
         threshold, cut, last = 0, scope.numel, LARGEST[scope.compute]
     shift = max(0, last.bit_length() - BIN_BITS)
-    return [threshold, cut, last, shift, keep, 0, 0, 0]
+    return [threshold, cut, last, shift, keep, 0, 0, 0, -1]
 
 
 def trim_thresholds(

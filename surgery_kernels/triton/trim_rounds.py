@@ -1,4 +1,4 @@
-"""The rounds of trim: a range of keys per expert, first from a sample, then narrowed by what a histogram counted."""
+"""The rounds of trim: the keys in a range of every expert are counted in a histogram, which narrows the range."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -8,25 +8,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .addresses import BASE, CHUNK, EXPERTS, NUMEL, OFFSET, Scope, is_whole, load, locate
-from .finite import FiniteCheck, is_finite, key_of, task_vector
+from .addresses import BASE, CHUNK, EXPERTS, Group, Scope, is_aligned, load, locate_chunk
+from .finite import FiniteCheck, is_finite_key, key_of, task_vector
 
-PLACES, CLUSTER = 1024, 16  # of the sample: places spread over the scope, neighbours at each
-PLACES_AT_ONCE = 256
+PIECE, LANES = 512, 32  # elements that a warp goes through at a time, each lane through its own
+PROGRAMS = 2048  # of a round that may find nothing open
 BIN_BITS = 11
 COPIES = 4  # of the histogram: a value that many keys share would queue up at one address
 
 # State of an expert, int64. It keeps keys above THRESHOLD, and those equal to it with a flat index below CUT. While its
 # range is open THRESHOLD is the lower end and LAST the upper; then TIES keys equal it and BUDGET of them are kept.
-THRESHOLD, CUT, LAST, SHIFT, KEEP, ABOVE, BUDGET, TIES = (tl.constexpr(field) for field in range(8))
+# LISTED: how many keys of the range lie in a list, that nothing else need be read; below 0 they lie in none.
+THRESHOLD, CUT, LAST, SHIFT, KEEP, ABOVE, BUDGET, TIES, LISTED = (tl.constexpr(field) for field in range(9))
 TIE_CHUNK, TIES_LEFT = LAST, SHIFT  # where the tie before CUT is: a chunk of the scope, and its rank there
-FIELDS = tl.constexpr(8)
+FIELDS = tl.constexpr(9)
 
 LARGEST = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
 
 
 @triton.jit
-def _shift_of(first, last, SPARE: tl.constexpr, BINS: tl.constexpr):
+def shift_of(first, last, SPARE: tl.constexpr, BINS: tl.constexpr):
     """Keys per bin, as a power of two, where `BINS` bins hold the range."""
     shift = tl.zeros([], tl.int64) + SPARE
     while ((last - first) >> shift) >= BINS:
@@ -36,152 +37,167 @@ def _shift_of(first, last, SPARE: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def _is_open(state, num_tasks, TASKS: tl.constexpr):
+    """Whether any expert is, and whether one of those is not listed."""
     tasks = tl.arange(0, TASKS)
     first = tl.load(state + tasks * FIELDS + THRESHOLD, mask=tasks < num_tasks, other=0)
     last = tl.load(state + tasks * FIELDS + LAST, mask=tasks < num_tasks, other=0)
-    return tl.sum((first < last).to(tl.int32)) > 0
+    listed = tl.load(state + tasks * FIELDS + LISTED, mask=tasks < num_tasks, other=0)
+    is_open = first < last
+    return tl.max(is_open.to(tl.int32), axis=0) > 0, tl.max((is_open & (listed < 0)).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
-def _sample(
-    table, num_parts, columns, num_tasks, numel, part_bits, sample,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
-    PLACES: tl.constexpr, CLUSTER: tl.constexpr, PLACES_AT_ONCE: tl.constexpr,
+def by_lane(x, VECTOR: tl.constexpr, LANES: tl.constexpr):
+    """A column for every lane, of what it has loaded: rows lie in its registers.  # [n] -> [n // LANES, LANES]"""
+    rows: tl.constexpr = x.shape[0] // LANES
+    x = tl.reshape(x, [rows // VECTOR, LANES, VECTOR])
+    return tl.reshape(tl.permute(x, (0, 2, 1)), [rows, LANES])
+
+
+@triton.jit
+def sum_of(x):
+    return tl.sum(tl.sum(x, axis=0), axis=0)
+
+
+@triton.jit
+def minus_if_negative(x):
+    """-1, else 0: one shift and add where a compare would hold one of seven predicates."""
+    if x.dtype == tl.int64:
+        sign = (x >> 63).to(tl.int32)
+    else:
+        sign = x >> 31
+    return sign
+
+
+@triton.jit
+def keys_of(
+    row, t, base, at, left,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, WHOLE: tl.constexpr,
+    PIECE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The keys of neighbours at a pseudo-random point of every stride.  # sample: [num_tasks, PLACES, CLUSTER]"""
-    t = tl.program_id(0)
-    place = tl.program_id(1) * PLACES_AT_ONCE + tl.arange(0, PLACES_AT_ONCE)
-    stride = numel // PLACES
-    random = (place.to(tl.int64) * 0x9E3779B1) & 0xFFFFFFFF
-    position = place * stride + (random * (stride & 0x7FFFFFFF) >> 32)
-    low = tl.zeros([PLACES_AT_ONCE], tl.int64)
-    high = low + num_parts - 1
-    for _ in range(part_bits):
-        middle = (low + high + 1) // 2
-        below = tl.load(table + middle * columns + OFFSET) <= position
-        low = tl.where(below, middle, low)
-        high = tl.where(below, high, middle - 1)
-    row = table + low * columns
-    of_part = tl.load(row + NUMEL)
-    begin = position - tl.load(row + OFFSET)
-    here = (begin >= 0) & (begin < of_part)  # else in a tensor of another dtype
-    begin = tl.maximum(tl.minimum(begin, of_part - CLUSTER), 0)
-    lanes = tl.arange(0, CLUSTER)
-    at = begin[:, None] + lanes[None, :]
-    there = here[:, None] & (at < of_part[:, None])
-    expert = tl.load(row + EXPERTS + t).to(tl.pointer_type(STORED))
-    x = tl.load(expert[:, None] + at, mask=there, other=0)
-    base = x
-    if HAS_BASE:
-        base = tl.load(tl.load(row + BASE).to(tl.pointer_type(STORED))[:, None] + at, mask=there, other=0)
+    """Of a piece of an expert, -1 beyond the end.  # [PIECE // LANES, LANES]"""
+    lanes = tl.arange(0, PIECE)
+    x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, STORED, WHOLE)
     key = key_of(task_vector(x, base, HAS_BASE, DROP).to(COMPUTE))
-    tl.store(sample + (t * PLACES + place[:, None]) * CLUSTER + lanes[None, :], key, mask=there)
+    if not WHOLE:
+        key = tl.where(lanes < left, key, -1)
+    return by_lane(key, 128 // STORED.primitive_bitwidth, LANES)
 
 
 @triton.jit
-def _kth_largest(keys, rank, BITS: tl.constexpr):
-    found = tl.zeros([], keys.dtype)
-    for i in range(BITS):
-        higher = found | (tl.full([], 1, keys.dtype) << BITS - 1 - i)
-        found = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= rank, higher, found)
-    return found
+def tell_nonfinite(key, nonfinite):
+    largest = tl.max(tl.max(key, axis=0), axis=0)
+    if not is_finite_key(largest):
+        tl.atomic_add(nonfinite, tl.full([], 1, tl.int64), sem="relaxed")
 
 
 @triton.jit
-def _bracket(
-    state, sample, numel,
-    LARGEST: tl.constexpr, BITS: tl.constexpr, SPARE: tl.constexpr, BINS: tl.constexpr,
-    PLACES: tl.constexpr, CLUSTER: tl.constexpr,
-):  # fmt: skip
-    """A range that holds the threshold with overwhelming probability; neighbours may be alike, places are not."""
-    expert = state + tl.program_id(0) * FIELDS
-    if tl.load(expert + THRESHOLD) < tl.load(expert + LAST):
-        place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-        keys = tl.load(sample + place[:, None] * CLUSTER + tl.arange(0, CLUSTER)[None, :])
-        size = tl.sum((keys >= 0).to(tl.int32))
-        share = tl.load(expert + KEEP).to(tl.float64) / numel.to(tl.float64)
-        expected = share * size.to(tl.float64)
-        centre = tl.minimum(tl.maximum((expected + 0.5).to(tl.int32), 1), size)
-        middle = _kth_largest(keys, centre, BITS)
-        over_mean = tl.sum((keys >= middle).to(tl.int32), axis=1).to(tl.float64) - expected / PLACES
-        variance = tl.maximum(tl.sum(over_mean * over_mean), expected * (1 - share)).to(tl.float32)
-        half_width = (4 * tl.sqrt(variance)).to(tl.int32) + 8
-        first = tl.zeros([], tl.int64)
-        last = first + LARGEST
-        if centre + half_width <= size:
-            first = _kth_largest(keys, centre + half_width, BITS).to(tl.int64)
-        if centre > half_width:
-            last = _kth_largest(keys, centre - half_width, BITS).to(tl.int64)
-        # a range of one key would count as closed before anything was counted
-        last = tl.maximum(last, first + (1 << SPARE))
-        tl.store(expert + THRESHOLD, first)
-        tl.store(expert + LAST, last)
-        tl.store(expert + SHIFT, _shift_of(first, last, SPARE, BINS))
+def _add_keys(key, expert, bins):
+    """To the histogram of an expert.  # key: [n, LANES]"""
+    lowest, highest = tl.load(expert + THRESHOLD), tl.load(expert + LAST)
+    first, last, shift = lowest.to(key.dtype), highest.to(key.dtype), tl.load(expert + SHIFT).to(key.dtype)
+    # The ends of a range often are values that many keys share: they are counted apart. All counts are sums of signs.
+    from_first, to_last = key - first, last - key
+    below, up_to_first = sum_of(minus_if_negative(from_first)), sum_of(minus_if_negative(from_first - 1))
+    outside = sum_of(minus_if_negative(from_first | to_last))  # below first or above last
+    not_between = (from_first - 1) | (to_last - 1)
+    above = below - outside
+    at_last = outside - sum_of(minus_if_negative(not_between)) + up_to_first - below
+    one = tl.full(key.shape, 1, tl.int64)
+    tl.atomic_add(bins + (from_first >> shift), one, mask=not_between >= 0, sem="relaxed")
+    tl.atomic_add(bins, (below - up_to_first).to(tl.int64), sem="relaxed")
+    tl.atomic_add(bins + ((highest - lowest) >> shift), at_last.to(tl.int64), sem="relaxed")
+    tl.atomic_add(expert + ABOVE, above.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def piece_of(table, num_parts, columns, piece, CHUNK: tl.constexpr, PIECE: tl.constexpr):
+    """Its tensor's row, its first element, and how many there are from there on."""
+    _, row, begin, count = locate_chunk(table, num_parts, columns, piece // (CHUNK // PIECE), CHUNK)
+    before = piece % (CHUNK // PIECE) * PIECE
+    return row, begin + before, count - before
 
 
 @triton.jit
 def _count(
     table, num_parts, columns, num_tasks, state, histogram, nonfinite,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CHECKED: tl.constexpr,
-    TASKS: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
+    BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys of this chunk to the histograms [COPIES, num_tasks, BINS] of the open experts.
+    """Adds the keys of this piece to the histograms [COPIES, num_tasks, BINS] of the open experts.
 
-    CHECKED: counts the NaN and infinite entries of every expert, too.
+    CHECKED: counts the pieces with NaN or infinity of every expert, too. Bound: reads each expert once.
     """
-    if not CHECKED:  # noqa: SIM102
-        if not _is_open(state, num_tasks, TASKS):
-            return
-    _, row, begin, count = locate(table, num_parts, columns, CHUNK)
-    if is_whole(row, count, CHUNK):
-        _count_chunk(
-            row, begin, count, num_tasks, state, histogram, nonfinite,
-            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, True, BINS, COPIES, CHUNK,
+    histogram += tl.program_id(0) % COPIES * num_tasks * BINS
+    row, at, left = piece_of(table, num_parts, columns, tl.program_id(0), CHUNK, PIECE)
+    if (left >= PIECE) & is_aligned(row):
+        _count_piece(
+            row, at, left, num_tasks, state, histogram, nonfinite,
+            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, True, BINS, PIECE, LANES,
         )  # fmt: skip
-    else:
-        _count_chunk(
-            row, begin, count, num_tasks, state, histogram, nonfinite,
-            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, False, BINS, COPIES, CHUNK,
+    elif left > 0:
+        _count_piece(
+            row, at, left, num_tasks, state, histogram, nonfinite,
+            STORED, COMPUTE, HAS_BASE, DROP, CHECKED, False, BINS, PIECE, LANES,
         )  # fmt: skip
 
 
 @triton.jit
-def _count_chunk(
-    row, begin, count, num_tasks, state, histogram, nonfinite,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CHECKED: tl.constexpr,
-    WHOLE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
+def _count_again(
+    table, num_parts, columns, num_pieces, num_tasks, state, histogram, lists, capacity,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
+    LISTS: tl.constexpr, TASKS: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, CHUNK: tl.constexpr,
+    PIECE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, CHUNK)
-    base = tl.zeros([CHUNK], STORED)
-    if HAS_BASE:
-        base = load(tl.load(row + BASE), begin, lanes, count, STORED, STORED, WHOLE)
-    copy = (tl.program_id(0) % COPIES) * num_tasks
+    """The same of the keys that are left, if any: from lists where LISTS, and by few programs for all pieces."""
+    histogram += tl.program_id(0) % COPIES * num_tasks * BINS
+    is_open, reads = _is_open(state, num_tasks, TASKS)
+    if LISTS:  # noqa: SIM102
+        if is_open:
+            _count_lists(num_tasks, state, histogram, lists, capacity, BINS, PIECE, LANES)
+    if reads:
+        for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
+            row, at, left = piece_of(table, num_parts, columns, piece, CHUNK, PIECE)
+            if left > 0:
+                _count_piece(
+                    row, at, left, num_tasks, state, histogram, None,
+                    STORED, COMPUTE, HAS_BASE, DROP, False, False, BINS, PIECE, LANES,
+                )  # fmt: skip
+
+
+@triton.jit
+def _count_lists(
+    num_tasks, state, histogram, lists, capacity, BINS: tl.constexpr, PIECE: tl.constexpr, LANES: tl.constexpr
+):
+    lanes = tl.arange(0, PIECE)
     for t in range(num_tasks):
         expert = state + t * FIELDS
-        lowest, highest = tl.load(expert + THRESHOLD), tl.load(expert + LAST)
-        if (lowest < highest) | CHECKED:
-            x = load(tl.load(row + EXPERTS + t), begin, lanes, count, STORED, STORED, WHOLE)
-            tau = task_vector(x, base, HAS_BASE, DROP).to(COMPUTE)
-            key = key_of(tau)
-            if not WHOLE:
-                key = tl.where(lanes < count, key, -1)
-            first, last, shift = lowest.to(key.dtype), highest.to(key.dtype), tl.load(expert + SHIFT).to(key.dtype)
-            bins = histogram + (copy + t) * BINS
-            # The ends of a range often are values that many keys share: they are counted apart. Two counts fit a sum.
-            above = tl.sum((key > last).to(tl.int32) + ((key == last).to(tl.int32) << 16))
-            below = (key == first).to(tl.int32)
+        listed = tl.load(expert + LISTED)
+        if tl.load(expert + THRESHOLD) < tl.load(expert + LAST):
+            for at in range(tl.program_id(0) * PIECE, listed, tl.num_programs(0) * PIECE):
+                key = tl.load(lists + at + lanes, mask=lanes < listed - at, other=-1)
+                _add_keys(by_lane(key, 128 // key.dtype.primitive_bitwidth, LANES), expert, histogram + t * BINS)
+        lists += capacity
+
+
+@triton.jit
+def _count_piece(
+    row, at, left, num_tasks, state, histogram, nonfinite,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, CHECKED: tl.constexpr,
+    WHOLE: tl.constexpr, BINS: tl.constexpr, PIECE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    base = tl.zeros([PIECE], STORED)
+    if HAS_BASE:
+        base = load(tl.load(row + BASE), at, tl.arange(0, PIECE), left, STORED, STORED, WHOLE)
+    for t in range(num_tasks):
+        expert = state + t * FIELDS
+        reads = (tl.load(expert + THRESHOLD) < tl.load(expert + LAST)) & (tl.load(expert + LISTED) < 0)
+        if reads | CHECKED:
+            key = keys_of(row, t, base, at, left, STORED, COMPUTE, HAS_BASE, DROP, WHOLE, PIECE, LANES)
+            if reads:
+                _add_keys(key, expert, histogram + t * BINS)
             if CHECKED:
-                below += tl.where(is_finite(tau), 0, 1 << 16)
-            below = tl.sum(below)
-            if lowest < highest:
-                one = tl.full([CHUNK], 1, tl.int64)
-                tl.atomic_add(bins + ((key - first) >> shift), one, mask=(key > first) & (key < last), sem="relaxed")
-                tl.atomic_add(bins, (below & 0xFFFF).to(tl.int64), sem="relaxed")
-                tl.atomic_add(bins + ((highest - lowest) >> shift), (above >> 16).to(tl.int64), sem="relaxed")
-                tl.atomic_add(expert + ABOVE, (above & 0xFFFF).to(tl.int64), sem="relaxed")
-            if CHECKED:  # noqa: SIM102
-                if below >> 16 > 0:
-                    tl.atomic_add(nonfinite, (below >> 16).to(tl.int64), sem="relaxed")
+                tell_nonfinite(key, nonfinite)
 
 
 @triton.jit
@@ -219,40 +235,38 @@ def _descend(
         tl.store(expert + ABOVE, tl.zeros([], tl.int64))
         tl.store(expert + THRESHOLD, low)
         tl.store(expert + LAST, high)
-        tl.store(expert + SHIFT, _shift_of(low, high, SPARE, BINS))
+        tl.store(expert + SHIFT, shift_of(low, high, SPARE, BINS))
         tl.store(expert + BUDGET, budget)
         tl.store(expert + TIES, ties)
 
 
-def start_from_sample(scope: Scope, state: Tensor, nonfinite: str, bits: int, spare: int) -> None:
-    """The first ranges, of all experts whose threshold is open."""
-    places = {"PLACES": PLACES, "CLUSTER": CLUSTER}
-    keys = torch.int64 if scope.wide else torch.int32
-    sample = torch.full((scope.num_tasks, PLACES, CLUSTER), -1, dtype=keys, device=scope.device)
-    for group in scope.groups:
-        _sample[(scope.num_tasks, PLACES // PLACES_AT_ONCE)](
-            *group.place, scope.num_tasks, scope.numel, (group.table.shape[0] - 1).bit_length(), sample, **group.dtypes,
-            **places, HAS_BASE=scope.has_base, DROP=nonfinite == "drop", PLACES_AT_ONCE=PLACES_AT_ONCE,
-            num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
-    _bracket[(scope.num_tasks,)](
-        state, sample, scope.numel, **places, LARGEST=LARGEST[scope.compute], BITS=bits, SPARE=spare,
-        BINS=1 << BIN_BITS, num_warps=16, enable_fp_fusion=False,
-    )  # fmt: skip
+def pieces_of(group: Group) -> int:
+    return group.num_chunks * (CHUNK // PIECE)
 
 
 def narrow(
-    scope: Scope, state: Tensor, histogram: Tensor, nonfinite: str, spare: int, finite: FiniteCheck, checked: bool
-) -> None:
-    """One round: counts the keys of every open expert and narrows its range; checked: counts NaN and infinity, too."""
+    scope: Scope, state: Tensor, histogram: Tensor, lists: Tensor | None, nonfinite: str, spare: int,
+    finite: FiniteCheck, first: bool,
+) -> None:  # fmt: skip
+    """One round; first: something is open, and NaN and infinity are looked for too."""
     counters = {"BINS": 1 << BIN_BITS, "COPIES": COPIES}
-    for group in scope.groups:
-        _count[(group.num_chunks,)](
-            *group.place, scope.num_tasks, state, histogram, finite.found, **group.dtypes, **counters,
-            HAS_BASE=scope.has_base, DROP=nonfinite == "drop", CHECKED=checked,
-            TASKS=triton.next_power_of_2(scope.num_tasks), CHUNK=CHUNK,
-            num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
+    options = {
+        "HAS_BASE": scope.has_base, "DROP": nonfinite == "drop", "CHUNK": CHUNK, "PIECE": PIECE, "LANES": LANES,
+        "num_warps": 1, "enable_fp_fusion": False,
+    }  # fmt: skip
+    capacity = 0 if lists is None else lists.shape[1]
+    for i, group in enumerate(scope.groups):
+        pieces = pieces_of(group)
+        if first:
+            _count[(pieces,)](
+                *group.place, scope.num_tasks, state, histogram, finite.found, **group.dtypes, **counters, **options,
+                CHECKED=finite.wanted,
+            )  # fmt: skip
+        else:
+            _count_again[(min(pieces, PROGRAMS),)](
+                *group.place, pieces, scope.num_tasks, state, histogram, lists, capacity, **group.dtypes, **counters,
+                **options, LISTS=lists is not None and i == 0, TASKS=triton.next_power_of_2(scope.num_tasks),
+            )  # fmt: skip
     _descend[(scope.num_tasks,)](
         state, histogram, **counters, LARGEST=LARGEST[scope.compute], SPARE=spare, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -128,6 +128,44 @@ def test_a_range_that_misses_the_threshold_is_corrected(
     check(gpu, None, experts, density=[0.2, 0.2])
 
 
+LISTED = [gaussian, sparse]  # with few and with many keys in the range
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("kind", LISTED, ids=option_id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=option_id)
+def test_lists_that_are_too_short(
+    kind: Any, dtype: torch.dtype, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery_kernels.triton import trim_lists, trim_rounds
+
+    monkeypatch.setattr(trim_rounds, "PROGRAMS", 2)  # which go through several pieces
+    for share in (1, 100, 10_000):
+        monkeypatch.setattr(trim_lists, "SHARE", share)
+        base, experts = inputs(kind, 3_300, 2, dtype)
+        check(gpu, base, experts, density=[0.2, 0.9])
+
+
+@pytest.mark.usefixtures("sampled")
+def test_tensors_are_read_once(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from surgery_kernels.triton import trim, trim_lists
+
+    monkeypatch.setattr(trim_lists, "SHARE", 1)
+    base, experts = inputs(gaussian, 20_001, 2, torch.float32)
+    moved = [x.clone().to(gpu) for x in (base, *experts)]
+    list_keys = trim.list_keys
+
+    def listed(*arguments: Any) -> Tensor:
+        lists = list_keys(*arguments)
+        for x in moved:
+            x.fill_(7.0)
+        return lists
+
+    monkeypatch.setattr(trim, "list_keys", listed)
+    found = trim.trim_thresholds(moved[0], moved[1:], [0.2, 0.6])
+    assert_same(found.cpu(), reference.trim_thresholds(base, experts, density=[0.2, 0.6]))
+
+
 @pytest.mark.usefixtures("sampled")
 def test_ties_at_zero_below_a_range_that_starts_at_the_smallest_number(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
