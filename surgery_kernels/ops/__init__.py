@@ -5,6 +5,7 @@ from .gram import gram
 from .gram_cross import GramCross, gram_cross
 from .masks import masks
 from .mix import mix
+from .polar import polar
 from .representation_loss import representation_loss
 from .steps import Steps
 from .surgery_adapter import surgery_adapter
@@ -20,6 +21,7 @@ __all__ = [
     "gram_cross",
     "mix",
     "masks",
+    "polar",
     "representation_loss",
     "surgery_adapter",
     "surgery_train",

@@ -47,6 +47,13 @@ RECIPES: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "ramplus_tl": (3, True, {"r": 0.2}),
     "arcee_fusion": (1, True, {}),
 }
+OURS: dict[str, tuple[int, bool, dict[str, Any]]] = {  # what mergekit does not have
+    "tsv_m": (3, True, {"lambda": 0.8}),
+    "iso_c": (3, True, {"of_rank": True}),
+    "iso_cts": (3, True, {"common": 0.6}),
+    "cart": (3, False, {"rank": 0.3}),
+    "wudi": (2, True, {"steps": 5}),
+}
 PAIRS = ["slerp", "nuslerp", "nearswap", "arcee_fusion"]  # whose recipes list the base as well
 RANDOM = ["dare_linear", "dare_ties", "della_linear", "della"]
 # mergekit's float32 importance is noise next to the exact one
@@ -54,7 +61,7 @@ EXACT = ["arcee_fusion"]
 
 
 def recipe(name: str, folders: list[str]) -> dict[str, Any]:
-    count, has_base, parameters = RECIPES[name]
+    count, has_base, parameters = {**RECIPES, **OURS}[name]
     listed = folders[0 if name in PAIRS else 1 : 1 + count]
     return {
         "merge_method": name,
@@ -98,7 +105,7 @@ ROUNDING = [name for name in RECIPES if any(p.key == "arithmetic" for p in METHO
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        *((name, {}) for name in RECIPES),
+        *((name, {}) for name in (*RECIPES, *OURS)),
         *((name, {"arithmetic": "mergekit" if name == "karcher" else "exact"}) for name in ROUNDING),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
@@ -106,7 +113,7 @@ ROUNDING = [name for name in RECIPES if any(p.key == "arithmetic" for p in METHO
 def test_as_in_memory(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
     """From disk with numbers that are the same in all tensors: what `merge_state_dicts` gives."""
     state_dicts = models(gaussians, torch.bfloat16)
-    count, has_base, parameters = RECIPES[name]
+    count, has_base, parameters = {**RECIPES, **OURS}[name]
     plain = {key: value for key, value in parameters.items() if not isinstance(value, list)} | more
     plain |= {"t": 0.3} if name == "slerp" else {}
     plain |= {"weight": 0.4} if "weight" in parameters else {}

@@ -11,6 +11,7 @@ from .masks import ConsensusTa, ConsensusTies, Emr, TallMasks
 from .regmean import RegMean
 from .selective import ArceeFusion, NearSwap, Ram, RamPlus, Sce
 from .sparse import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear
+from .spectral import Cart, IsoC, IsoCts, TsvM, Wudi
 from .spherical import Karcher, ModelStock, MultiSlerp, NuSlerp, Slerp
 from .ties import Ties
 
@@ -49,6 +50,11 @@ METHODS: dict[str, type[Method]] = {
         ConsensusTies,
         TallMasks,
         Emr,
+        TsvM,
+        IsoC,
+        IsoCts,
+        Cart,
+        Wudi,
         Fisher,
         RegMean,
         AdaMerging,
