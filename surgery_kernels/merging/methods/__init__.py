@@ -8,6 +8,7 @@ from .fisher import Fisher
 from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, Passthrough, TaskArithmetic, WiseFt
 from .localized import LocalizeAndStitch, MagMax
 from .masks import ConsensusTa, ConsensusTies, Emr, TallMasks
+from .pcb import Pcb
 from .regmean import RegMean
 from .selective import ArceeFusion, NearSwap, Ram, RamPlus, Sce
 from .sparse import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
         LocalizeAndStitch,
         ConsensusTa,
         ConsensusTies,
+        Pcb,
         TallMasks,
         Emr,
         TsvM,
