@@ -70,6 +70,16 @@ inline void check_same_shape(const Tensor& t, const Tensor& like, const std::str
   check_same_kind(t, like, argument, name_of_like);
 }
 
+inline bool on_same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// Tensors of any device.
+inline void check_alike(const Tensor& t, const Tensor& first, const Tensor& first_of_all, const std::string& argument) {
+  require(on_same_device(t, first_of_all), argument, " must be on the device of experts[0], got another");
+  check_same_kind(t, first, argument);
+}
+
 // An op on one tensor takes its experts and nothing else.
 inline void check_one_tensor(const std::vector<Tensor>& experts, const std::vector<double>& density) {
   require(!experts.empty(), "experts must be at least one tensor, got none");

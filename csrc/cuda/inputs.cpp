@@ -12,13 +12,6 @@ const Tensor& first_of(const std::vector<Tensor>& experts, size_t num_tasks) {
   return experts[0];
 }
 
-void check_alike(const Tensor& t, const Tensor& first, const Tensor& first_of_all, const std::string& argument) {
-  const bool same_device = t.is_cuda() == first_of_all.is_cuda() && t.is_cpu() == first_of_all.is_cpu() &&
-                           t.get_device_index() == first_of_all.get_device_index();
-  require(same_device, argument, " must be on the device of experts[0], got another");
-  check_same_kind(t, first, argument);
-}
-
 }  // namespace
 
 Inputs::Inputs(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, size_t num_tasks,

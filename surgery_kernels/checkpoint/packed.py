@@ -23,7 +23,7 @@ from torch import Tensor
 from ..merging import METHODS
 from ..merging.methods.masks import Packable
 from ..merging.scope import Scope
-from ..merging.state_dicts import StateDict, check_same_tensors, method_of, tied
+from ..merging.state_dicts import StateDict, method_of, owners_of
 from ..ops import arguments
 from .reading.mapped_file import MappedFile
 from .reading.opening import open_checkpoint
@@ -169,8 +169,7 @@ def pack_experts(
     assert isinstance(packing, Packable)
     packing.check(len(experts))
     with _opened([base, *experts.values()]) as (of_base, *states):
-        check_same_tensors(of_base, states, "base")
-        owner = tied(of_base, states)
+        owner = owners_of(of_base, states, "base")
         floats = [name for name in of_base if of_base[name].is_floating_point()]
         names = sorted(name for name in floats if owner[name] == name)
         if not names:

@@ -16,6 +16,7 @@ from .progress import progress_bar
 from .scope import Scope
 
 SCOPES = ("model", "tensor")
+SMALL = 1 << 16  # elements that one more tensor, or some, may have to go by a call for another
 
 StateDict = Mapping[str, Tensor]
 
@@ -61,15 +62,13 @@ def merge_state_dicts(
     if base is None and merging.base == "required":
         raise ValueError(f"base must be given for {method}, got None")
     first = experts[0] if base is None else base
-    check_same_tensors(first, experts, "experts[0]" if base is None else "base")
-
-    owner = tied(first, experts)
+    owner = owners_of(first, experts, "experts[0]" if base is None else "base")
     merged = [name for name, tensor in first.items() if tensor.is_floating_point() and owner[name] == name]
     if whole and merging.decides_by and len({first[name].dtype == torch.float64 for name in merged}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")
     result = {
         name: (torch.empty_like if tensor.is_floating_point() else torch.clone)(
-            tensor.detach(), memory_format=torch.contiguous_format
+            arguments.detached(tensor), memory_format=torch.contiguous_format
         )
         for name, tensor in first.items()
         if owner[name] == name
@@ -86,8 +85,8 @@ def merge_state_dicts(
             merging.merge(
                 Scope(
                     names=names,
-                    base=[base[name].detach() for name in names] if base is not None and has_base else [],
-                    experts=[[expert[name].detach() for expert in experts] for name in names],
+                    base=[arguments.detached(base[name]) for name in names] if base is not None and has_base else [],
+                    experts=[[arguments.detached(expert[name]) for expert in experts] for name in names],
                     out=[result[name] for name in names],
                     owner=owner_of_merged,
                     generator=generator,
@@ -117,8 +116,7 @@ def wise_ft_curve(
     """
     for t in ts:
         WiseFt(t, nonfinite).check(1)
-    check_same_tensors(base, [expert], "base")
-    owner = tied(base, [expert])
+    owner = owners_of(base, [expert], "base")
     curve: list[dict[str, Tensor]] = [{} for _ in ts]
     for name, tensor in base.items():
         if owner[name] != name:
@@ -164,15 +162,47 @@ def method_of(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def _side_by_side(tensors: StateDict, merging: Method) -> list[list[str]]:
-    """Where tensors decide nothing together: each alone, but all of a GPU by the same launches."""
+    """Where tensors decide nothing together: each alone, but all of a GPU by the same launches, and on the CPU those
+    by the call for the one before that take less time than a call."""
     groups: dict[object, list[str]] = {}
+    before, room = None, 0
     for name, tensor in tensors.items():
         launch = (tensor.device, tensor.dtype == torch.float64)
-        groups.setdefault(launch if tensor.is_cuda and merging.batched else name, []).append(name)
+        if not merging.batched:
+            groups[name] = [name]
+        elif tensor.is_cuda:
+            groups.setdefault(launch, []).append(name)
+        elif before is not None and before[1:] == launch and tensor.numel() <= room:
+            groups[before[0]].append(name)
+            room -= tensor.numel()
+        else:
+            groups[name] = [name]
+            before, room = (name, *launch), SMALL
     return list(groups.values())
 
 
-def check_same_tensors(first: StateDict, experts: Sequence[StateDict], argument: str) -> None:
+def owners_of(first: StateDict, experts: Sequence[StateDict], argument: str) -> dict[str, str]:
+    """Every name with the first name that shares its memory in all models, which have the same tensors.
+
+    What is unlike is looked for one by one only where something is.
+    """
+    names = list(first)
+    owners: list[int] = []
+    if all(expert.keys() == first.keys() for expert in experts):
+        tensors = [model[name] for name in names for model in (first, *experts)]
+        if all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+            owners = torch.ops.surgery_kernels_lists.first_of_tied(tensors, 1 + len(experts))
+    if not names or len(owners) < len(names) or not all(_is_known(tensor) for tensor in first.values()):
+        _check_same_tensors(first, experts, argument)
+    return {name: names[owner] for name, owner in zip(names, owners, strict=True)}
+
+
+def _is_known(tensor: Tensor) -> bool:
+    return tensor.dtype in arguments.DTYPES or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _check_same_tensors(first: StateDict, experts: Sequence[StateDict], argument: str) -> None:
+    """Raises for what is unlike, in words."""
     for i, expert in enumerate(experts):
         if missing := [name for name in first if name not in expert]:
             raise ValueError(f"experts[{i}] must have the names of {argument}, got no {_some(missing)}")
@@ -181,7 +211,7 @@ def check_same_tensors(first: StateDict, experts: Sequence[StateDict], argument:
     for name, tensor in first.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a tensor, got {type(tensor).__name__}")
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in arguments.DTYPES:
+        if not _is_known(tensor):
             raise ValueError(
                 f"{argument}[{name!r}] must be float64, float32, float16, bfloat16 or an integer type, "
                 f"got {tensor.dtype}"
@@ -193,14 +223,3 @@ def check_same_tensors(first: StateDict, experts: Sequence[StateDict], argument:
 def _some(names: list[str], most: int = 5) -> str:
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def tied(base: StateDict, experts: Sequence[StateDict]) -> dict[str, str]:
-    """Every name with the first name that shares its memory in all of them."""
-    first: dict[object, str] = {}
-    owner = {}
-    for name, tensor in base.items():
-        views = [tensor, *(expert[name] for expert in experts)]
-        memory = tuple((view.data_ptr(), view.dtype, view.shape, view.stride()) for view in views)
-        owner[name] = first.setdefault(memory, name) if all(view.data_ptr() for view in views) else name
-    return owner

@@ -58,9 +58,19 @@ def check_experts(
         raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
     if first.dtype not in DTYPES:
         raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {first.dtype}")
+    kind = _kind(first)
     for i, expert in enumerate(experts):
-        check_like(f"{argument}[{i}]", expert, first, name)
-    return None if base is None else base.detach(), [expert.detach() for expert in experts]
+        if not isinstance(expert, Tensor) or _kind(expert) != kind:
+            check_like(f"{argument}[{i}]", expert, first, name)
+    return None if base is None else detached(base), [detached(expert) for expert in experts]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    return tensor.dtype, tensor.device, tensor.shape
+
+
+def detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def per_expert(argument: str, value: PerExpert, num_tasks: int) -> list[float]:

@@ -10,7 +10,6 @@ of out, base and every expert; for kernels of several outputs also the address o
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import arguments
+_lists = torch.ops.surgery_kernels_lists
 
 CHUNK = 4096  # elements a program goes through
 
@@ -54,7 +53,7 @@ class Group:
 
 
 class Scope:
-    """Tensors that share one decision, checked, contiguous and alive.
+    """Tensors that share one decision, checked, contiguous and alive: csrc/lists.cpp makes their table.
 
     base: one tensor for every merged one, or none; experts: all experts of the first, then of the second, ...; out: one
     for every merged one, filled through a copy where not contiguous; stacked: in its place, [num_tasks, *shape] of the
@@ -75,41 +74,22 @@ class Scope:
         num_outputs: int = 1,
         packed: Collection[int] = (),
     ) -> None:
-        self._check(base, experts, num_tasks)
-        filled = [] if stacked is None else [stacked]
-        if out is not None:
-            _check_out(out, base, experts, num_tasks, num_outputs, packed, in_place=places is not None)
-            filled = [
-                x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in out
-            ]
-        self._copies = [(to, x) for to, x in zip(out or (), filled, strict=False) if to is not x]
+        dtypes = list(dict.fromkeys(first.dtype for first in experts[:: max(1, num_tasks)]))
+        of_dtypes = [numbers(dtype) for dtype in dtypes if num_tasks]
+        filled = out if stacked is None else [stacked]
+        words, copies, filled_instead, (self.numel, self.num_chunks, in_place, *layout) = _lists.addresses(
+            base, experts, num_tasks, filled, num_outputs if stacked is None else 1, stacked is not None,
+            [] if places is None else [word for place in places for word in place],
+            sorted(packed), [number for of_dtype in of_dtypes for number in _even(of_dtype)], CHUNK,
+        )  # fmt: skip
+        self._copies = [(to, x) for to, x in zip(filled or (), filled_instead, strict=False) if not to.is_contiguous()]
+        self._alive: list[Tensor] = [*copies, *filled_instead]
         self.base, self.experts, self.num_tasks = base, experts, num_tasks
         self.has_base = bool(base)
-        written = {x.data_ptr() for x in filled if x.numel()}
-        self.in_place = any(x.data_ptr() in written for x in (*base, *experts))
+        self.in_place = bool(in_place)
         self.device = experts[0].device
         self.wide = experts[0].dtype == torch.float64
-        self.numel = self.num_chunks = 0
-        self._alive: list[Tensor] = []
-        rows: dict[torch.dtype, list[list[int]]] = {}
-        chunks: dict[torch.dtype, int] = {}
-        for part, first in enumerate(experts[::num_tasks]):
-            of_part = experts[part * num_tasks : (part + 1) * num_tasks]
-            outputs = [x.data_ptr() for x in filled[part * num_outputs : (part + 1) * num_outputs]]
-            addresses = [outputs[0] if outputs else 0, self._address(base[part]) if base else 0]
-            addresses += [self._address(expert) for expert in of_part]
-            if places is not None:
-                addresses += outputs
-            whole = [x for i, x in enumerate(outputs) if i not in packed] + addresses[1 : 2 + num_tasks]
-            before, count = chunks.get(first.dtype, 0), -(-first.numel() // CHUNK)
-            aligned = all(x % 16 == 0 for x in whole)
-            row = [first.numel(), self.numel, before, self.num_chunks, int(aligned), *addresses]
-            row += places[part] if places is not None else ()
-            rows.setdefault(first.dtype, []).append(row + [0] * (len(row) % 2))
-            chunks[first.dtype] = before + count
-            self.numel += first.numel()
-            self.num_chunks += count
-        self.groups = [self._group(dtype, rows[dtype], chunks[dtype], numbers(dtype)) for dtype in rows]
+        self.groups = self._groups(upload(words, self.device), dtypes, of_dtypes, layout)
 
     @property
     def compute(self) -> torch.dtype:
@@ -133,122 +113,25 @@ class Scope:
         for to, filled in self._copies:
             to.copy_(filled)
 
-    def _check(self, base: Sequence[Tensor], experts: Sequence[Tensor], num_tasks: int) -> None:
-        if num_tasks == 0 or len(experts) % num_tasks:
-            raise RuntimeError(
-                "experts must be one tensor for every expert and merged tensor, "
-                f"got {len(experts)} for {num_tasks} experts"
-            )
-        if not experts:
-            raise RuntimeError("experts must be at least one tensor, got none")
-        parts = len(experts) // num_tasks
-        if base and len(base) != parts:
-            raise RuntimeError(f"base must be one tensor for every merged tensor, got {len(base)} for {parts}")
-        wide = {expert.dtype == torch.float64 for expert in experts}
-        if len(wide) > 1:
-            raise RuntimeError("experts must be all float64 or none within one scope, got both")
-        for i, expert in enumerate(experts):
-            check_same(f"experts[{i % num_tasks}]", expert, experts[i - i % num_tasks])
-        if other := [expert.device for expert in experts[::num_tasks] if expert.device != experts[0].device]:
-            raise RuntimeError(f"experts must be on one device within one scope, {experts[0].device}, got {other[0]}")
-        for part, tensor in enumerate(base):
-            check_same("base", tensor, experts[part * num_tasks])
-
-    def _address(self, tensor: Tensor) -> int:
-        self._alive.append(tensor.contiguous())
-        return self._alive[-1].data_ptr()
-
-    def _group(self, dtype: torch.dtype, rows: list[list[int]], num_chunks: int, numbers: list[float]) -> Group:
-        size = len(rows) * len(rows[0])
-        words = torch.empty(size + len(numbers), dtype=torch.int64)
-        words[:size] = torch.tensor(rows, dtype=torch.int64).view(-1)
-        words[size:] = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
-        words = upload(words, self.device)
-        table = words[:size].view(len(rows), len(rows[0]))
-        return Group(dtype, table, words[size:].view(torch.float64), num_chunks)
+    @staticmethod
+    def _groups(
+        words: Tensor, dtypes: Sequence[torch.dtype], of_dtypes: Sequence[list[float]], layout: Sequence[int]
+    ) -> list[Group]:
+        """layout: of every dtype its tensors, the words of their rows, and their chunks."""
+        groups = []
+        at, at_numbers = 0, sum(layout[1::3])
+        for i, (dtype, of_dtype) in enumerate(zip(dtypes, of_dtypes, strict=True)):
+            rows, size, num_chunks = layout[3 * i : 3 * i + 3]
+            of_group = words[at_numbers : at_numbers + len(of_dtype)].view(torch.float64)
+            groups.append(Group(dtype, words[at : at + size].view(rows, size // rows), of_group, num_chunks))
+            at += size
+            at_numbers += len(_even(of_dtype))
+        return groups
 
 
-def _check_out(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    num_tasks: int,
-    num_outputs: int,
-    packed: Collection[int],
-    in_place: bool,
-) -> None:
-    parts = len(experts) // num_tasks
-    if len(out) != parts * num_outputs:
-        if num_outputs == 1:
-            raise RuntimeError(f"out must be one tensor for every merged tensor, got {len(out)}")
-        raise RuntimeError(f"out must be {num_outputs} tensors for every merged tensor, got {len(out)} for {parts}")
-    for i, tensor in enumerate(out):
-        first = experts[i // num_outputs * num_tasks]
-        if i % num_outputs in packed:
-            _check_bits(tensor, first)
-        else:
-            check_same("out", tensor, first)
-    check_apart(out, [base, experts], in_place, parts)
-
-
-def _check_bits(tensor: Tensor, first: Tensor) -> None:
-    size = -(-first.numel() // 8)
-    right = tensor.dtype == torch.uint8 and tensor.shape == (size,) and tensor.is_contiguous()
-    if not right or tensor.device != first.device:
-        raise RuntimeError(f"out must be contiguous uint8 [{size}] on {first.device} for bits, got another tensor")
-
-
-def check_same(argument: str, tensor: Tensor, first: Tensor) -> None:
-    """What would corrupt memory; users meet the checks of the public ops first."""
-    if tensor.dtype not in arguments.DTYPES:
-        raise RuntimeError(f"{argument} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
-    if tensor.device != first.device:
-        raise RuntimeError(f"{argument} must be on the device of experts[0], {first.device}, got {tensor.device}")
-    if tensor.dtype != first.dtype:
-        raise RuntimeError(f"{argument} must have the dtype of experts[0], got another")
-    if tensor.shape != first.shape:
-        raise RuntimeError(f"{argument} must have the shape of experts[0], got another")
-
-
-def check_apart(
-    out: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], in_place: bool = False, parts: int = 1
-) -> None:
-    """Every out tensor is apart from the inputs and from the other out tensors; in place it may also be an input of its
-    own merged tensor. Of each merged tensor there are equally many in every list, those of the first before the
-    second's."""
-    for tensor in out:
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise RuntimeError("out must have memory for every element, got an expanded tensor")
-    taken = sorted((*_extent(tensor), i) for i, tensor in enumerate(out) if tensor.numel())
-    for (_, end, _), (begin, _, _) in zip(taken, taken[1:], strict=False):
-        if end > begin:
-            raise RuntimeError("out must be apart from every other out, got memory that overlaps one")
-    ends = [end for _, end, _ in taken]
-    for tensors in inputs:
-        for i, tensor in enumerate(tensors):
-            begin, end = _extent(tensor)
-            after = bisect.bisect_right(ends, begin)
-            if begin == end or after == len(taken) or taken[after][0] >= end:
-                continue
-            index = taken[after][2]
-            own_part = i * parts // len(tensors) == index * parts // len(out)
-            if not (in_place and own_part and _same_memory(out[index], tensor)):
-                raise RuntimeError("out must be apart from every input, got memory that overlaps one")
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the elements of two tensors of one shape and dtype lie in the same places."""
-    steps = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return a.data_ptr() == b.data_ptr() and all(size < 2 or of_a == of_b for size, of_a, of_b in steps)
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes from the first to the last element, holes included."""
-    begin = tensor.data_ptr()
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return begin, begin + tensor.nbytes
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + (last + 1) * tensor.element_size()
+def _even(numbers: list[float]) -> list[float]:
+    """So that what follows lies at a multiple of 16 bytes."""
+    return [*numbers, 0.0] if len(numbers) % 2 else numbers
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -189,7 +189,7 @@ def test_refused_bits(gpu: torch.device) -> None:
     bits = [torch.zeros(2, dtype=torch.uint8, device=gpu) for _ in range(2)]
     for message, out, axis in (
         (
-            f"out must be contiguous uint8 [2] on {x.device} for bits, got another tensor",
+            "out must be contiguous uint8 [2] on the device of experts[0] for bits, got another tensor",
             [x, x.clone(), bits[1]],
             "tensor",
         ),
