@@ -49,11 +49,12 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
   // each with all its outputs in turn; of the experts themselves without task_vectors or base. coefficients: float64
   // [num_outputs, num_tasks, num_blocks], base_coefficients: [num_outputs, num_blocks], or base is added as it is; one
   // block, or one for every tensor, row or column of all of them. fused: a product and its addition are rounded once.
-  // An out may be an input of its own tensor.
+  // An out may be an input of its own tensor. fresh: what lies in out is nothing to keep where NaN or infinity raises,
+  // which is noticed while merging, from the one read.
   m.def(
       "mix_out(Tensor[] base, Tensor[] experts, Tensor coefficients, Tensor? base_coefficients=None, "
       "float divisor=1.0, bool task_vectors=True, bool fused=False, str axis=\"tensor\", str nonfinite=\"error\", "
-      "str[]? names=None, *, Tensor(a!)[] out) -> ()");
+      "str[]? names=None, *, bool fresh=False, Tensor(a!)[] out) -> ()");
 
   // Which entries every expert keeps, drawn by counter: packed bits per tensor, uint8 [num_tasks, ceil(numel / 8)],
   // least significant first; and float64 [num_tensors, num_tasks, 3]: how many are kept, the L1 norm of the task vector

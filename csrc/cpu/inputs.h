@@ -101,6 +101,18 @@ struct Outputs {
     return static_cast<char*>(filled[part * num_outputs + output].data_ptr()) + i * size_of(scope.parts[part].dtype);
   }
 
+  // Whether one of them is an input.
+  bool any_of(const Scope& scope) const {
+    std::vector<const void*> written;
+    for (const Tensor& t : filled)
+      if (t.numel() > 0) written.push_back(t.data_ptr());
+    std::sort(written.begin(), written.end());
+    const auto is_written = [&](const void* p) { return std::binary_search(written.begin(), written.end(), p); };
+    return std::any_of(scope.parts.begin(), scope.parts.end(), [&](const Part& part) {
+      return is_written(part.base) || std::any_of(part.experts.begin(), part.experts.end(), is_written);
+    });
+  }
+
   void deliver() {
     for (size_t p = 0; p < wanted.size(); ++p)
       if (!wanted[p].is_contiguous()) torch::stable::copy_(wanted[p], filled[p]);

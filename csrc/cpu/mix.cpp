@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -67,12 +68,14 @@ struct Mix {
   size_t num_outputs;
   MixArgs<Key> args;  // but for what changes from run to run
 
-  void run(const Scope& scope, const Outputs& outputs) const {
+  // Whether it saw what is not finite, where it looks; then some of the outputs are not filled.
+  bool run(const Scope& scope, const Outputs& outputs) const {
+    std::atomic<bool> found{false};
     scope.parallel([&](int64_t first, int64_t last) {
       std::vector<C> row(num_outputs * size_t(args.num_tasks)), base_row(num_outputs);
       std::vector<const void*> experts(size_t(args.num_tasks));
       std::vector<void*> out(num_outputs);
-      for (int64_t c = first; c < last; ++c) {
+      for (int64_t c = first; c < last && !found.load(std::memory_order_relaxed); ++c) {
         const Chunk chunk = scope.chunk(c);
         const Place& place = places.of_part[chunk.part_index];
         const auto& kernels = place.by_column ? SK_KERNELS(mix_kernels).by_column : SK_KERNELS(mix_kernels).uniform;
@@ -97,11 +100,12 @@ struct Mix {
             of_run.coefficients = row.data();
             if (!base_coefficients.empty()) of_run.base_coefficients = base_row.data();
           }
-          kernel(of_run, out.data());
+          if (kernel(of_run, out.data()) && args.look) found.store(true, std::memory_order_relaxed);
         }
         scope.report(chunk);
       }
     });
+    return found.load();
   }
 
   void gather(int64_t block, std::vector<C>& row, std::vector<C>& base_row) const {
@@ -129,7 +133,7 @@ void check_finite(const Scope& scope, bool task_vectors, const std::vector<std::
 void mix_out(std::vector<Tensor> base, std::vector<Tensor> experts, Tensor coefficients,
              std::optional<Tensor> base_coefficients, double divisor, bool task_vectors, bool fused,
              std::string axis_name, std::string nonfinite_name, std::optional<std::vector<std::string>> names,
-             std::vector<Tensor> out) {
+             bool fresh, std::vector<Tensor> out) {
   const Axis axis = Axis(one_of("axis", axis_name, {"tensor", "row", "column"}));
   const NonFinite nonfinite = parse_nonfinite(nonfinite_name);
   require(coefficients.is_cpu() && coefficients.dim() == 3 && coefficients.scalar_type() == ScalarType::Double,
@@ -154,9 +158,12 @@ void mix_out(std::vector<Tensor> base, std::vector<Tensor> experts, Tensor coeff
   const auto mix = [&](auto key) {
     using Key = decltype(key);
     using C = typename MixArgs<Key>::C;
-    if (nonfinite == NonFinite::error)
+    const auto check = [&] {
       check_finite<Key>(inputs.scope, task_vectors, names.value_or(std::vector<std::string>()));
+    };
     MixArgs<Key> args{};
+    args.look = nonfinite == NonFinite::error && fresh && !outputs.any_of(inputs.scope);
+    if (nonfinite == NonFinite::error && !args.look) check();
     args.stride = num_blocks;
     args.num_outputs = int(num_outputs);
     args.num_tasks = int(inputs.scope.num_tasks);
@@ -164,9 +171,10 @@ void mix_out(std::vector<Tensor> base, std::vector<Tensor> experts, Tensor coeff
     args.subtract = task_vectors;
     args.fused = fused;
     args.drop = nonfinite == NonFinite::drop;
-    Mix<Key>{places, numbers_of<C>(coefficients),
-             base_coefficients ? numbers_of<C>(*base_coefficients) : std::vector<C>(), size_t(num_outputs), args}
-        .run(inputs.scope, outputs);
+    const Mix<Key> mix{places, numbers_of<C>(coefficients),
+                       base_coefficients ? numbers_of<C>(*base_coefficients) : std::vector<C>(), size_t(num_outputs),
+                       args};
+    if (mix.run(inputs.scope, outputs)) check();
   };
   inputs.wide ? mix(int64_t()) : mix(int32_t());
   outputs.deliver();

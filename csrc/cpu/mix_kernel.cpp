@@ -24,6 +24,14 @@ inline void prefetch_block(const S* p) {
     __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
 }
 
+// The magnitude from which on a value becomes infinity where it is stored.
+template <class S>
+constexpr typename Compute<S>::Key kInfinityStored = kInfinityKey<typename Compute<S>::Key>;
+template <>
+inline constexpr int32_t kInfinityStored<Half> = 0x477FF000;  // half a step beyond 65504
+template <>
+inline constexpr int32_t kInfinityStored<BFloat16> = 0x7F7F8000;
+
 // Coefficients of columns are in the order of the elements, so that bfloat16 is not parted into even and odd here.
 template <class S, bool kByColumn>
 inline Block<typename Compute<S>::type> load_elements(const S* p) {
@@ -56,16 +64,19 @@ inline void store_elements(Block<typename Compute<S>::type> x, S* p, bool, int c
   memcpy(p, full, size_t(count) * sizeof(S));
 }
 
+template <class C>
+using Largest = typename Vec<C>::Key;
+
 // The outputs from `first` on: kOutputs of them, or where fewer are left a power of two, and the next ones before these
-// are stored.
+// are stored. `largest`: magnitudes of what `look` looks at.
 template <class S, bool kByColumn, int kOutputs = kTogether, class... Count>
 void mix_block(const MixArgs<typename Compute<S>::Key>& args, int first, int64_t i, void* const* out, bool stream,
-               Count... count) {
+               Largest<typename Compute<S>::type>& largest, Count... count) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   const int left = args.num_outputs - first;
   if constexpr (kOutputs > 1)
-    if (left < kOutputs) return mix_block<S, kByColumn, kOutputs / 2>(args, first, i, out, stream, count...);
+    if (left < kOutputs) return mix_block<S, kByColumn, kOutputs / 2>(args, first, i, out, stream, largest, count...);
   const auto load = [&](const void* p) {
     const S* const elements = static_cast<const S*>(p) + i;
     if (first == 0) prefetch_block(elements);
@@ -79,13 +90,18 @@ void mix_block(const MixArgs<typename Compute<S>::Key>& args, int first, int64_t
   Block<C> base = {zero, zero}, sums[kOutputs];
   for (Block<C>& sum : sums) sum = {zero, zero};
   if (args.base) base = load(args.base);
-  const bool subtract = args.base && args.subtract;
+  const bool subtract = args.base && args.subtract, look = args.look && first == 0;
+  const auto see = [&](const Block<C>& x) {
+    for (const V v : x.v) largest = max_key<C>(largest, magnitude(v));
+  };
+  if (look && !subtract) see(base);
   for (int t = 0; t < args.num_tasks; ++t) {
     Block<C> x = load(args.experts[t]);
     for (int h = 0; h < 2; ++h) {
       if (subtract) x.v[h] = x.v[h] - base.v[h];
       if (args.drop) x.v[h] = zero_unless_finite(x.v[h]);
     }
+    if (look) see(x);
     for (int j = 0; j < kOutputs; ++j) {
       const Block<C> c = coefficient(args.coefficients, int64_t(first + j) * args.num_tasks + t);
       for (int h = 0; h < 2; ++h)
@@ -104,28 +120,31 @@ void mix_block(const MixArgs<typename Compute<S>::Key>& args, int first, int64_t
       for (int h = 0; h < 2; ++h) sums[j].v[h] = base.v[h] + sums[j].v[h];
     }
   }
-  if (left > kOutputs) mix_block<S, kByColumn>(args, first + kOutputs, i, out, stream, count...);
+  if (left > kOutputs) mix_block<S, kByColumn>(args, first + kOutputs, i, out, stream, largest, count...);
   for (int j = 0; j < kOutputs; ++j)
     store_elements<S, kByColumn>(sums[j], static_cast<S*>(out[first + j]) + i, stream, count...);
 }
 
 template <class S, bool kByColumn>
-void mix(const MixArgs<typename Compute<S>::Key>& args, void* const* out) {
-  constexpr int N = Block<typename Compute<S>::type>::N;
+bool mix(const MixArgs<typename Compute<S>::Key>& args, void* const* out) {
+  using C = typename Compute<S>::type;
+  constexpr int N = Block<C>::N;
   // Streams begin at a line, that of every output at the same element: what comes before it goes through the caches.
   const auto before_line = [&](int j) { return -reinterpret_cast<uintptr_t>(out[j]) % 64; };
   const int64_t head = int64_t(before_line(0) / sizeof(S));
   bool streamed = args.stream && !kByColumn && head + N <= args.n;
   for (int j = 0; j < args.num_outputs; ++j) streamed = streamed && before_line(j) == head * sizeof(S);
+  Largest<C> largest = Vec<C>::keys(0);
   int64_t i = 0;
   while (streamed && i < head) {
     const int count = int(std::min<int64_t>(N, head - i));
-    mix_block<S, kByColumn>(args, 0, i, out, false, count);
+    mix_block<S, kByColumn>(args, 0, i, out, false, largest, count);
     i += count;
   }
-  for (; i + N <= args.n; i += N) mix_block<S, kByColumn>(args, 0, i, out, streamed);
-  if (i < args.n) mix_block<S, kByColumn>(args, 0, i, out, false, int(args.n - i));
+  for (; i + N <= args.n; i += N) mix_block<S, kByColumn>(args, 0, i, out, streamed, largest);
+  if (i < args.n) mix_block<S, kByColumn>(args, 0, i, out, false, largest, int(args.n - i));
   if (streamed) fence();
+  return max_lane<C>(largest) >= kInfinityStored<S>;
 }
 
 }  // namespace

@@ -24,12 +24,14 @@ struct MixArgs {
   bool subtract;  // base from the experts
   bool fused;     // a product and its addition are rounded once, on every instruction set
   bool drop;      // a non-finite entry counts as 0
+  bool look;      // for what is not finite among what is summed and, where the sum is not of task vectors, in the base
   bool stream;    // write past the caches; not by column
 };
 
 // out: [num_outputs], n elements each. One may be an input: an element is written once everything of it is read.
+// Whether `look` found anything: a task vector that the dtype could not store is not finite either.
 template <class Key>
-using MixKernel = void (*)(const MixArgs<Key>& args, void* const* out);
+using MixKernel = bool (*)(const MixArgs<Key>& args, void* const* out);
 
 struct MixKernels {
   PerDtype<MixKernel> uniform, by_column;

@@ -18,7 +18,7 @@ class Scope:
     names: list[str]
     base: list[Tensor]  # one per name, or empty: the experts are task vectors, or the method has no base
     experts: list[list[Tensor]]  # [num_tensors][num_tasks]
-    out: list[Tensor]  # one per name, or empty: nothing is merged yet
+    out: list[Tensor]  # one per name, nothing to keep where a merge raises; or empty: nothing is merged yet
     owner: Mapping[str, str]  # every name of a merged tensor to its first: tied tensors have several
     decided: Any = None  # what `Method.decide` found for the whole model, of which this is a part
     offset: int = 0  # elements of the model before this part
@@ -115,6 +115,7 @@ class Scope:
             axis=axis,
             nonfinite=nonfinite,
             names=self.names,
+            fresh=True,
             out=self.out,
         )
 

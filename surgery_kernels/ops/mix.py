@@ -43,7 +43,7 @@ def mix(
 
     Bit-identical on every instruction set, thread count and split of the work. Experts are added in their order in
     float32 (float64 for float64 inputs), and the result is rounded once. However many outputs there are, the inputs are
-    read once (twice where `nonfinite` is "error"); inputs that are not contiguous are copied first.
+    read once (twice where `nonfinite` is "error" and `out` is given); inputs that are not contiguous are copied first.
 
     Args:
         base: Pretrained tensor of any shape, float64, float32, float16 or bfloat16; None: the experts are summed and
@@ -111,6 +111,7 @@ def mix(
         fused=bool(fused),
         axis=axis,
         nonfinite=nonfinite,
+        fresh=out is None,
         out=[result.detach() for result in results],
     )
     if out is not None:

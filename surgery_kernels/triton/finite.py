@@ -14,6 +14,14 @@ from torch import Tensor
 from ..ops import arguments, looks
 from .addresses import BASE, CHUNK, EXPERTS, Group, Scope, is_capturing, is_whole, load, locate
 
+# Keys from which on a number is infinite where it is stored, half a step beyond the largest.
+INFINITY_STORED = {
+    torch.float64: 0x7FF0000000000000,
+    torch.float32: 0x7F800000,
+    torch.float16: 0x477FF000,
+    torch.bfloat16: 0x7F7F8000,
+}
+
 
 @triton.jit
 def key_of(x):

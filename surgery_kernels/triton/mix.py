@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops import arguments
 from ..ops.mix import AXES, num_blocks_of
 from .addresses import BASE, CHUNK, EXPERTS, Scope, divide, load, locate, pointer_to, upload, whole_blocks
-from .finite import FiniteCheck, is_finite
+from .finite import INFINITY_STORED, FiniteCheck, is_finite, key_of
 
 SUMS = 8192  # a program holds of all outputs together
 
@@ -23,10 +23,14 @@ def _mix(
     table, num_parts, columns, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, numbers, nonfinite,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SCALED_BASE: tl.constexpr,
     SUBTRACT: tl.constexpr, DIVIDE: tl.constexpr, FUSED: tl.constexpr, PLACED: tl.constexpr, IN_PLACE: tl.constexpr,
-    DROP: tl.constexpr, CHECKED: tl.constexpr, CHUNK: tl.constexpr, OUTPUTS: tl.constexpr,
+    DROP: tl.constexpr, CHECKED: tl.constexpr, LOOK: tl.constexpr, CHUNK: tl.constexpr, OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUTS: a power of two from num_outputs on. PLACED: a chunk may have several blocks of coefficients."""
+    """OUTPUTS: a power of two from num_outputs on. PLACED: a chunk may have several blocks of coefficients.
+
+    CHECKED: nothing is written where `nonfinite` was counted before. LOOK: the key from which on a chunk that has some
+    is counted here, or 0.
+    """
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
         if tl.load(nonfinite) != 0:
             return
@@ -37,29 +41,33 @@ def _mix(
     if PLACED:
         one_block = (num_of_part == 1) | (begin // step == (begin + count - 1) // step)
         block += begin // step % num_of_part
+    largest = key_of(tl.zeros([1, BLOCK], COMPUTE))
     if one_block:
         whole = whole_blocks(row, count, BLOCK)
         for at in range(0, whole, BLOCK):
-            _mix_block(
+            largest = _mix_block(
                 row, begin + at, BLOCK, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, block,
-                numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, True,
-                OUTPUTS, BLOCK,
+                numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, LOOK, True,
+                OUTPUTS, BLOCK, largest,
             )  # fmt: skip
         for at in range(whole, count, BLOCK):
-            _mix_block(
+            largest = _mix_block(
                 row, begin + at, count - at, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks,
-                block, numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, False,
-                OUTPUTS, BLOCK,
+                block, numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE, FUSED, IN_PLACE, DROP, LOOK,
+                False, OUTPUTS, BLOCK, largest,
             )  # fmt: skip
     else:
         first = tl.load(place)
         for at in range(0, count, BLOCK):
             index = begin + at + tl.arange(0, BLOCK)[None, :]
-            _mix_block(
+            largest = _mix_block(
                 row, begin + at, count - at, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks,
                 first + index // step % num_of_part, numbers, STORED, COMPUTE, HAS_BASE, SCALED_BASE, SUBTRACT, DIVIDE,
-                FUSED, IN_PLACE, DROP, False, OUTPUTS, BLOCK,
+                FUSED, IN_PLACE, DROP, LOOK, False, OUTPUTS, BLOCK, largest,
             )  # fmt: skip
+    if LOOK:  # noqa: SIM102  # there is no pointer to add to otherwise
+        if tl.max(largest) >= LOOK:
+            tl.atomic_add(nonfinite, tl.full([], 1, tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -67,14 +75,16 @@ def _mix_block(
     row, at, left, num_tasks, num_outputs, coefficients, base_coefficients, num_blocks, block, numbers,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, SCALED_BASE: tl.constexpr,
     SUBTRACT: tl.constexpr, DIVIDE: tl.constexpr, FUSED: tl.constexpr, IN_PLACE: tl.constexpr, DROP: tl.constexpr,
-    WHOLE: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOK: tl.constexpr, WHOLE: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, largest,
 ):  # fmt: skip
-    """`block`: of all elements, or of each.  # [1, BLOCK]"""
+    """`block`: of all elements, or of each. Returns `largest` or, LOOK, the larger keys here.  # [1, BLOCK]"""
     lanes = tl.arange(0, BLOCK)[None, :]
     outputs = tl.arange(0, OUTPUTS)[:, None]
     known = tl.minimum(outputs, num_outputs - 1).to(tl.int64)  # what is beyond computes the last again
     if HAS_BASE:
         base = load(tl.load(row + BASE), at, lanes, left, STORED, COMPUTE, WHOLE)
+        if LOOK and not SUBTRACT:
+            largest = tl.maximum(largest, key_of(base))
     sums = tl.zeros([OUTPUTS, BLOCK], COMPUTE)
     for t in tl.range(num_tasks, loop_unroll_factor=4):
         x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, COMPUTE, WHOLE)
@@ -82,6 +92,8 @@ def _mix_block(
             x = x - base
         if DROP:
             x = tl.where(is_finite(x), x, 0.0)
+        if LOOK:
+            largest = tl.maximum(largest, key_of(x))
         sums = _add_product(x, tl.load(coefficients + (known * num_tasks + t) * num_blocks + block), sums, FUSED)
     if DIVIDE:
         sums = divide(sums, tl.load(numbers).to(COMPUTE) + tl.zeros([OUTPUTS, BLOCK], COMPUTE))
@@ -96,6 +108,7 @@ def _mix_block(
     if not WHOLE:
         kept = kept & (lanes < left)
     tl.store(pointer_to(addresses, STORED, WHOLE) + at + lanes, sums.to(STORED), mask=kept)
+    return largest
 
 
 @triton.jit
@@ -119,6 +132,7 @@ def mix_out(
     nonfinite: str = "error",
     names: Sequence[str] | None = None,
     *,
+    fresh: bool = False,
     out: Sequence[Tensor],
 ) -> None:
     arguments.check_one_of("axis", axis, AXES)
@@ -131,12 +145,11 @@ def mix_out(
     num_outputs, num_tasks, num_blocks = coefficients.shape
     if num_outputs == 0:
         raise RuntimeError("coefficients must be of at least one output, got none")
-    places = places_of(experts[:: max(1, num_tasks)], axis)
+    firsts = experts[:: max(1, num_tasks)]
+    places = [(0, 1, 1)] * len(firsts) if num_blocks == 1 else places_of(firsts, axis)
     total = sum(count for _, _, count in places)
     if num_blocks not in (1, total):
         raise RuntimeError(f"coefficients must be of 1 block or of {total}, got {num_blocks}")
-    if num_blocks == 1:
-        places = [(0, 1, 1) for _ in places]
     if base_coefficients is not None:
         if not base:
             raise RuntimeError("base_coefficients must be None without base, got a tensor")
@@ -148,7 +161,9 @@ def mix_out(
         base, experts, num_tasks, out, numbers=lambda dtype: [divisor], places=places, num_outputs=num_outputs
     )
     finite = FiniteCheck(scope, nonfinite, names, task_vectors)
-    finite.count()
+    look = finite.wanted and fresh and not scope.in_place
+    if not look:
+        finite.count()
     of_experts, of_base = (_numbers(table, scope) for table in (coefficients, base_coefficients))
     wide_outputs = triton.next_power_of_2(num_outputs)
     for group in scope.groups:
@@ -157,8 +172,8 @@ def mix_out(
             **group.dtypes, HAS_BASE=scope.has_base, SCALED_BASE=of_base is not None,
             SUBTRACT=scope.has_base and task_vectors, DIVIDE=divisor != 1, FUSED=fused,
             PLACED=axis != "tensor" and num_blocks > 1, IN_PLACE=scope.in_place, DROP=nonfinite == "drop",
-            CHECKED=finite.wanted, CHUNK=CHUNK, OUTPUTS=wide_outputs,
-            BLOCK=max(128, min(1024, SUMS // wide_outputs)), num_warps=4, enable_fp_fusion=False,
+            CHECKED=finite.wanted and not look, LOOK=INFINITY_STORED[group.dtype] if look else 0, CHUNK=CHUNK,
+            OUTPUTS=wide_outputs, BLOCK=max(128, min(1024, SUMS // wide_outputs)), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     finite.look()
     scope.deliver()

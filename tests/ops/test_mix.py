@@ -223,6 +223,61 @@ def test_task_vectors_that_overflow() -> None:
     assert mix(base, [expert], [0.5], nonfinite="drop").item() == 0  # float32 holds the difference
 
 
+NOT_FINITE = [
+    (lambda base, experts: experts[1].fill_(math.nan), "experts[1] must be finite, got 40 NaN or infinite values"),
+    (lambda base, experts: experts[0][39:].fill_(-math.inf), "experts[0] must be finite, got 1 NaN or infinite values"),
+    (lambda base, experts: base[20:22].fill_(math.inf), "base must be finite, got 2 NaN or infinite values"),
+    (lambda base, experts: base.fill_(math.nan), "base must be finite, got 40 NaN or infinite values"),
+]
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
+def test_what_is_not_finite_is_noticed_by_the_one_read(dtype: torch.dtype, axis: str) -> None:
+    """Where an output is fresh; else before it is written, which takes a second one."""
+    for spoil, message in NOT_FINITE:
+        for task_vectors in (True, False):
+            base, experts = inputs(grid, 40, 2, dtype)
+            spoil(base, experts)
+            for fresh in (True, False):
+                out = torch.full_like(base, 7)
+                with pytest.raises(RuntimeError, match=f"^{re.escape(message)} in tensor 'w'$"):
+                    mix_out([base], experts, ONE_EACH, task_vectors=task_vectors, axis=axis, names=["w"], fresh=fresh,
+                            out=[out])  # fmt: skip
+                assert fresh or (out == 7).all()
+    base, experts = inputs(grid, 40, 2, dtype)
+    for fresh in (True, False):
+        before, out = _C.bytes_read(), torch.empty_like(base)
+        mix_out([base], experts, ONE_EACH, axis=axis, fresh=fresh, out=[out])
+        assert _C.bytes_read() - before == (1 if fresh else 2) * 3 * base.nbytes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float16, 65_504.0), (torch.bfloat16, 2.0**128 - 2.0**120), (torch.float32, 3.4e38)]
+)
+def test_the_smallest_difference_that_overflows_is_noticed(dtype: torch.dtype, largest: float) -> None:
+    """Half a step beyond the largest number that is stored, in any lane of a vector."""
+    largest = torch.tensor(largest, dtype=dtype).item()
+    half_a_step = {torch.float16: 16.0, torch.bfloat16: 2.0**119}.get(dtype, largest)
+    for place in range(0, 70, 3):
+        base, expert = torch.zeros(70, dtype=dtype), torch.zeros(70, dtype=dtype)
+        expert[place], base[place] = largest, -half_a_step
+        with pytest.raises(RuntimeError, match=r"^experts\[0\] - base must be finite, got 1 overflows$"):
+            mix(base, [expert], [1.0])
+        base[place] = -half_a_step / 2
+        if dtype != torch.float32:
+            mix(base, [expert], [0.5])
+
+
+def test_an_input_that_is_filled_is_not_fresh() -> None:
+    base, experts = inputs(grid, 40, 2, torch.float32)
+    experts[0][3] = math.nan
+    kept = base.clone()
+    with pytest.raises(RuntimeError, match=r"^experts\[0\] must be finite, got 1 NaN or infinite values$"):
+        mix_out([base], experts, ONE_EACH, fresh=True, out=[base])
+    assert_same(base, kept)
+
+
 def test_coefficients_that_are_not_finite() -> None:
     payload = torch.tensor([-1], dtype=torch.int64).view(torch.float64)
     for dtype in DTYPES:
