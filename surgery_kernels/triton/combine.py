@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .addresses import BASE, CHUNK, EXPERTS, OUT, Scope, is_capturing, is_whole, load, locate, store, whole_blocks
 
 BLOCK = 1024
+TOGETHER = 4  # experts whose products with the gradient are added up side by side: then threads wait for one another
 CHUNKS_AT_ONCE = 256  # of a block of parameters, whose parts are added up together
 
 _in_order: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # block_offsets to what was checked of them
@@ -92,37 +93,40 @@ def _combine(
 
 
 @triton.jit
-def _dot(
-    row, t, begin, first, last,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
+def _dots(
+    row, begin, first, last, num_tasks, block, chunk, starts_before, ends_after, gradient, begun, continued,
+    num_blocks, num_chunks,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """<grad, task_vectors[t]> over the elements `first` to `last` of the chunk, added up as a tree."""
-    lanes = tl.arange(0, CHUNK)
-    grad = load(tl.load(row + BASE), begin, lanes, last, STORED, COMPUTE, WHOLE)
-    x = load(tl.load(row + EXPERTS + t), begin, lanes, last, STORED, COMPUTE, WHOLE)
-    product = grad * x
-    if not WHOLE:
-        product = tl.where((lanes >= first) & (lanes < last), product, 0.0)
-    return tl.sum(product)
+    """<grad, task_vectors[t]> over the elements `first` to `last` of the chunk, some experts at a time.
 
-
-@triton.jit
-def _keep(
-    part, t, block, chunk, starts_before, ends_after, gradient, begun, continued, num_blocks, num_chunks,
-):  # fmt: skip
-    """What a chunk adds to a block: all of its gradient, or a part of a block that begins before it or ends after."""
-    if starts_before:
-        tl.store(continued + chunk + t * num_chunks, part)
-    elif ends_after:
-        tl.store(begun + chunk + t * num_chunks, part)
-    else:
-        tl.store(gradient + block + t * num_blocks, part)
+    What it adds to a block: all of its gradient, or a part of a block that begins before the chunk or ends after it.
+    """
+    lanes = tl.arange(0, BLOCK)[None, :]
+    for before in range(0, num_tasks, TOGETHER):
+        tasks = before + tl.arange(0, TOGETHER)
+        known = tl.minimum(tasks, num_tasks - 1).to(tl.int64)  # what is beyond is the last again
+        experts = tl.load(row + EXPERTS + known)[:, None]
+        sums = tl.zeros([TOGETHER, BLOCK], COMPUTE)
+        for at in range(first // BLOCK * BLOCK, last, BLOCK):
+            grad = load(tl.load(row + BASE), begin + at, lanes, last - at, STORED, COMPUTE, WHOLE)
+            product = grad * load(experts, begin + at, lanes, last - at, STORED, COMPUTE, WHOLE)
+            if not WHOLE:
+                product = tl.where((at + lanes >= first) & (at + lanes < last), product, 0.0)
+            sums += product
+        parts = tl.sum(sums, axis=1)
+        if starts_before:
+            tl.store(continued + chunk + known * num_chunks, parts, mask=tasks < num_tasks)
+        elif ends_after:
+            tl.store(begun + chunk + known * num_chunks, parts, mask=tasks < num_tasks)
+        else:
+            tl.store(gradient + block + known * num_blocks, parts, mask=tasks < num_tasks)
 
 
 @triton.jit
 def _differentiate(
     table, num_parts, columns, num_tasks, gradient, begun, continued, block_offsets, num_blocks, num_chunks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the blocks inside this chunk, and its part of those that begin before it or end after it."""
     _, row, begin, count = locate(table, num_parts, columns, CHUNK)
@@ -131,21 +135,20 @@ def _differentiate(
     block = _block_of(block_offsets, num_blocks, begin)
     starts_before, stop = tl.load(block_offsets + block) < begin, tl.load(block_offsets + block + 1)
     if is_whole(row, count, CHUNK) & (stop >= end):
-        for t in range(num_tasks):
-            part = _dot(row, t, begin, 0, CHUNK, STORED, COMPUTE, True, CHUNK)
-            _keep(part, t, block, chunk, starts_before, stop > end, gradient, begun, continued, num_blocks, num_chunks)
+        _dots(
+            row, begin, 0, CHUNK, num_tasks, block, chunk, starts_before, stop > end, gradient, begun, continued,
+            num_blocks, num_chunks, STORED, COMPUTE, True, BLOCK, TOGETHER,
+        )  # fmt: skip
     else:
         at = begin
         while at < end:
             start, stop = tl.load(block_offsets + block), tl.load(block_offsets + block + 1)
             if stop > at:
                 first, last = (at - begin).to(tl.int32), (tl.minimum(stop, end) - begin).to(tl.int32)
-                for t in range(num_tasks):
-                    part = _dot(row, t, begin, first, last, STORED, COMPUTE, False, CHUNK)
-                    _keep(
-                        part, t, block, chunk, start < begin, stop > end, gradient, begun, continued,
-                        num_blocks, num_chunks,
-                    )  # fmt: skip
+                _dots(
+                    row, begin, first, last, num_tasks, block, chunk, start < begin, stop > end, gradient, begun,
+                    continued, num_blocks, num_chunks, STORED, COMPUTE, False, BLOCK, TOGETHER,
+                )  # fmt: skip
                 at = tl.minimum(stop, end)
             block += 1
 
@@ -197,7 +200,8 @@ def combine_backward(grad: Tensor, task_vectors: Sequence[Tensor], block_offsets
     begun, continued = torch.empty(2, scope.num_tasks * group.num_chunks, dtype=scope.compute, device=scope.device)
     _differentiate[(group.num_chunks,)](
         *group.place, scope.num_tasks, gradient, begun, continued, block_offsets, num_blocks, group.num_chunks,
-        **group.dtypes, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
+        **group.dtypes, CHUNK=CHUNK, BLOCK=BLOCK, TOGETHER=min(TOGETHER, triton.next_power_of_2(scope.num_tasks)),
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     _sum_parts[(num_blocks, scope.num_tasks)](
         gradient, begun, continued, block_offsets, num_blocks, group.num_chunks, COMPUTE=group.dtypes["COMPUTE"],
