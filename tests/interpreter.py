@@ -2,7 +2,7 @@
 
 bfloat16 arithmetic works on values, not on their bits, and rounding to it is to nearest; `/` and `tl.sqrt` of float32
 are as inexact as the instructions they become, so that only a kernel which asks for the exact ones can pass for exact;
-`tl.fma` rounds once.
+`tl.fma` rounds once; the programs of a launch that says so run at the same time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import inspect
+import sys
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +36,66 @@ def repair() -> None:
     # the operand that is a number, as on the GPU; stock: NaN
     builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+    builder.grid_idx = property(lambda self: PROGRAM.index, lambda self, index: setattr(PROGRAM, "index", index))
+    executor.__call__ = _together(executor.__call__)
     executor.__call__ = np.errstate(all="ignore")(executor.__call__)  # infinity and NaN are results like any other
     # The language is patched for good; stock: by every launch and every call of a function, which takes milliseconds.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)  # as on the GPU
+
+
+PROGRAM = threading.local()  # index: of the program of a thread
+WAITING = 1e-4  # seconds after which a program that waits lets another go on
+
+
+def _together(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A cooperative launch, whose programs may wait for one another: each in a thread of its own."""
+
+    def call(self: Any, *arguments: Any, launch_cooperative_grid: bool = False, **options: Any) -> Any:
+        if not launch_cooperative_grid:
+            return stock(self, *arguments, **options)
+        kernel, self.fn = self.fn, _Collected(self.fn)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(WAITING)
+        try:
+            return stock(self, *arguments, **options)
+        finally:
+            sys.setswitchinterval(interval)
+            self.fn = kernel
+
+    return call
+
+
+class _Collected:
+    """A kernel whose programs begin once the last of them is there."""
+
+    def __init__(self, kernel: Callable[..., None]) -> None:
+        self.kernel, self.indices, self.failed = kernel, [], []
+        functools.update_wrapper(self, kernel)
+        self.__signature__ = inspect.signature(kernel)
+
+    def __call__(self, **arguments: Any) -> None:
+        self.indices.append(PROGRAM.index)
+        if len(self.indices) < np.prod(interpreter.interpreter_builder.grid_dim):
+            return
+        threads = [threading.Thread(target=self._run, args=(i, arguments), daemon=True) for i in self.indices]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive() and not self.failed:  # who waits for one that failed would wait for ever
+                thread.join(0.01)
+        if self.failed:
+            raise self.failed[0]
+
+    @np.errstate(all="ignore")
+    def _run(self, index: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        PROGRAM.index = index
+        try:
+            self.kernel(**arguments)
+        except Exception as error:  # raised where the launch is
+            self.failed.append(error)
 
 
 def widen(bits: np.ndarray) -> np.ndarray:

@@ -19,10 +19,10 @@ def launches() -> Iterator[Launch]:
         (torch.float64, 512, 16, 16),
         (torch.float64, 512, 64, 16),
     ):
-        wide = ("_train_kernel",) if dtype == torch.float32 else ()  # 16-bit images are few and read one by one
+        wide = ("train_kernel",) if dtype == torch.float32 else ()  # 16-bit images are few and read one by one
         name = f"{dtype}, dim {dim}, rank {rank}, batch {batch}".removeprefix("torch.")
         yield Launch(name, train(dtype, dim, rank, batch), wide)
-    yield Launch("by ops", train(torch.float32, 512, 128, batch=64), ("_adam_kernel",))
+    yield Launch("by ops", train(torch.float32, 512, 128, batch=64), ("adam_kernel",))
 
 
 def train(dtype: torch.dtype, dim: int, rank: int, batch: int) -> Callable[[], object]:
