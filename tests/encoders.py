@@ -170,3 +170,18 @@ def made(case: Callable[[], Case]) -> Case:
         result = case()
     result.model.eval()
     return result
+
+
+def ragged(on_the_left: bool, pad: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Token batches padded to the longest of all, and the same cut to their own longest."""
+    lengths = torch.tensor([3, 2, 5, 4, 1, 2])
+    places = torch.arange(5).flip(0) if on_the_left else torch.arange(5)
+    mask = (places < lengths[:, None]).long()
+    ids = torch.randint(5, 50, (6, 5), generator=torch.Generator().manual_seed(1))
+    together = {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
+    own = []
+    for rows in torch.arange(6).split(2):
+        longest = int(lengths[rows].max())
+        cut = slice(5 - longest, 5) if on_the_left else slice(0, longest)
+        own.append({name: x[rows, cut] for name, x in together.items()})
+    return together, own

@@ -15,7 +15,7 @@ from surgery_kernels.merging import diagonal_fisher, entropy_objective, gram_mat
 from surgery_kernels.modules.pools import batches_of, pool_of
 from surgery_kernels.surgery import collect_features, representation_bias
 from tests.cases import assert_same
-from tests.encoders import Encoder, bert, made, perturbed, samples
+from tests.encoders import Encoder, bert, made, perturbed, ragged, samples
 from tests.fits import Samples, refusal
 
 pytestmark = pytest.mark.any_isa
@@ -116,21 +116,6 @@ def test_a_classifier_of_hugging_face() -> None:
     fisher, plain = (diagonal_fisher(model, x) for x in (dataset, inputs))
     assert all(torch.equal(value, plain[name]) for name, value in fisher.items())
     assert "bert.encoder.layer.0.output.dense.weight" in gram_matrices(model, dataset)
-
-
-def ragged(on_the_left: bool, pad: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Token batches padded to the longest of all, and the same cut to their own longest."""
-    lengths = torch.tensor([3, 2, 5, 4, 1, 2])
-    places = torch.arange(5).flip(0) if on_the_left else torch.arange(5)
-    mask = (places < lengths[:, None]).long()
-    ids = torch.randint(5, 50, (6, 5), generator=torch.Generator().manual_seed(1))
-    together = {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
-    own = []
-    for rows in torch.arange(6).split(2):
-        longest = int(lengths[rows].max())
-        cut = slice(5 - longest, 5) if on_the_left else slice(0, longest)
-        own.append({name: x[rows, cut] for name, x in together.items()})
-    return together, own
 
 
 @pytest.mark.parametrize("on_the_left", [False, True], ids=["right", "left"])

@@ -49,6 +49,19 @@ def test_replays_are_the_model_with_adapters(case: Callable[[], Case]) -> None:
     assert state_of(it.model) == before
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@torch.no_grad()
+def test_replays_under_autocast(case: Callable[[], Case]) -> None:
+    it = made(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = it.representation(called(it.model, it.inputs)).float()
+    with BlockRunner("merged", it.model, Sites(blocks=it.blocks), torch.bfloat16) as runner:
+        got = corrected(runner, it.inputs, lambda _, x: x, len(it.blocks)).float()
+    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+    plain = it.representation(called(it.model, it.inputs))
+    assert not torch.allclose(got, plain, rtol=1e-5, atol=1e-6)
+
+
 class Numbered(nn.Module):
     """Blocks that are told their number and a mask by keyword."""
 
@@ -184,6 +197,17 @@ def test_a_decoder_with_a_cache() -> None:
         for _ in range(2):
             got = corrected(runner, inputs, lambda _, x: x, 3)
             torch.testing.assert_close(got, model(**inputs).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_calls_do_not_keep_the_tokens_of_their_pass() -> None:
+    """Whoever replaces the stream may let the first go."""
+    for case in CASES:
+        it = made(case)
+        with BlockRunner("merged", it.model, Sites(blocks=it.blocks)) as runner:
+            begun = runner.start(it.inputs)
+            kept = [value for call in begun.calls for value in (*call.args, *call.options.values())]
+            assert not any(isinstance(x, Tensor) and x.shape == begun.stream.shape for x in kept), case.__name__
 
 
 def test_row_weights_are_the_attention_mask() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from surgery_kernels.surgery.closed_form import solver, walk
 from surgery_kernels.surgery.resume import Checkpoint
 from surgery_kernels.surgery.streams import Streams
 from tests.cases import assert_same
-from tests.encoders import perturbed, samples
+from tests.encoders import CASES, Case, made, perturbed, samples
 from tests.fits import TASKS, refusal
 from tests.surgery.closed_form.test_solver import solved
 
@@ -69,6 +70,23 @@ def test_resumed_at_any_site(
     assert result.log.held_out is not None and expected.log.held_out is not None
     assert_same(result.log.held_out, expected.log.held_out)
     assert_equal(solved(merged, experts, batches, **{**options, "resume": False}), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_every_model_on_disk_and_resumed(
+    case: Callable[[], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = made(case)
+    experts = {task: perturbed(it.model, seed, 0.05) for seed, task in enumerate(TASKS[:2])}
+    given = it.model, experts, dict.fromkeys(experts, it.inputs)
+    expected = solved(*given, batch_size=4)
+    options: dict[str, Any] = {"batch_size": 4, "cache": tmp_path / "cache", "checkpoint": tmp_path / "fit.pt"}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after(1, patched)
+        solved(*given, **options)
+    result = solved(*given, **options)
+    torch.testing.assert_close(result.log.bias, expected.log.bias, rtol=1e-3, atol=1e-6)
+    assert not list((tmp_path / "cache").glob("streams-*"))
 
 
 def test_a_checkpoint_of_another_fit(

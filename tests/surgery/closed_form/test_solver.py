@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery_kernels.surgery import ClosedForm, Fit, SurgeryAdapters, attach, fit, representation_bias
-from tests.encoders import CASES, Case, Encoder, made, perturbed, samples
+from tests.encoders import CASES, Case, Encoder, bert, made, perturbed, ragged, samples
 from tests.fits import TASKS, Samples, refusal, ridge_map
 from tests.surgery.test_attach import MIXED, called
 
@@ -186,6 +186,21 @@ def test_padding_takes_no_part() -> None:
         model, experts, {"a": inputs}, solver=ClosedForm(row_weights=lambda x: torch.ones(x["ids"].shape))
     )
     assert not torch.allclose(adapters.bias[0], everything.adapters.bias[0], rtol=1e-3)
+
+
+def test_padding_of_a_real_encoder_takes_no_part() -> None:
+    """Batches of their own lengths are those padded to one; what stands in the padding does not matter."""
+    it = made(bert)
+    experts = {"a": perturbed(it.model, 1, 0.05)}
+    together, own = ragged(on_the_left=False, pad=0)
+    expected = solved(it.model, experts, {"a": together}).adapters
+    other = {**together, "input_ids": torch.where(together["attention_mask"] == 1, together["input_ids"], 7)}
+    for inputs in (own, other):
+        for x, y in zip(solved(it.model, experts, {"a": inputs}).adapters.bias, expected.bias, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+    everything = ClosedForm(row_weights=lambda x: torch.ones(x["input_ids"].shape))
+    counted = solved(it.model, experts, {"a": together}, solver=everything).adapters
+    assert not torch.allclose(counted.bias[0], expected.bias[0], rtol=1e-2)
 
 
 def test_row_weights_of_the_users_own() -> None:
