@@ -3,24 +3,27 @@
     python -m surgery_kernels.integrations.fusion_bench method=linear/simple_average ...    # fusion_bench's arguments
 
 is `install()` followed by FusionBench's own command; in Python, `install()` is all it takes. Then TiesMerging,
-TaskArithmetic, SimpleAverage, WeightedAverage, ExPO, MagMax, DareTaskArithmetic, DareSimpleAverage, DareTiesMerging,
-SlerpMerge, SlerpForCausalLM, and what FusionBench builds on them for language models, run on our ops, on CPU and CUDA
-tensors; ModelStock takes its angles from `gram`. `TiesMerging` and `TaskArithmetic` below can be named alone:
+TaskArithmetic, SimpleAverage, WeightedAverage, ExPO, MagMax, EMRMerging, DareTaskArithmetic, DareSimpleAverage,
+DareTiesMerging, SlerpMerge, SlerpForCausalLM, and what FusionBench builds on them for language models, run on our ops,
+on CPU and CUDA tensors; ModelStock takes its angles from `gram`. The classes below can be named alone:
 
     fusion_bench method=ties_merging method._target_=surgery_kernels.integrations.fusion_bench.TiesMerging ...
 
 Options, configuration and result are theirs, tensor by tensor, buffers included: from five models on sums may differ in
 the last bit, since torch adds them in another order, dot products are exact, and in bfloat16 and float16 everything but
-TIES rounds once, where FusionBench rounds after every operation. DareTaskArithmetic draws masks of FusionBench's
-distribution from a counter, whose seed is torch's next number; ``install(exact_draws=True)`` draws FusionBench's own.
-Where it drops everything the result is the pretrained model, not NaN. All models of the pool are in memory at once.
-What the ops do not take (lazy state dicts, models that differ in their tensors) goes to FusionBench.
+TIES rounds once, where FusionBench rounds after every operation. EMRMerging adds up its norms in float64, and keeps
+parameters alone, since FusionBench's modulators know no buffers; TallMaskTaskArithmetic has the paper's masks and is
+not installed. DareTaskArithmetic draws masks of FusionBench's distribution from a counter, whose seed is torch's next
+number; ``install(exact_draws=True)`` draws FusionBench's own. Where it drops everything the result is the pretrained
+model, not NaN. All models of the pool are in memory at once. What the ops do not take (lazy state dicts, models that
+differ in their tensors) goes to FusionBench.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from functools import partialmethod
 from typing import Any, TypeAlias
 
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from .. import merging
 from ..ops import gram, ties_merge
 from ..ops.masks import pack
+from . import fusion_bench_masks
 from .extras import missing
 from .models import fused, loaded, merged, of_one_dtype, state_of, takes
 from .tensors import NONFINITE, mergeable, next_seed
@@ -41,11 +45,14 @@ try:
         ExPOAlgorithm,
         MagMaxAlgorithm,
         SimpleAverageAlgorithm,
+        TallMaskTaskArithmeticAlgorithm,
         TaskArithmeticAlgorithm,
         TiesMergingAlgorithm,
         WeightedAverageAlgorithm,
     )
     from fusion_bench.method.dare import ties_merging as dare_ties
+    from fusion_bench.method.emr_merging import EMRMerging as EMRMergingAlgorithm
+    from fusion_bench.method.emr_merging.utils import EMRModulatedModel, EMRTaskModulator
     from fusion_bench.method.model_stock import model_stock
     from fusion_bench.method.slerp import slerp
     from fusion_bench.modelpool import BaseModelPool
@@ -173,6 +180,22 @@ def _magmax(self: Any, modelpool: Pool) -> nn.Module:
     return loaded(models[0], result, self.inplace)
 
 
+def _emr(self: Any, modelpool: Pool) -> nn.Module:
+    """The pretrained model with a modulator of every task."""
+    modelpool = _pool(modelpool)
+    models = _models(modelpool)
+    found = fusion_bench_masks.emr(models)
+    if found is None:
+        return STOCK[EMRMergingAlgorithm](self, modelpool)
+    base = dict(models[0].named_parameters())
+    vector = {name: shared - base[name].detach() for name, shared in found.shared.items()}
+    result = EMRModulatedModel(backbone=models[0], modulators={}, unified_task_vector=vector)
+    for t, name in enumerate(modelpool.model_names):
+        masks = {key: of_tensor[t] for key, of_tensor in found.masks.items()}
+        result.add_modulator(name, EMRTaskModulator(mask=masks, rescaler=found.scales[t]))
+    return result
+
+
 @torch.no_grad()
 def _dare(self: Any, modelpool: BaseModelPool, *, exact_draws: bool = False) -> nn.Module:
     """``pretrained + scaling_factor * sum of (model - pretrained) with entries dropped at random``."""
@@ -279,6 +302,7 @@ RUNS: dict[Any, Callable[..., nn.Module]] = {
     WeightedAverageAlgorithm: torch.no_grad()(_weighted_average),
     ExPOAlgorithm: torch.no_grad()(_expo),
     MagMaxAlgorithm: torch.no_grad()(_magmax),
+    EMRMergingAlgorithm: torch.no_grad()(_emr),
     DareTaskArithmetic: _dare,
 }
 # what is not taken, and what install() replaces
@@ -296,6 +320,57 @@ class TaskArithmetic(TaskArithmeticAlgorithm):
     """``pretrained + scaling_factor * sum of (model - pretrained)``."""
 
     run = RUNS[TaskArithmeticAlgorithm]
+
+
+class SimpleAverage(SimpleAverageAlgorithm):
+    """The mean of the models."""
+
+    run = RUNS[SimpleAverageAlgorithm]
+
+
+class WeightedAverage(WeightedAverageAlgorithm):
+    """The weighted sum of the models."""
+
+    run = RUNS[WeightedAverageAlgorithm]
+
+
+class ExPO(ExPOAlgorithm):
+    """From the pretrained model past the mean of the others."""
+
+    run = RUNS[ExPOAlgorithm]
+
+
+class MagMax(MagMaxAlgorithm):
+    """``pretrained + scaling_factor * the change of the largest magnitude``."""
+
+    run = RUNS[MagMaxAlgorithm]
+
+
+class EMRMerging(EMRMergingAlgorithm):
+    """EMR with the scales of FusionBench: sums of the means of tensors, where the paper has one norm."""
+
+    run = RUNS[EMRMergingAlgorithm]
+
+
+class TallMaskTaskArithmetic(TallMaskTaskArithmeticAlgorithm):
+    """The paper's masks. FusionBench 0.2.33 refuses its own tensors, and would compare weights with their changes."""
+
+    @torch.no_grad()
+    def run(self, modelpool: Pool) -> dict[str, Any]:
+        modelpool = _pool(modelpool)
+        with self.profile("load model"):
+            pretrained, *others = _models(modelpool)
+        with self.profile("compress and retrieve"):
+            found = fusion_bench_masks.tall([pretrained, *others], self.tall_mask_lambda)
+        if found is None:
+            return super().run(modelpool)
+        models = {}
+        for t, name in enumerate(modelpool.model_names):
+            models[name] = deepcopy(pretrained)
+            for key, parameter in models[name].named_parameters():
+                parameter.copy_(torch.where(found.masks[key][t], found.shared[key], parameter))
+        self.print_profile_summary()
+        return {"models": models, "metadata": None}
 
 
 if __name__ == "__main__":

@@ -163,6 +163,55 @@ def test_errors(integration: ModuleType) -> None:
         merged(integration.TiesMerging, pool(), **{**options, "threshold": 20, "merge_func": "median"})
 
 
+@pytest.mark.parametrize("name", ["SimpleAverage", "WeightedAverage", "ExPO", "MagMax", "EMRMerging"])
+def test_classes_of_their_own(integration: ModuleType, name: str) -> None:
+    from fusion_bench.utils import instantiate
+
+    of_theirs = name if name == "EMRMerging" else f"{name}Algorithm"
+    options = ALGORITHMS[of_theirs][1]
+    made = instantiate({"_target_": f"surgery_kernels.integrations.fusion_bench.{name}", **options})
+    before = _C.bytes_read()
+    actual = made.run(pool_for(of_theirs)).state_dict()
+    assert _C.bytes_read() > before
+    for key, tensor in merged_by(of_theirs, pool_for(of_theirs)).items():
+        torch.testing.assert_close(actual[key], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_emr(integration: ModuleType, num_tasks: int) -> None:
+    """Task by task the models of FusionBench, which takes no buffers."""
+    models = of_untied(num_tasks, torch.float32)
+    inputs = torch.randn(5, 24)
+    results = [
+        algorithm().run(deepcopy(models)) for algorithm in (integration.EMRMergingAlgorithm, integration.EMRMerging)
+    ]
+    for t in range(num_tasks):
+        outputs = []
+        for result in results:
+            result.backbone.forward = nn.Sequential(result.backbone.first, result.backbone.second).forward
+            result.set_task(f"task_{t}")
+            outputs.append(result(inputs))
+        torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_tall_masks_are_the_papers(integration: ModuleType) -> None:
+    from fusion_bench.utils import instantiate
+
+    from surgery_kernels import merge_state_dicts
+
+    models = of_untied(3, torch.float32)
+    states = [model.state_dict() for model in models.values()]
+    ours = instantiate(
+        {"_target_": "surgery_kernels.integrations.fusion_bench.TallMaskTaskArithmetic", "tall_mask_lambda": 0.4}
+    ).run(deepcopy(models))
+    with pytest.raises(TypeError, match="Tensor type mismatch"):  # 0.2.33 refuses the tensors that it makes itself
+        integration.TallMaskTaskArithmeticAlgorithm(0.4).run(deepcopy(models))
+    for t in range(3):
+        expected = merge_state_dicts(states[0], states[1:], method="tall_masks", selectivity=0.4, task=t)
+        for key, tensor in expected.items():
+            torch.testing.assert_close(ours["models"][f"task_{t}"].state_dict()[key], tensor, rtol=1e-6, atol=1e-7)
+
+
 # of every algorithm that install() takes over: the module, the class, and options
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "TiesMergingAlgorithm": (
@@ -173,6 +222,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "WeightedAverageAlgorithm": ("weighted_average", {"normalize": True, "weights": [0.2, 0.5, 0.6]}),
     "ExPOAlgorithm": ("linear", {"extrapolation_factor": 0.3}),
     "MagMaxAlgorithm": ("magmax", {"scaling_factor": 0.5}),
+    "EMRMerging": ("emr_merging", {}),
     "SlerpMergeAlgorithm": ("slerp", {"t": 0.3}),
     "ModelStock": ("model_stock", {}),
     "DareTaskArithmetic": (
@@ -224,7 +274,7 @@ def pool_for(name: str, dtype: torch.dtype = torch.float32) -> dict[str, nn.Modu
     if name == "SlerpMergeAlgorithm":
         models = pool(1, dtype)
     else:
-        models = (of_untied if name.startswith(("Dare", "ModelStock")) else pool)(3, dtype)
+        models = (of_untied if name.startswith(("Dare", "ModelStock", "EMR")) else pool)(3, dtype)
     if name == "WeightedAverageAlgorithm":  # which takes no integer buffer but 0
         for model in models.values():
             model.norm = nn.Identity()
@@ -251,7 +301,7 @@ def test_install(installed: Callable[..., None], name: str) -> None:
     assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(actual[key], tensor, rtol=2e-6, atol=2e-6)
-        if name not in ("SlerpMergeAlgorithm", "ModelStock", "DareTaskArithmetic", "DareSimpleAverage"):
+        if name not in ("SlerpMergeAlgorithm", "ModelStock", "EMRMerging", "DareTaskArithmetic", "DareSimpleAverage"):
             assert_same(actual[key], tensor, key)
 
 
