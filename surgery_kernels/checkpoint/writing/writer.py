@@ -34,7 +34,7 @@ class Writer:
             OSError: they cannot be made, or one with tensors that the journal calls done is not there any more.
         """
         self._layout, self._journal = layout, journal
-        self._queue: deque[tuple[str, Tensor, Look | None] | None] = deque()
+        self._queue: deque[tuple[str, Tensor, Look | None] | threading.Event | None] = deque()
         self._pending = 0  # bytes handed over, not yet written
         self._change = threading.Condition()
         self._error: BaseException | None = None
@@ -72,6 +72,20 @@ class Writer:
             self._pending += tensor.nbytes
             self._change.notify_all()
 
+    def wait_until_written(self) -> None:
+        """Returns when all that was handed over is on disk, and the journal knows.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        written = threading.Event()
+        with self._change:
+            self._check()
+            self._queue.append(written)
+            self._change.notify_all()
+            self._change.wait_for(lambda: written.is_set() or self._error)
+            self._check()
+
     def close(self, *, complete: bool) -> None:
         """Ends the thread: after everything is written and on disk, or (not complete) as soon as may be.
 
@@ -108,6 +122,13 @@ class Writer:
                 if item is None:
                     self._sync(written)
                     return
+                if isinstance(item, threading.Event):
+                    self._sync(written)
+                    written, unsynced = [], 0
+                    with self._change:
+                        item.set()
+                        self._change.notify_all()
+                    continue
                 name, tensor, look = item
                 place = self._layout.places[name]
                 self._put(tensor, look, place)
