@@ -56,8 +56,8 @@ MERGING = Section(
     ["ties_merge", "trim_thresholds", "mix", "masks", "gram", "steps", "merge_state_dicts"],
     f"""\
 {RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram`, `steps`, `masks random`, DARE and
-MagMax: once) and the result written once, at the bandwidth of a large copy measured around every round; left out where
-everything fits in the caches.""",
+MagMax, and TIES of 1 GiB and more: once) and the result written once, at the bandwidth of a large copy measured around
+every round; left out where everything fits in the caches.""",
 )
 LEARNING = Section(
     "learning",
@@ -79,17 +79,6 @@ METHODS = Section(
 8 experts of 4M entries, or one or two of 16M where the method takes no more. Bound: the inputs read as often as the
 method must (where something is decided before the merge: twice) and the result written once, at the bandwidth of a
 large copy measured around every round.""",
-)
-PAPERS = Section(
-    "papers",
-    "8 experts",
-    {"eager": "eager", "compiled": "torch.compile", "fusion_bench": "FusionBench", "ours": "ours"},
-    ["paper"],
-    """\
-Matrices of ViT-B/32. Median / minimum of the rounds; in brackets, how many times as long as ours
-(median of rounds taken in turn). Bound: base and experts read as often as the method must, what it makes written once,
-at the bandwidth of a large copy; decompositions and products of matrices (TSV-M, Iso-C, WUDI) take longer than that by
-far. WUDI's steps are scaled from 5 to 300.""",
 )
 TOOLKITS = Section(
     "toolkits",
@@ -122,7 +111,7 @@ where that takes longer the result written and synced, at the rates of plain rea
 round. †: other processes took more than a tenth of the processors meanwhile.""",
     "Peak memory is the most that the process had resident, pages of its mapped files included.",
 )
-SECTIONS = [MERGING, METHODS, PAPERS, LEARNING, TOOLKITS, CHECKPOINTS, GPU]
+SECTIONS = [MERGING, METHODS, LEARNING, TOOLKITS, CHECKPOINTS, GPU]
 
 Row = dict[str, Any]
 

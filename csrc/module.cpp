@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/one_read_from.h"
 #include "cpu/scope.h"
 #include "cpu/trim.h"
 #include "philox.h"
@@ -50,6 +51,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_mapped", &sk::set_mapped, py::arg("ranges"),
         "Addresses and bytes of read-only shared maps of files, whose pages calls give back as they go; [] ends it.");
   m.def("force_histogram", &sk::force_histogram, py::arg("on"), "Tests only: finds thresholds by the fallback.");
+  m.def("one_read_from", &sk::one_read_from, "Bytes of inputs from which ties_merge reads them once, where it can.");
+  m.def("set_one_read_from", &sk::set_one_read_from, py::arg("nbytes"),
+        "Tests only: bytes of inputs from which ties_merge reads them once; gives what it was.");
   m.def(
       "philox_block",
       [](uint64_t seed, uint32_t tensor_id, uint32_t task_id, uint64_t block) {

@@ -21,7 +21,7 @@ void check_finite(const Scope& scope, const std::vector<std::string>& names) {
   std::iota(tasks.begin(), tasks.end(), 0);
   const Key most = kMaxKey<Key>;
   const std::vector<Bracket<Key>> nothing(tasks.size(), {most, most, most, most});
-  const Tally<Key> tally = count(scope, tasks, nothing, /*drop=*/false, /*want_ties=*/false);
+  const Tally<Key> tally = count(scope, tasks, nothing, /*drop=*/false, Wanted::nothing);
   if (is_finite(scope, tally)) return;
 
   const auto nonfinite = [&](const Part& part, const char* base, const char* tensor) {

@@ -30,14 +30,60 @@ Key OrderStatistics<Key>::kth_largest(int64_t rank) const {
 }
 
 template <class Key>
+int64_t OrderStatistics<Key>::collect(int64_t first, int64_t last, std::vector<Key>& keys) const {
+  int64_t above = first, past = last;  // ranks within the two bins
+  const Radix<Key> top = range_.descend(histogram_.data(), above), bottom = range_.descend(histogram_.data(), past);
+  int64_t size = 0;
+  for (int b = range_.bin(bottom.lo); b <= range_.bin(top.lo); ++b) size += histogram_[size_t(b)];
+  keys.resize(size_t(size) + 1);  // one past the end is written
+  size_t kept = 0;
+  for (const auto& span : spans_)
+    for (int64_t i = 0; i < span.size; ++i) {
+      keys[kept] = span.data[i];
+      kept += span.data[i] >= bottom.lo && span.data[i] <= top.hi;
+    }
+  keys.resize(kept);
+  return first - above;
+}
+
+// Order statistics of a sample that are asked for within a few ranks of one another: most passes go through their
+// neighbourhood alone.
+template <class Key>
+class Neighbourhood {
+ public:
+  explicit Neighbourhood(const std::vector<Key>& sample)
+      : size_(int64_t(sample.size())), all_({{sample.data(), size_}}, 0, kMaxKey<Key>) {}
+
+  void move_to(int64_t first, int64_t last) {
+    first = std::clamp<int64_t>(first, 1, size_), last = std::clamp<int64_t>(last, 1, size_);
+    if (first > above_ && last <= above_ + int64_t(near_.size())) return;
+    above_ = all_.collect(first, last, near_);
+  }
+  Key kth_largest(int64_t rank) const {
+    const auto [smallest, largest] = std::minmax_element(near_.begin(), near_.end());
+    return OrderStatistics<Key>({{near_.data(), int64_t(near_.size())}}, *smallest, *largest)
+        .kth_largest(rank - above_);
+  }
+  int64_t copies(Key key) const { return std::count(near_.begin(), near_.end(), key); }
+
+ private:
+  const int64_t size_;
+  const OrderStatistics<Key> all_;
+  std::vector<Key> near_;
+  int64_t above_ = 0;  // keys above those
+};
+
+template <class Key>
 SampledRange<Key> sampled_range(const std::vector<Key>& sample, const std::vector<int64_t>& ends, int64_t rank,
-                                int64_t population) {
+                                int64_t population, int64_t most_copies) {
   const int64_t size = int64_t(sample.size());
-  const auto [smallest, largest] = std::minmax_element(sample.begin(), sample.end());
-  const OrderStatistics<Key> order({{sample.data(), size}}, *smallest, *largest);
   const double fraction = double(rank) / double(population), expected = fraction * double(size);
   const int64_t centre = std::clamp<int64_t>(llround(expected), 1, size);
-  const Key middle = order.kth_largest(centre);
+  const double binomial = double(size) * fraction * (1 - fraction);
+  const auto width = [](double variance) { return llround(4 * std::sqrt(variance)) + 8; };
+  Neighbourhood<Key> near(sample);
+  near.move_to(centre - width(binomial), centre + width(binomial));
+  const Key middle = near.kth_largest(centre);
 
   const double mean = expected / double(ends.size());
   double variance = 0;
@@ -47,19 +93,21 @@ SampledRange<Key> sampled_range(const std::vector<Key>& sample, const std::vecto
     for (; i < end; ++i) count += sample[i] >= middle;
     variance += (count - mean) * (count - mean);
   }
-  variance = std::max(variance, double(size) * fraction * (1 - fraction));
-  const int64_t half_width = llround(4 * std::sqrt(variance)) + 8;  // a miss costs more reads, never exactness
+  const int64_t half_width = width(std::max(variance, binomial));  // a miss costs more reads, never exactness
+  near.move_to(centre - half_width, centre + half_width);
   SampledRange<Key> range;
-  range.lo = centre + half_width > size ? 0 : order.kth_largest(centre + half_width);
-  range.hi = centre - half_width < 1 ? kInfinityKey<Key> : order.kth_largest(centre - half_width);
-  const auto copies = [&](Key key) { return std::count(sample.begin(), sample.end(), key); };
-  range.crowded_ends = copies(range.lo) > half_width || copies(range.hi) > half_width;
+  range.middle = middle;
+  range.lo = centre + half_width > size ? 0 : near.kth_largest(centre + half_width);
+  range.hi = centre - half_width < 1 ? kInfinityKey<Key> : near.kth_largest(centre - half_width);
+  most_copies = std::max(most_copies, int64_t(half_width));
+  range.crowded_ends = near.copies(range.lo) > most_copies || near.copies(range.hi) > most_copies;
   return range;
 }
 
-#define SK_INSTANTIATE(Key)            \
-  template class OrderStatistics<Key>; \
-  template SampledRange<Key> sampled_range(const std::vector<Key>&, const std::vector<int64_t>&, int64_t, int64_t);
+#define SK_INSTANTIATE(Key)                                                                                        \
+  template class OrderStatistics<Key>;                                                                             \
+  template SampledRange<Key> sampled_range(const std::vector<Key>&, const std::vector<int64_t>&, int64_t, int64_t, \
+                                           int64_t);
 SK_INSTANTIATE(int32_t)
 SK_INSTANTIATE(int64_t)
 #undef SK_INSTANTIATE

@@ -43,23 +43,27 @@ class OrderStatistics {
   OrderStatistics(std::vector<Span<Key>> spans, Key lo, Key hi);
   Key kth_largest(int64_t rank) const;  // 1 <= rank <= number of keys
 
+  // Collects all keys from the `first`-th largest to the `last`-th, and others near them; returns how many are above.
+  int64_t collect(int64_t first, int64_t last, std::vector<Key>& keys) const;
+
  private:
   std::vector<Span<Key>> spans_;
   Radix<Key> range_;
   std::vector<int64_t> histogram_;
 };
 
-// A range that holds the rank-th largest of `population` keys with overwhelming probability.
+// A range that holds the rank-th largest of `population` keys with overwhelming probability, most likely near `middle`.
 template <class Key>
 struct SampledRange {
-  Key lo, hi;
+  Key lo, middle, hi;
   bool crowded_ends;  // many keys equal lo or hi
 };
 
 // From samples drawn in clusters of neighbours: cluster c is sample[ends[c - 1], ends[c]). Neighbours may be alike
-// (rows of one layer), so the spread is estimated between clusters.
+// (rows of one layer), so the spread is estimated between clusters. most_copies: in the sample, of an end, that are not
+// many yet.
 template <class Key>
 SampledRange<Key> sampled_range(const std::vector<Key>& sample, const std::vector<int64_t>& ends, int64_t rank,
-                                int64_t population);
+                                int64_t population, int64_t most_copies);
 
 }  // namespace sk

@@ -94,68 +94,105 @@ int64_t cut_of(const Scope& scope, const Tally<Key>& tally, size_t s, int64_t ke
 void force_histogram(bool on) { forced_histogram = on; }
 
 template <class Key>
-std::vector<Limit<Key>> limits_at(const Scope& scope, const std::vector<Place>& places, bool all_ties,
-                                  NonFinite nonfinite, const std::vector<std::string>& names) {
-  const bool drop = nonfinite == NonFinite::drop;
-  std::vector<Limit<Key>> limits(places.size(), {0, scope.numel});
-  std::vector<size_t> open;
-  std::vector<int64_t> tasks, rank;
+LimitSearch<Key>::LimitSearch(const Scope& scope, const std::vector<Place>& places, bool all_ties, NonFinite nonfinite,
+                              const std::vector<std::string>& names)
+    : scope_(scope),
+      all_ties_(all_ties),
+      nonfinite_(nonfinite),
+      names_(names),
+      places_(places),
+      limits_(places.size(), {0, scope.numel}) {
   std::vector<char> read(size_t(scope.num_tasks));
   for (size_t i = 0; i < places.size(); ++i) {
     if (places[i].rank > scope.numel) continue;
     if (places[i].rank == 0) {
-      limits[i] = {kInfinityKey<Key>, 0};
+      limits_[i] = {kInfinityKey<Key>, 0};
       continue;
     }
-    open.push_back(i), tasks.push_back(places[i].task), rank.push_back(places[i].rank);
+    open_.push_back(i), tasks_.push_back(places[i].task), rank_.push_back(places[i].rank);
     read[size_t(places[i].task)] = true;
   }
   if (nonfinite == NonFinite::error && std::count(read.begin(), read.end(), false)) check_finite<Key>(scope, names);
-  if (open.empty()) return limits;
+}
 
-  const Tally<Key> tally = count(scope, tasks, brackets<Key>(scope, tasks, rank, drop), drop, !all_ties);
-  if (nonfinite == NonFinite::error && !is_finite(scope, tally)) check_finite<Key>(scope, names);
+template <class Key>
+const std::vector<Limit<Key>>& LimitSearch<Key>::expect(Wanted wanted) {
+  Expected<Key> found = expected<Key>(scope_, tasks_, rank_, nonfinite_ == NonFinite::drop, wanted);
+  brackets_ = std::move(found.brackets);
+  for (size_t s = 0; s < open_.size(); ++s) limits_[open_[s]].threshold = found.middles[s];
+  return limits_;
+}
 
+template <class Key>
+Tally<Key> LimitSearch<Key>::count(Wanted wanted, const Beside& beside) {
+  Tally<Key> tally = sk::count(scope_, tasks_, brackets_, nonfinite_ == NonFinite::drop, wanted, beside);
+  if (nonfinite_ == NonFinite::error && !is_finite(scope_, tally)) check_finite<Key>(scope_, names_);
+  return tally;
+}
+
+template <class Key>
+const std::vector<Limit<Key>>& LimitSearch<Key>::settle(const Tally<Key>& tally) {
+  const bool drop = nonfinite_ == NonFinite::drop;
   const auto cut = [&](const Tally<Key>& of, size_t slot, size_t s) {
-    const Place& place = places[open[s]];
-    return cut_of(scope, of, slot, place.rank, place.from_smallest, limits[open[s]].threshold, drop);
+    const Place& place = places_[open_[s]];
+    return cut_of(scope_, of, slot, place.rank, place.from_smallest, limits_[open_[s]].threshold, drop);
   };
-  std::vector<char> found(open.size());
-  for_each_expert(scope, int64_t(open.size()), [&](int64_t first, int64_t last) {
+  std::vector<char> found(open_.size());
+  for_each_expert(scope_, int64_t(open_.size()), [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
-      Limit<Key>& limit = limits[open[s]];
-      found[s] = !forced_histogram && select(scope, tally, s, rank[s], &limit.threshold);
-      if (found[s] && !all_ties) limit.cut = cut(tally, size_t(s), size_t(s));
+      Limit<Key>& limit = limits_[open_[s]];
+      found[s] = !forced_histogram && select(scope_, tally, s, rank_[s], &limit.threshold);
+      if (found[s] && !all_ties_) limit.cut = cut(tally, size_t(s), size_t(s));
     }
   });
 
   std::vector<size_t> missed;
   std::vector<int64_t> missed_tasks, missed_rank;
-  for (size_t s = 0; s < open.size(); ++s)
-    if (!found[s]) missed.push_back(s), missed_tasks.push_back(tasks[s]), missed_rank.push_back(rank[s]);
-  if (missed.empty()) return limits;
-  const std::vector<Key> thresholds = histogram_thresholds<Key>(scope, missed_tasks, missed_rank, drop);
-  for (size_t m = 0; m < missed.size(); ++m) limits[open[missed[m]]].threshold = thresholds[m];
-  if (all_ties) return limits;
+  for (size_t s = 0; s < open_.size(); ++s)
+    if (!found[s]) missed.push_back(s), missed_tasks.push_back(tasks_[s]), missed_rank.push_back(rank_[s]);
+  missed_ = !missed.empty();
+  if (!missed_) return limits_;
+  const std::vector<Key> thresholds = histogram_thresholds<Key>(scope_, missed_tasks, missed_rank, drop);
+  for (size_t m = 0; m < missed.size(); ++m) limits_[open_[missed[m]]].threshold = thresholds[m];
+  if (all_ties_) return limits_;
   std::vector<Bracket<Key>> exact;
-  for (const Key threshold : thresholds) exact.push_back(bracket_of(scope, threshold, threshold, /*counts_ends=*/true));
-  const Tally<Key> at_threshold = count(scope, missed_tasks, exact, drop, /*want_ties=*/true);
-  for (size_t m = 0; m < missed.size(); ++m) limits[open[missed[m]]].cut = cut(at_threshold, m, missed[m]);
-  return limits;
+  for (const Key threshold : thresholds)
+    exact.push_back(bracket_of(scope_, threshold, threshold, /*counts_ends=*/true));
+  const Tally<Key> at_threshold = sk::count(scope_, missed_tasks, exact, drop, Wanted::ties);
+  for (size_t m = 0; m < missed.size(); ++m) limits_[open_[missed[m]]].cut = cut(at_threshold, m, missed[m]);
+  return limits_;
 }
 
 template <class Key>
-std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,
-                             NonFinite nonfinite, const std::vector<std::string>& names) {
+std::vector<Limit<Key>> limits_at(const Scope& scope, const std::vector<Place>& places, bool all_ties,
+                                  NonFinite nonfinite, const std::vector<std::string>& names) {
+  LimitSearch<Key> search(scope, places, all_ties, nonfinite, names);
+  if (search.needs_a_read()) {
+    const Wanted wanted = all_ties ? Wanted::nothing : Wanted::ties;
+    search.expect(wanted);
+    search.settle(search.count(wanted));
+  }
+  return search.limits();
+}
+
+std::vector<Place> places_to_keep(const Scope& scope, const std::vector<double>& density, Semantics semantics) {
   std::vector<Place> places;
   for (size_t t = 0; t < density.size(); ++t) {
     const int64_t keep = keep_count(density[t], scope.numel, semantics);
     places.push_back({int64_t(t), keep < scope.numel ? keep : scope.numel + 1});
   }
-  return limits_at<Key>(scope, places, semantics == Semantics::paper, nonfinite, names);
+  return places;
+}
+
+template <class Key>
+std::vector<Limit<Key>> trim(const Scope& scope, const std::vector<double>& density, Semantics semantics,
+                             NonFinite nonfinite, const std::vector<std::string>& names) {
+  return limits_at<Key>(scope, places_to_keep(scope, density, semantics), semantics == Semantics::paper, nonfinite,
+                        names);
 }
 
 #define SK_INSTANTIATE(Key)                                                                                  \
+  template class LimitSearch<Key>;                                                                           \
   template std::vector<Limit<Key>> limits_at<Key>(const Scope&, const std::vector<Place>&, bool, NonFinite,  \
                                                   const std::vector<std::string>&);                          \
   template std::vector<Limit<Key>> trim<Key>(const Scope&, const std::vector<double>&, Semantics, NonFinite, \

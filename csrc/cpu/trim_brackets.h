@@ -5,6 +5,7 @@
 
 #include "scope.h"
 #include "trim_kernel.h"
+#include "trim_tally.h"
 
 namespace sk {
 
@@ -12,9 +13,17 @@ namespace sk {
 template <class Key>
 Bracket<Key> bracket_of(const Scope& scope, Key lo, Key hi, bool counts_ends);
 
-// For every expert of `tasks`, a bracket that holds its rank-th largest key with overwhelming probability.
+// Where a sample expects the rank-th largest keys of some experts.
 template <class Key>
-std::vector<Bracket<Key>> brackets(const Scope& scope, const std::vector<int64_t>& tasks,
-                                   const std::vector<int64_t>& rank, bool drop);
+struct Expected {
+  std::vector<Bracket<Key>> brackets;  // each holds its key with overwhelming probability
+  std::vector<Key> middles;            // as they are stored; what is most likely
+};
+
+// For every expert of `tasks`, from a sample. Wanted::places: a merge goes by the middles, so the sample is larger, and
+// more copies of one value have places.
+template <class Key>
+Expected<Key> expected(const Scope& scope, const std::vector<int64_t>& tasks, const std::vector<int64_t>& rank,
+                       bool drop, Wanted wanted = Wanted::ties);
 
 }  // namespace sk

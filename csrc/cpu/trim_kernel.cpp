@@ -38,18 +38,31 @@ inline auto block_keys(const S* base, const S* expert, int64_t i, bool drop, Cou
 
 constexpr size_t kPrefetchBytes = 3072;
 
-template <class S, bool rounded, bool counts_ends>
+// The indices of a block's elements, lane by lane.
+template <class S>
+inline auto first_indices() {
+  using C = typename Compute<S>::type;
+  typename Vec<C>::KeyLane lanes[Block<C>::N];
+  for (int l = 0; l < Vec<C>::N; ++l)
+    for (int h = 0; h < 2; ++h) lanes[h * Vec<C>::N + l] = kInterleaved<S> ? 2 * l + h : h * Vec<C>::N + l;
+  BlockKeys<C> indices;
+  memcpy(indices.v, lanes, sizeof lanes);
+  return indices;
+}
+
+template <class S, bool rounded, bool counts_ends, bool located>
 Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n,
                                        Bracket<typename Compute<S>::Key> bracket, bool drop,
-                                       typename Compute<S>::Key* inside) {
+                                       typename Compute<S>::Key* inside, typename Compute<S>::Key* at) {
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   constexpr int N = Block<C>::N;
+  auto index = first_indices<S>();
   const auto top = V::keys(bracket.top), hi = V::keys(bracket.hi), lo = V::keys(bracket.lo),
              bottom = V::keys(bracket.bottom);
   auto over_top = V::keys(0), over_hi = over_top, over_bottom = over_top, largest = over_top;
   auto* end = inside;
-  const auto add = [&](auto key, auto lanes) {
+  const auto add = [&](auto key, auto indices, auto lanes) {
     largest = max_key<C>(largest, key);
     const auto gt_hi = greater_key<C>(key, hi) & lanes;
     over_hi = tally<C>(over_hi, gt_hi);
@@ -57,7 +70,9 @@ Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n
       over_top = tally<C>(over_top, greater_key<C>(key, top) & lanes);
       over_bottom = tally<C>(over_bottom, greater_key<C>(key, bottom) & lanes);
     }
-    end += compress<C>(and_not<C>(greater_key<C>(key, lo) & lanes, gt_hi), key, end);
+    const auto chosen = and_not<C>(greater_key<C>(key, lo) & lanes, gt_hi);
+    if constexpr (located) compress<C>(chosen, indices, at + (end - inside));
+    end += compress<C>(chosen, key, end);
   };
   int64_t i = 0;
   for (; i + N <= n; i += N) {
@@ -65,14 +80,16 @@ Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n
     for (size_t line = 0; line < N * sizeof(S); line += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(expert + i) + kPrefetchBytes + line);
     const auto key = block_keys<S, rounded>(base, expert, i, drop);
-    add(key.v[0], V::all());
-    add(key.v[1], V::all());
+    add(key.v[0], index.v[0], V::all());
+    add(key.v[1], index.v[1], V::all());
+    if constexpr (located)
+      for (auto& indices : index.v) indices = add_keys<C>(indices, V::keys(N));
   }
   if (i < n) {
     const int left = int(n - i);
     const auto key = block_keys<S, rounded>(base, expert, i, drop, left);
-    add(key.v[0], lanes_of<S>(0, left));
-    add(key.v[1], lanes_of<S>(1, left));
+    add(key.v[0], index.v[0], lanes_of<S>(0, left));
+    add(key.v[1], index.v[1], lanes_of<S>(1, left));
   }
   Counts<typename V::KeyLane> c = {sum_keys<C>(over_hi), 0, end - inside, 0, max_lane<C>(largest)};
   if constexpr (counts_ends) {
@@ -83,19 +100,26 @@ Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n
   return c;
 }
 
-template <class S>
-Counts<typename Compute<S>::Key> count(const void* base_, const void* expert_, int64_t n,
-                                       Bracket<typename Compute<S>::Key> bracket, bool rounded, bool drop,
-                                       typename Compute<S>::Key* inside) {
+template <class S, bool located>
+Counts<typename Compute<S>::Key> count_or_locate(const void* base_, const void* expert_, int64_t n,
+                                                 Bracket<typename Compute<S>::Key> bracket, bool rounded, bool drop,
+                                                 typename Compute<S>::Key* inside, typename Compute<S>::Key* at) {
   const S* base = static_cast<const S*>(base_);
   const S* expert = static_cast<const S*>(expert_);
   const bool counts_ends = bracket.top != bracket.hi || bracket.bottom != bracket.lo;
   if constexpr (sizeof(S) == 2)
     if (rounded)
-      return counts_ends ? count<S, true, true>(base, expert, n, bracket, drop, inside)
-                         : count<S, true, false>(base, expert, n, bracket, drop, inside);
-  return counts_ends ? count<S, false, true>(base, expert, n, bracket, drop, inside)
-                     : count<S, false, false>(base, expert, n, bracket, drop, inside);
+      return counts_ends ? count<S, true, true, located>(base, expert, n, bracket, drop, inside, at)
+                         : count<S, true, false, located>(base, expert, n, bracket, drop, inside, at);
+  return counts_ends ? count<S, false, true, located>(base, expert, n, bracket, drop, inside, at)
+                     : count<S, false, false, located>(base, expert, n, bracket, drop, inside, at);
+}
+
+template <class S>
+Counts<typename Compute<S>::Key> count(const void* base, const void* expert, int64_t n,
+                                       Bracket<typename Compute<S>::Key> bracket, bool rounded, bool drop,
+                                       typename Compute<S>::Key* inside) {
+  return count_or_locate<S, false>(base, expert, n, bracket, rounded, drop, inside, nullptr);
 }
 
 template <class S>
@@ -150,7 +174,7 @@ L1Norms l1_norms(const void* base_, const void* expert_, int64_t n, typename Com
 
 template <class S>
 constexpr TrimKernel<typename Compute<S>::Key> kernel() {
-  return {count<S>, keys<S>, l1_norms<S>};
+  return {count<S>, count_or_locate<S, true>, keys<S>, l1_norms<S>};
 }
 
 }  // namespace

@@ -45,6 +45,9 @@ struct TrimKernel {
   // which has room for n + kSlack keys.
   Counts<Key> (*count)(const void* base, const void* expert, int64_t n, Bracket<Key> bracket, bool rounded, bool drop,
                        Key* inside);
+  // The same, and the index of every key that went to `inside`; `at` has room for as many.
+  Counts<Key> (*locate)(const void* base, const void* expert, int64_t n, Bracket<Key> bracket, bool rounded, bool drop,
+                        Key* inside, Key* at);
   // The rounded keys, in order.
   void (*keys)(const void* base, const void* expert, int64_t n, bool drop, Key* out);
   // Norms of the task vector and of its entries with key > limit; summed in one order on every ISA.

@@ -14,15 +14,17 @@ constexpr int64_t kMostInside = 48 << 20;  // candidates of a call: a scope may 
 
 template <class Key>
 Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bracket<Key>> brackets, bool drop,
-                 bool want_ties) {
+                 Wanted wanted, const Beside& beside) {
   const size_t slots = tasks.size();
   Tally<Key> tally{std::move(tasks), std::move(brackets), std::vector<Counts<Key>>(slots), {}, {}};
-  if (want_ties) tally.ties.resize(size_t(scope.num_chunks) * slots);
+  if (wanted != Wanted::nothing) tally.ties.resize(size_t(scope.num_chunks) * slots);
   std::mutex mutex;
   scope.parallel([&](int64_t first, int64_t last) {
-    typename Tally<Key>::Range range{first, last, std::vector<KeyBuffer<Key>>(slots), std::vector<char>(slots)};
+    typename Tally<Key>::Range range{first, last, std::vector<KeyBuffer<Key>>(slots),
+                                     std::vector<KeyBuffer<Key>>(slots), std::vector<char>(slots)};
     std::vector<Counts<Key>> totals(slots);
     KeyReader<Key> reader(scope);
+    const auto also = beside ? beside() : nullptr;
     const int64_t most = std::min(
         kMaxInside / int64_t(slots) + (last - first) * (kChunk / 16),
         kChunk + int64_t(double(kMostInside) / double(slots) * double(last - first) / double(scope.num_chunks)));
@@ -31,17 +33,25 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
       reader.move_to(chunk.part, chunk.begin, chunk.count);
       const TrimKernel<Key>& kernel = reader.kernel();
       for (size_t s = 0; s < slots; ++s) {
-        KeyBuffer<Key>& inside = range.inside[s];
-        const Counts<Key> n = kernel.count(reader.base(), reader.expert(tally.tasks[s]), chunk.count, tally.brackets[s],
-                                           scope.mixed, drop, inside.room(chunk.count + kSlack));
+        KeyBuffer<Key>&inside = range.inside[s], &at = range.at[s];
+        Key* const keys = inside.room(chunk.count + kSlack);
+        const void* const expert = reader.expert(tally.tasks[s]);
+        const Bracket<Key>& bracket = tally.brackets[s];
+        const Counts<Key> n = wanted == Wanted::places
+                                  ? kernel.locate(reader.base(), expert, chunk.count, bracket, scope.mixed, drop, keys,
+                                                  at.room(chunk.count + kSlack))
+                                  : kernel.count(reader.base(), expert, chunk.count, bracket, scope.mixed, drop, keys);
         inside.size += n.inside;
+        at.size = inside.size;
         if (inside.size > most) {
           range.overflowed[s] = true;
-          inside.size = 0;
+          inside.size = at.size = 0;
         }
         totals[s] += n;
-        if (want_ties) tally.ties[c * slots + s] = {uint16_t(n.at_hi), uint16_t(n.inside), uint16_t(n.at_lo)};
+        if (wanted != Wanted::nothing)
+          tally.ties[c * slots + s] = {uint16_t(n.at_hi), uint16_t(n.inside), uint16_t(n.at_lo)};
       }
+      if (also) also(c);
       scope.report(chunk);
     }
     const std::lock_guard<std::mutex> lock(mutex);
@@ -53,7 +63,7 @@ Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bra
 }
 
 #define SK_INSTANTIATE(Key) \
-  template Tally<Key> count(const Scope&, std::vector<int64_t>, std::vector<Bracket<Key>>, bool, bool);
+  template Tally<Key> count(const Scope&, std::vector<int64_t>, std::vector<Bracket<Key>>, bool, Wanted, const Beside&);
 SK_INSTANTIATE(int32_t)
 SK_INSTANTIATE(int64_t)
 #undef SK_INSTANTIATE

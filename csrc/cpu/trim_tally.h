@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -38,6 +39,7 @@ struct Tally {
   struct Range {
     int64_t first, last;                 // chunks
     std::vector<KeyBuffer<Key>> inside;  // [slots]
+    std::vector<KeyBuffer<Key>> at;      // [slots] their indices within their chunks, where wanted
     std::vector<char> overflowed;        // [slots]
   };
   std::vector<int64_t> tasks;
@@ -47,10 +49,20 @@ struct Tally {
   std::vector<ChunkTies> ties;  // [num_chunks, slots], empty unless wanted
 };
 
-// brackets[s] belongs to tasks[s]. `want_ties`: how many keys every chunk has at each boundary, for a cut among them.
+// What a read is to find besides the counts.
+enum class Wanted {
+  nothing,
+  ties,   // how many keys every chunk has at each boundary, for a cut among them
+  places  // the same, and where the keys inside are
+};
+
+// Makes, for every thread, what else is done with each chunk (by its number) while it is in the caches.
+using Beside = std::function<std::function<void(int64_t)>()>;
+
+// brackets[s] belongs to tasks[s].
 template <class Key>
 Tally<Key> count(const Scope& scope, std::vector<int64_t> tasks, std::vector<Bracket<Key>> brackets, bool drop,
-                 bool want_ties);
+                 Wanted wanted, const Beside& beside = nullptr);
 
 // In one dtype the pass reads unrounded keys; boundaries then fall between stored values.
 template <class Key>

@@ -178,9 +178,9 @@ def ties_merge(
 ) -> Tensor:
     """``base + lam * mean_t of the trimmed (expert_t - base) that agree with the elected sign``, per parameter.
 
-    Bit-identical on every instruction set, thread count and split of the work. Reads the inputs twice (once where no
-    threshold is to be found and `nonfinite` is not "error", three times with `rescale`) and writes once; inputs that
-    are not contiguous are copied first.
+    Bit-identical on every instruction set, thread count and split of the work. Writes once, and reads the inputs twice:
+    once where they are too large for the caches, or no threshold is to be found and `nonfinite` is not "error"; three
+    times with `rescale`. Inputs that are not contiguous are copied first.
 
     Args:
         base: Pretrained tensor of any shape, float64, float32, float16 or bfloat16; None when `experts` already are
@@ -267,6 +267,9 @@ def ties_merge(
         _ops.ties_merge_out(bases, experts, **options, **narrowed, out=[merged])
         return merged
     arguments.check_like("out", out, experts[0], "experts[0]")
+    if options["nonfinite"] == "error" and options["thresholds"] is None:
+        # the op may write before it has read everything
+        _ops.trim_thresholds(base, experts, [1.0] * len(experts), nonfinite="error")
     _ops.ties_merge_out(bases, experts, **options, **narrowed, out=[out.detach()])
     torch.autograd.graph.increment_version(out)  # a graph that saved `out` must notice
     return out

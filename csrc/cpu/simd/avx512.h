@@ -79,6 +79,10 @@ inline __m512i max_key<float>(__m512i a, __m512i b) {
   return _mm512_max_epi32(a, b);
 }
 template <>
+inline __m512i add_keys<float>(__m512i a, __m512i b) {
+  return _mm512_add_epi32(a, b);
+}
+template <>
 inline __m512i zero_key_where<float>(__mmask16 m, __m512i a) {
   return _mm512_maskz_mov_epi32(__mmask16(~m), a);
 }

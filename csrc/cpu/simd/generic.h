@@ -104,6 +104,10 @@ inline typename Vec<C>::Key max_key(typename Vec<C>::Key a, typename Vec<C>::Key
   return a > b ? a : b;
 }
 template <class C>
+inline typename Vec<C>::Key add_keys(typename Vec<C>::Key a, typename Vec<C>::Key b) {
+  return a + b;
+}
+template <class C>
 inline typename Vec<C>::Key zero_key_where(typename Vec<C>::Mask m, typename Vec<C>::Key a) {
   return a & ~m;
 }
