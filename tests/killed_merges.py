@@ -1,9 +1,9 @@
 """Kills merges and resumes them. Prints, as JSON, how often one was killed, how often the next went on from there, and
 whether the files came out the same.
 
-python -m tests.killed_merges everywhere|thirds|anytime RECIPE OUT: before every single call that changes the disk,
-before every third, or 20 times at random moments. A process of its own that never merges itself: its children are
-forks, which start at once.
+python -m tests.killed_merges everywhere|thirds|anytime RECIPE OUT [once]: before every single call that changes the
+disk, before every third, or 20 times at random moments; `once`: as if no memory held what was read. A process of its
+own that never merges itself: its children are forks, which start at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from surgery_kernels.checkpoint import memory, merge
+from surgery_kernels.checkpoint import memory, merge, plan
 from surgery_kernels.checkpoint.writing import writer
 
 CHANGING = ("open", "posix_fallocate", "write", "pwrite", "fsync", "rename", "rmdir", "unlink", "mkdir")
@@ -28,9 +28,11 @@ KILLS = 20
 STRIDES = {"everywhere": 1, "thirds": 3}
 
 
-def main(how: str, recipe: str, out: Path) -> None:
+def main(how: str, recipe: str, out: Path, once: bool) -> None:
     writer.SYNC_BYTES = 1  # every tensor is a point to go on from
     memory.IN_MEMORY_BYTES = 0
+    if once:
+        plan.memory_bytes = lambda: 0
     started = time.monotonic()
     assert in_child(lambda: merge(recipe, out, progress=False)) == 0
     seconds = time.monotonic() - started
@@ -109,4 +111,4 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), once="once" in sys.argv[4:])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from .writing.durable import reserve
 MAPPED_BYTES = 192 << 20  # of files, resident in this process, from which on pages are given back
 SECONDS_BETWEEN_LOOKS = 0.005
 IN_MEMORY_BYTES = 256 << 20  # of tensors that are not plainly in a file; what is more lies in a temporary one
+
+
+def memory_bytes() -> int:
+    """Of this machine or container: of files that are larger, the beginning is gone when the end was read."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE]
+    with suppress(OSError, ValueError):  # there is none, or "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 def give_back_pages(mapped: mmap.mmap) -> None:

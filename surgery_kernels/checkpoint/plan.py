@@ -21,7 +21,7 @@ from ..recipes.recipe import DTYPES
 from .differences import ALLOWABLE, Difference, check_allowed
 from .experts import DECISIONS, LAYOUTS, fused_places, in_one_layout, layout_of, written_family
 from .layer_lists import COUNTED_BY, counts, uncertain_layers
-from .mixture import mixture_steps, output_of
+from .memory import memory_bytes
 from .modules import left_out
 from .reading.companions import Companions, companions
 from .reading.lora import LoraExpert
@@ -31,6 +31,9 @@ from .reading.source import Source
 from .steps import Step, plan_steps
 from .vocabulary.vocabularies import Vocabularies
 from .writing.layout import Layout, lay_out, with_parts
+
+MOST_NEAR = 1 / 64  # of the entries of a tensor, near the thresholds of the model: more are not kept aside
+POSITION_BYTES = 8  # of each of them, besides what the models hold there
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,33 @@ class Plan:
 
     @property
     def nbytes_read(self) -> int:
-        """What is decided over the whole model takes a read of its own."""
-        steps = self.steps + (self.merged if self.recipe.scope == "model" else [])
-        return sum(step.nbytes_read for step in steps)
+        """What is decided over the whole model takes a read of its own, unless `reads_once`."""
+        twice = self.recipe.scope == "model" and not self.reads_once
+        return sum(step.nbytes_read for step in self.steps + (self.merged if twice else []))
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether limits over the whole model are expected from a sample, and corrected at the end.
+
+        So they are where the memory does not hold what was read: a second read would be from the disk.
+        """
+        steps = self.merged
+        if self.recipe.scope != "model" or not steps or steps[0].method is None or not steps[0].method.expects:
+            return False
+        num_tasks = len(steps[0].experts)
+        return (
+            sum(step.nbytes_read for step in steps) > memory_bytes()
+            and all(step.has_base and all(map(step.takes_as_it_is, step.inputs)) for step in steps)
+            and all(len(step.experts) == num_tasks for step in steps)
+            and 0 not in steps[0].method.ranks(sum(step.numel for step in steps), num_tasks)
+        )
 
     @property
     def nbytes_scratch(self) -> int:
         """Of temporary files, at most."""
         of_steps = [step.nbytes_scratch for step in self.steps]
+        if self.reads_once:
+            return round(MOST_NEAR * sum(step.nbytes_read + POSITION_BYTES * step.numel for step in self.merged))
         return sum(of_steps) if self.recipe.scope == "model" else max(of_steps)
 
     @property
@@ -266,13 +288,7 @@ def _plan(
     vocabularies = Vocabularies(
         recipe, sources, lambda model: results.get(model) or find_folder(model), truncated=truncated
     )
-    differences: list[Difference] = []
-    if recipe.mixture:
-        output = output_of(recipe.mixture, donor)
-        is_fused, family = (moe_layout or output.layout) == "fused", output.family
-        steps = mixture_steps(recipe, recipe.mixture, sources, options, donor.folder)
-    else:
-        steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
+    steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")

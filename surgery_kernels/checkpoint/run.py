@@ -19,6 +19,7 @@ from ..recipes import Recipe, load_recipes
 from .infinities import Produced, shared, without
 from .loader import Loader
 from .memory import Releasing, Scratch, given_back
+from .one_read import OneRead
 from .plan import Plan, plan_merge
 from .reading.mapped_file import many_files_open
 from .reading.read_ahead import ReadAhead
@@ -111,7 +112,7 @@ def run(
 ) -> None:
     """Carries out a plan; arguments and errors as in `merge`."""
     folder, where = check(plan, out, resume=resume, device=device)
-    with limited_threads(threads), many_files_open():
+    with _threads(threads), many_files_open():
         journal = folder.begin(plan.identity)
         try:
             if not folder.is_published(journal):
@@ -147,6 +148,9 @@ def _write_model(
     try:
         releases = [source.release for source in plan.sources.values()]
         with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(steps), progress):
+            once = plan.reads_once and device.type == "cpu" and journal.decided is None
+            if once and OneRead(plan, loader, scratch, writer, journal).run():
+                steps = [step for step in steps if step.method is None]
             decided = _decided(plan, Loader(scratch), journal) if plan.recipe.scope == "model" else None
             offsets, draws = _offsets(plan), _Draws(plan)
             with ReadAhead(step.spans for step in steps) as ahead:
@@ -278,7 +282,7 @@ def _nbytes_through_ops(steps: Sequence[Step]) -> int:
 
 
 @contextmanager
-def limited_threads(threads: int | None) -> Iterator[None]:
+def _threads(threads: int | None) -> Iterator[None]:
     if threads is None:
         yield
         return

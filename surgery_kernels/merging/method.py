@@ -18,7 +18,6 @@ A method is a frozen dataclass. Its class says what it is; its fields are its pa
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -221,9 +220,8 @@ class Method(ABC):
         return self.decides == "element"
 
     @classmethod
-    @functools.cache
-    def parameters(cls) -> tuple[Parameter, ...]:
-        return tuple(_parameter(declared) for declared in fields(cls) if "parameter" in declared.metadata)
+    def parameters(cls) -> list[Parameter]:
+        return [_parameter(declared) for declared in fields(cls) if "parameter" in declared.metadata]
 
     @classmethod
     def recipe_defaults(cls) -> dict[str, Any]:
@@ -268,6 +266,19 @@ class Method(ABC):
     def decide(self, scope: Scope) -> Any:
         """What is decided over the whole model before its tensors are merged one by one; None where nothing is."""
         return None
+
+    @property
+    def expects(self) -> bool:
+        """Whether `decide` gives limits that a sample can tell, by which a merge can be corrected entry by entry."""
+        return False
+
+    def present(self, num_tasks: int) -> list[int]:
+        """The experts that have a limit."""
+        return list(range(num_tasks))
+
+    def ranks(self, numel: int, num_tasks: int) -> list[int | None]:
+        """How many entries of a model each of these experts keeps, where it `expects`; None: all."""
+        raise NotImplementedError
 
     @abstractmethod
     def merge(self, scope: Scope) -> None:

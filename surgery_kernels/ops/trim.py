@@ -52,6 +52,14 @@ def trim_thresholds(
     )
 
 
+def keep_count(numel: int, density: float, semantics: str) -> int:
+    """How many of `numel` entries `density` keeps."""
+    if density >= 1:
+        return numel
+    floor = int(density * numel)
+    return min({"paper": floor + 1, "mergekit": max(1, floor), "exact": max(1, floor), "peft": floor}[semantics], numel)
+
+
 @torch.library.register_fake("surgery_kernels::trim_thresholds")
 def _(base: Tensor | None, experts: Sequence[Tensor], density: Sequence[float], *_: object, **__: object) -> Tensor:
     return _empty_thresholds(experts, len(density))

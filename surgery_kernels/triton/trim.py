@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import arguments
+from ..ops.trim import keep_count
 from .addresses import Scope, upload
 from .finite import FiniteCheck
 from .trim_cut import cut_ties
@@ -72,14 +73,6 @@ def find_limits(
     if cuts:
         cut_ties(scope, state, nonfinite)
     return state
-
-
-def keep_count(numel: int, density: float, semantics: str) -> int:
-    """How many of `numel` entries `density` keeps."""
-    if density >= 1:
-        return numel
-    floor = int(density * numel)
-    return min({"paper": floor + 1, "mergekit": max(1, floor), "exact": max(1, floor), "peft": floor}[semantics], numel)
 
 
 def _start(keep: int, scope: Scope) -> list[int]:

@@ -98,18 +98,25 @@ def of_documents_and_slices(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("how", "recipes"),
+    ("how", "recipes", "options"),
     [
-        ("everywhere", of_the_model),
-        ("anytime", of_wide_tensors),
-        ("thirds", of_documents_and_slices),
+        ("everywhere", of_the_model, []),
+        ("thirds", of_the_model, ["once"]),
+        ("anytime", of_wide_tensors, []),
+        ("thirds", of_documents_and_slices, []),
     ],
 )
 def test_killed(
-    run_python: Callable[..., str], given: dict[str, Any], out: Path, tmp_path: Path, how: str, recipes: Any
+    run_python: Callable[..., str],
+    given: dict[str, Any],
+    out: Path,
+    tmp_path: Path,
+    how: str,
+    recipes: Any,
+    options: list[str],
 ) -> None:
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all(recipes(given)))
-    counts = json.loads(run_python("-m", "tests.killed_merges", how, str(tmp_path / "recipe.yml"), str(out)))
+    counts = json.loads(run_python("-m", "tests.killed_merges", how, str(tmp_path / "recipe.yml"), str(out), *options))
     assert counts["killed"] >= 20 and counts["resumed"] > 0 and counts["different"] == 0
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,29 @@ SYNC_BYTES = 64 << 20  # written between two syncs: the disk is busy from early 
 Look = Callable[[Tensor, int, int], None]
 
 
+@dataclass(frozen=True)
+class Entries:
+    """Some entries of a tensor that was written."""
+
+    positions: Tensor  # int64 [count], in the flat tensor
+    values: Tensor  # [count]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What the thread is to do for a tensor."""
+
+    name: str
+    content: Tensor | Entries
+    look: Look | None
+    is_final: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        content = self.content
+        return content.nbytes if isinstance(content, Tensor) else content.positions.nbytes + content.values.nbytes
+
+
 class Writer:
     """One thread that writes tensors into preallocated shards and tells the journal once they are on disk."""
 
@@ -34,7 +58,7 @@ class Writer:
             OSError: they cannot be made, or one with tensors that the journal calls done is not there any more.
         """
         self._layout, self._journal = layout, journal
-        self._queue: deque[tuple[str, Tensor, Look | None] | threading.Event | None] = deque()
+        self._queue: deque[_Item | None] = deque()
         self._pending = 0  # bytes handed over, not yet written
         self._change = threading.Condition()
         self._error: BaseException | None = None
@@ -66,24 +90,24 @@ class Writer:
 
     def write(self, name: str, tensor: Tensor, look: Look | None = None) -> None:
         """Takes a contiguous tensor on the CPU, which must not change any more but by `look`."""
-        with self._change:
-            self._check()
-            self._queue.append((name, tensor, look))
-            self._pending += tensor.nbytes
-            self._change.notify_all()
+        self._take(_Item(name, tensor, look))
+
+    def draft(self, name: str, tensor: Tensor) -> None:
+        """The same for a tensor that is not done before it is amended."""
+        self._take(_Item(name, tensor, None, is_final=False))
+
+    def amend(self, name: str, entries: Entries, look: Look | None = None) -> None:
+        """Changes entries of a tensor that was drafted; `look` sees all of it."""
+        self._take(_Item(name, entries, look))
 
     def wait_until_written(self) -> None:
-        """Returns when all that was handed over is on disk, and the journal knows.
+        """Returns when nothing is left to be written; not all of it need be on the disk.
 
         Raises:
             OSError: something could not be written.
         """
-        written = threading.Event()
         with self._change:
-            self._check()
-            self._queue.append(written)
-            self._change.notify_all()
-            self._change.wait_for(lambda: written.is_set() or self._error)
+            self._change.wait_for(lambda: self._pending == 0 or self._error)
             self._check()
 
     def close(self, *, complete: bool) -> None:
@@ -101,6 +125,13 @@ class Writer:
         self._close_files()
         if complete:
             self._check()
+
+    def _take(self, item: _Item) -> None:
+        with self._change:
+            self._check()
+            self._queue.append(item)
+            self._pending += item.nbytes
+            self._change.notify_all()
 
     def _check_kept(self, path: Path, shard: int) -> None:
         nbytes = self._layout.shards[shard].nbytes
@@ -122,21 +153,14 @@ class Writer:
                 if item is None:
                     self._sync(written)
                     return
-                if isinstance(item, threading.Event):
-                    self._sync(written)
-                    written, unsynced = [], 0
-                    with self._change:
-                        item.set()
-                        self._change.notify_all()
-                    continue
-                name, tensor, look = item
-                place = self._layout.places[name]
-                self._put(tensor, look, place)
-                written.append(name)
-                unsynced += place.nbytes
-                del item, tensor, look  # its memory is free before anybody hears of it
+                place, nbytes = self._layout.places[item.name], item.nbytes
+                self._put(item, place)
+                if item.is_final:
+                    written.append(item.name)
+                    unsynced += place.nbytes
+                del item  # its memory is free before anybody hears of it
                 with self._change:
-                    self._pending -= place.nbytes
+                    self._pending -= nbytes
                     self._change.notify_all()
                 if unsynced >= SYNC_BYTES:
                     self._sync(written)
@@ -146,7 +170,13 @@ class Writer:
                 self._error = error
                 self._change.notify_all()
 
-    def _put(self, tensor: Tensor, look: Look | None, place: Place) -> None:
+    def _put(self, item: _Item, place: Place) -> None:
+        content, look = item.content, item.look
+        if isinstance(content, Entries):
+            tensor = self._read(place)
+            tensor[content.positions] = content.values
+        else:
+            tensor = content
         file, flat, size = self._files[place.shard], tensor.reshape(-1), tensor.dtype.itemsize
         for begin in range(0, len(flat), PIECE if look else len(flat) or 1):
             end = min(begin + PIECE, len(flat)) if look else len(flat)
@@ -156,6 +186,17 @@ class Writer:
                 _write_at(file, _bytes_of(flat[begin:end]), place.offset + begin * size)
         if place.strides is not None:
             _write_between(file, flat.view(place.shape), place.strides, place.offset)
+
+    def _read(self, place: Place) -> Tensor:
+        """What was written, flat."""
+        tensor = torch.empty(place.nbytes // place.dtype.itemsize, dtype=place.dtype)
+        data, offset = _bytes_of(tensor), place.offset
+        while data:
+            count = os.preadv(self._files[place.shard], [data], offset)
+            if not count:
+                raise OSError("the result must not change during the merge, got a shorter file")
+            data, offset = data[count:], offset + count
+        return tensor
 
     def _sync(self, names: list[str]) -> None:
         for shard in sorted({self._layout.places[name].shard for name in names}):

@@ -10,6 +10,7 @@ import torch
 from ...ops import arguments
 from ...ops.arguments import ELECT, REDUCE, SEMANTICS, PerExpert
 from ...ops.ties_merge import SCALED, check_options
+from ...ops.trim import keep_count
 from ..method import SHARE, Method, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
 from ..scope import Scope
 
@@ -51,6 +52,21 @@ class Ties(Method):
         present, options = self._present(num_tasks)
         if present:
             check_options(len(present), **options)
+
+    @property
+    def expects(self) -> bool:
+        """Not where elections are drawn, or a second number is decided: those follow from all entries of a tensor."""
+        return self.semantics != "paper" and not self.rescale and self.nonfinite == "error"
+
+    def present(self, num_tasks: int) -> list[int]:
+        """The experts that keep anything."""
+        return self._present(num_tasks)[0]
+
+    def ranks(self, numel: int, num_tasks: int) -> list[int | None]:
+        """How many entries of a model each of the present experts keeps; None: all."""
+        densities = arguments.per_expert("density", self.density, num_tasks)
+        kept = [keep_count(numel, densities[t], self.semantics) for t in self.present(num_tasks)]
+        return [count if count < numel else None for count in kept]
 
     def decide(self, scope: Scope) -> dict[str, Any]:
         """Thresholds over the scope, read once; under ``nonfinite="error"`` it is known to be finite afterwards."""
