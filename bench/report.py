@@ -80,6 +80,17 @@ METHODS = Section(
 method must (where something is decided before the merge: twice) and the result written once, at the bandwidth of a
 large copy measured around every round.""",
 )
+PAPERS = Section(
+    "papers",
+    "8 experts",
+    {"eager": "eager", "compiled": "torch.compile", "fusion_bench": "FusionBench", "ours": "ours"},
+    ["paper"],
+    """\
+Matrices of ViT-B/32. Median / minimum of the rounds; in brackets, how many times as long as ours
+(median of rounds taken in turn). Bound: base and experts read as often as the method must, what it makes written once,
+at the bandwidth of a large copy; decompositions and products of matrices (TSV-M, Iso-C, WUDI) take longer than that by
+far. WUDI's steps are scaled from 5 to 300.""",
+)
 TOOLKITS = Section(
     "toolkits",
     "8 experts",
@@ -111,7 +122,7 @@ where that takes longer the result written and synced, at the rates of plain rea
 round. †: other processes took more than a tenth of the processors meanwhile.""",
     "Peak memory is the most that the process had resident, pages of its mapped files included.",
 )
-SECTIONS = [MERGING, METHODS, LEARNING, TOOLKITS, CHECKPOINTS, GPU]
+SECTIONS = [MERGING, METHODS, PAPERS, LEARNING, TOOLKITS, CHECKPOINTS, GPU]
 
 Row = dict[str, Any]
 

@@ -22,6 +22,7 @@ from .differences import ALLOWABLE, Difference, check_allowed
 from .experts import DECISIONS, LAYOUTS, fused_places, in_one_layout, layout_of, written_family
 from .layer_lists import COUNTED_BY, counts, uncertain_layers
 from .memory import memory_bytes
+from .mixture import mixture_steps, output_of
 from .modules import left_out
 from .reading.companions import Companions, companions
 from .reading.lora import LoraExpert
@@ -288,7 +289,13 @@ def _plan(
     vocabularies = Vocabularies(
         recipe, sources, lambda model: results.get(model) or find_folder(model), truncated=truncated
     )
-    steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
+    differences: list[Difference] = []
+    if recipe.mixture:
+        output = output_of(recipe.mixture, donor)
+        is_fused, family = (moe_layout or output.layout) == "fused", output.family
+        steps = mixture_steps(recipe, recipe.mixture, sources, options, donor.folder)
+    else:
+        steps, differences = plan_steps(recipe, sources, vocabularies, options, merge_computed=merge_computed)
     check_allowed(differences, allow)
     if recipe.scope == "model" and len({step.dtype == torch.float64 for step in steps if step.method}) > 1:
         raise ValueError("scope must be 'tensor' for a model that mixes float64 with other dtypes, got 'model'")

@@ -112,7 +112,7 @@ def run(
 ) -> None:
     """Carries out a plan; arguments and errors as in `merge`."""
     folder, where = check(plan, out, resume=resume, device=device)
-    with _threads(threads), many_files_open():
+    with limited_threads(threads), many_files_open():
         journal = folder.begin(plan.identity)
         try:
             if not folder.is_published(journal):
@@ -282,7 +282,7 @@ def _nbytes_through_ops(steps: Sequence[Step]) -> int:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def limited_threads(threads: int | None) -> Iterator[None]:
     if threads is None:
         yield
         return

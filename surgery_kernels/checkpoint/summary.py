@@ -30,7 +30,10 @@ def plan_lines(plan: Plan) -> list[str]:
 def recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """What a recipe says without any model at hand."""
     base = f" over {recipe.base}" if recipe.base else ""
-    rows = [("method", f"{recipe.merge_method}{base}, scope {recipe.scope}")]
+    method = f"{recipe.merge_method}{base}, scope {recipe.scope}"
+    if recipe.mixture:
+        method = f"mixture of experts around {recipe.donor}, routers {recipe.mixture.gate_mode}"
+    rows = [("method", method)]
     shown = [str(model) for model in recipe.experts[:MODELS_SHOWN]]
     more = len(recipe.experts) - len(shown)
     rows += [

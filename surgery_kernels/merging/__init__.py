@@ -2,7 +2,7 @@
 
 from .method import Method, Parameter
 from .methods import METHODS
-from .methods.adamerging import AdaMerging, Learned, Objective
+from .methods.adamerging import AdaMerging, Atlas, Learned, Objective
 from .methods.entropy import entropy_objective
 from .methods.fisher import Fisher, diagonal_fisher
 from .methods.linear import Average, TaskArithmetic
@@ -14,6 +14,7 @@ from .state_dicts import merge_state_dicts, wise_ft_curve
 __all__ = [
     "METHODS",
     "AdaMerging",
+    "Atlas",
     "Average",
     "Fisher",
     "Learned",

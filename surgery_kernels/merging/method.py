@@ -18,6 +18,7 @@ A method is a frozen dataclass. Its class says what it is; its fields are its pa
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -220,8 +221,9 @@ class Method(ABC):
         return self.decides == "element"
 
     @classmethod
-    def parameters(cls) -> list[Parameter]:
-        return [_parameter(declared) for declared in fields(cls) if "parameter" in declared.metadata]
+    @functools.cache
+    def parameters(cls) -> tuple[Parameter, ...]:
+        return tuple(_parameter(declared) for declared in fields(cls) if "parameter" in declared.metadata)
 
     @classmethod
     def recipe_defaults(cls) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class Scope:
 
     def of_experts(self, chosen: Sequence[int]) -> Scope:
         """The scope of some of the experts."""
+        if len(chosen) == self.num_tasks and list(chosen) == list(range(self.num_tasks)):
+            return self
         return replace(self, experts=[[experts[t] for t in chosen] for experts in self.experts])
 
     def with_base_first(self) -> Scope:

@@ -19,8 +19,9 @@ from .outputs import open_output
 from .sites import Sites
 from .stand_in import standing_in
 
-# A cache of keys and values would grow at every replay.
+# A cache of keys and values would grow at every replay. Some blocks get it without its name: it can tell its length.
 WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "use_cache": False}
+LENGTH_OF_CACHE = "get_seq_length"
 
 PROBE = 0.75  # what the streams of one sample are multiplied by: a correction at every block
 
@@ -106,7 +107,9 @@ class BlockRunner(ExitStack):
         inputs = to_device(inputs, self._device)
         self._stops = self._all_alike
         try:
-            self._pass(inputs)
+            # what blocks are called with does not depend on the tokens
+            with standing_in(self._blocks, self._as_given):
+                self._pass(inputs)
         except _BeforeTheBlocks:
             pass
         finally:
@@ -161,6 +164,11 @@ class BlockRunner(ExitStack):
                 "a block is called with may depend on the tokens, or a block may remember"
             )
 
+    def _as_given(self, block: int) -> Any:
+        """What a block returns that leaves the stream as it is."""
+        stream = self._stream_of(*self._given[-1])
+        return self._puts[block](open_output(stream, self._sites.blocks[block]).tensor)
+
     def _outputs(self) -> Iterator[tuple[Any, str]]:
         return zip(self._returned, self._sites.blocks, strict=True)
 
@@ -191,6 +199,7 @@ class BlockRunner(ExitStack):
                     raise self._not_in_a_row(i)
                 self._wrapped[i] = not isinstance(value, Tensor)
             without = {name: value for name, value in WITHOUT_CACHE.items() if name in options}
+            args = tuple(None if hasattr(value, LENGTH_OF_CACHE) else value for value in args)
             args, options = self._without_stream(args, {**options, **without})
             calls.append(Call(args, options, self._place, self._puts[i - 1] if self._wrapped[i] else _as_it_is))
         return tuple(calls)

@@ -86,6 +86,8 @@ def per_expert(argument: str, value: PerExpert, num_tasks: int) -> list[float]:
 
 
 def number(argument: str, value: object, required: str = "a number") -> float:
+    if type(value) is float:
+        return value
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{argument} must be {required}, got {value!r}")
     return float(value)

@@ -104,7 +104,7 @@ def mix(
     _ops.mix_out(
         [] if base is None else [base],
         experts,
-        table if several else table[None],
+        table if several else table.unsqueeze(0),
         of_base,
         divisor=divisor,
         task_vectors=bool(task_vectors),
@@ -112,7 +112,7 @@ def mix(
         axis=axis,
         nonfinite=nonfinite,
         fresh=out is None,
-        out=[result.detach() for result in results],
+        out=[arguments.detached(result) for result in results],
     )
     if out is not None:
         for result in results:
@@ -128,10 +128,10 @@ def _numbers(argument: str, value: Numbers, device: torch.device) -> Tensor:
         return value.detach().to(torch.float64)
 
     def checked(value: Numbers) -> Any:
-        if isinstance(value, Sequence) and not isinstance(value, str):
+        if type(value) is not float and isinstance(value, Sequence) and not isinstance(value, str):
             return [checked(entry) for entry in value]
         number = arguments.number(argument, value, "numbers in lists")
-        if not -math.inf < number < math.inf:
+        if not math.isfinite(number):
             raise ValueError(f"{argument} must be finite, got {number}")
         return number
 
@@ -146,7 +146,7 @@ def _with_blocks(argument: str, table: Tensor, shape: list[int], blocks: list[in
     """[*shape, num_blocks], checked; num_blocks may be 1."""
     if list(table.shape) != [*shape, *blocks] and not (blocks and list(table.shape) == [*shape, 1]):
         raise ValueError(f"{argument} must have shape {(*shape, *blocks)}, got {tuple(table.shape)}")
-    return table if blocks else table[..., None]
+    return table if blocks else table.unsqueeze(-1)
 
 
 def _outputs(out: Tensor | Sequence[Tensor] | None, first: Tensor, outputs: list[int]) -> list[Tensor]:

@@ -20,10 +20,11 @@ import torch
 
 from ..merging import METHODS, Method
 from ..ops import arguments
+from .mixture import Mixture, is_mixture, read_mixture
 from .model_reference import ModelReference
 from .node import Node
 from .settings import read_settings
-from .slices import Context, Slice, base_alone, read_slices
+from .slices import Context, Slice, Source, base_alone, read_slices
 from .tokenizer import TokenizerSettings, read_chat_template, read_tokenizer
 
 RECIPE_METHODS = {name: method for name, method in METHODS.items() if method.in_recipes}
@@ -45,7 +46,7 @@ KEYS = (
     "tokenizer_source",
 )
 # What only recipes of mergekit's other commands have.
-OTHER_COMMANDS = {"experts": "mergekit-moe", "gate_mode": "mergekit-moe", "genome": "mergekit-evolve"}
+OTHER_COMMANDS = {"genome": "mergekit-evolve"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Recipe:
     scope: str = "tensor"
     name: str | None = None  # by which other documents call the result
     notices: tuple[str, ...] = ()  # what is ignored or understood in another way than written
+    mixture: Mixture | None = None  # what becomes of dense models, instead of a merge
 
     @property
     def method(self) -> type[Method]:
@@ -106,6 +108,8 @@ def read_recipe(root: Node, text: str) -> Recipe:
         for key, command in OTHER_COMMANDS.items():
             if key in root.value:
                 raise ValueError(f"{root.at} must be of a merge, got {key!r} of {command}: run it with that command")
+    if is_mixture(root):
+        return _read_mixture(root, text)
     keys = root.given(KEYS, "a recipe")
     merge_method = root.required(keys, "merge_method").one_of(tuple(RECIPE_METHODS))
     method = RECIPE_METHODS[merge_method]
@@ -128,6 +132,14 @@ def read_recipe(root: Node, text: str) -> Recipe:
         str(keys["name"].value) if "name" in keys else None,
         tuple(root.notices),
     )
+
+
+def _read_mixture(root: Node, text: str) -> Recipe:
+    base, mixture, keys = read_mixture(root)
+    experts = tuple(Source(expert.model, {}, at=root.at) for expert in mixture.all_experts)
+    slices = (Slice(experts, None, Source(base, {}, at=root.at), ()),)
+    dtype = _read_dtype(keys.get("dtype"))
+    return Recipe(text, "passthrough", slices, base, dtype, notices=tuple(root.notices), mixture=mixture)
 
 
 def _read_scope(node: Node, method: type[Method], slices: tuple[Slice, ...]) -> str:

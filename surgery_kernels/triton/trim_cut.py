@@ -8,30 +8,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .addresses import BASE, CHUNK, EXPERTS, NUMEL, OFFSET, SCOPE_CHUNK, Scope, is_whole, load, locate, part_of
+from .addresses import BASE, CHUNK, EXPERTS, NUMEL, OFFSET, SCOPE_CHUNK, Scope, is_whole, load, locate_chunk, part_of
 from .finite import key_of, task_vector
-from .trim_rounds import BUDGET, CUT, FIELDS, THRESHOLD, TIE_CHUNK, TIES, TIES_LEFT
+from .trim_rounds import BUDGET, CUT, FIELDS, PROGRAMS, THRESHOLD, TIE_CHUNK, TIES, TIES_LEFT
 
 
 @triton.jit
 def _count_ties(
-    table, num_parts, columns, num_tasks, state, ties, scope_chunks,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
+    table, num_parts, columns, num_chunks, num_tasks, state, ties, scope_chunks,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr, TASKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of this chunk that equal the threshold of an expert with more ties than it keeps."""
-    _, row, begin, count = locate(table, num_parts, columns, CHUNK)
-    ties += tl.load(row + SCOPE_CHUNK) + begin // CHUNK
-    if is_whole(row, count, CHUNK):
-        _count_ties_of_chunk(
-            row, begin, count, num_tasks, state, ties, scope_chunks,
-            STORED, COMPUTE, HAS_BASE, DROP, True, CHUNK,
-        )  # fmt: skip
-    else:
-        _count_ties_of_chunk(
-            row, begin, count, num_tasks, state, ties, scope_chunks,
-            STORED, COMPUTE, HAS_BASE, DROP, False, CHUNK,
-        )  # fmt: skip
+    """The keys of every chunk that equal the threshold of an expert with more ties than it keeps.
+
+    Seldom there is one: few programs go through all chunks.
+    """
+    tasks = tl.arange(0, TASKS)
+    budgets = tl.load(state + tasks * FIELDS + BUDGET, mask=tasks < num_tasks, other=0)
+    counts = tl.load(state + tasks * FIELDS + TIES, mask=tasks < num_tasks, other=0)
+    if tl.max((budgets < counts).to(tl.int32), axis=0) == 0:
+        return
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        _, row, begin, count = locate_chunk(table, num_parts, columns, chunk, CHUNK)
+        here = ties + tl.load(row + SCOPE_CHUNK) + begin // CHUNK
+        if is_whole(row, count, CHUNK):
+            _count_ties_of_chunk(
+                row, begin, count, num_tasks, state, here, scope_chunks,
+                STORED, COMPUTE, HAS_BASE, DROP, True, CHUNK,
+            )  # fmt: skip
+        else:
+            _count_ties_of_chunk(
+                row, begin, count, num_tasks, state, here, scope_chunks,
+                STORED, COMPUTE, HAS_BASE, DROP, False, CHUNK,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -111,9 +120,9 @@ def cut_ties(scope: Scope, state: Tensor, nonfinite: str) -> None:
     options = {"HAS_BASE": scope.has_base, "DROP": nonfinite == "drop", "CHUNK": CHUNK}
     launch = {"num_warps": 8, "enable_fp_fusion": False}
     for group in scope.groups:
-        _count_ties[(group.num_chunks,)](
-            *group.place, scope.num_tasks, state, ties, scope.num_chunks,
-            **group.dtypes, **options, **launch,
+        _count_ties[(min(group.num_chunks, PROGRAMS),)](
+            *group.place, group.num_chunks, scope.num_tasks, state, ties, scope.num_chunks,
+            **group.dtypes, **options, TASKS=triton.next_power_of_2(scope.num_tasks), **launch,
         )  # fmt: skip
     _find_tie_chunk[(scope.num_tasks,)](state, ties, scope.num_chunks, BLOCK=1024, num_warps=8, enable_fp_fusion=False)
     for group in scope.groups:

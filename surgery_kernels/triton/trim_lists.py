@@ -26,6 +26,8 @@ from .trim_rounds import (
     PIECE,
     SHIFT,
     THRESHOLD,
+    above_range,
+    below_range,
     keys_of,
     minus_if_negative,
     piece_of,
@@ -108,12 +110,15 @@ def _take_lists(state, capacity, LARGEST: tl.constexpr, BINS: tl.constexpr):
     if listed >= 0:
         first, last = tl.load(expert + THRESHOLD), tl.load(expert + LAST)
         rank = tl.load(expert + KEEP) - tl.load(expert + ABOVE)
+        none = tl.full([], -1, tl.int64)
         if rank <= 0:
-            first, last, listed = last + 1, tl.full([], LARGEST, tl.int64), tl.full([], -1, tl.int64)
+            first, last = above_range(last, LARGEST, 0)
+            listed = none
         elif rank > listed:
-            first, last, listed = tl.zeros([], tl.int64), tl.maximum(first - 1, 1), tl.full([], -1, tl.int64)
+            first, last = below_range(first, 0)
+            listed = none
         elif listed > capacity:
-            listed = tl.full([], -1, tl.int64)
+            listed = none
         else:
             tl.store(expert + KEEP, rank)
         tl.debug_barrier()

@@ -94,20 +94,17 @@ def tell_nonfinite(key, nonfinite):
 @triton.jit
 def _add_keys(key, expert, bins):
     """To the histogram of an expert.  # key: [n, LANES]"""
-    lowest, highest = tl.load(expert + THRESHOLD), tl.load(expert + LAST)
-    first, last, shift = lowest.to(key.dtype), highest.to(key.dtype), tl.load(expert + SHIFT).to(key.dtype)
-    # The ends of a range often are values that many keys share: they are counted apart. All counts are sums of signs.
-    from_first, to_last = key - first, last - key
+    first, last = tl.load(expert + THRESHOLD).to(key.dtype), tl.load(expert + LAST).to(key.dtype)
+    shift = tl.load(expert + SHIFT).to(key.dtype)
+    # The first key of a range often is a value that many share: it is counted apart. All counts are sums of signs.
+    from_first = key - first
     below, up_to_first = sum_of(minus_if_negative(from_first)), sum_of(minus_if_negative(from_first - 1))
-    outside = sum_of(minus_if_negative(from_first | to_last))  # below first or above last
-    not_between = (from_first - 1) | (to_last - 1)
-    above = below - outside
-    at_last = outside - sum_of(minus_if_negative(not_between)) + up_to_first - below
+    outside = sum_of(minus_if_negative(from_first | (last - key)))  # below first or above last
     one = tl.full(key.shape, 1, tl.int64)
-    tl.atomic_add(bins + (from_first >> shift), one, mask=not_between >= 0, sem="relaxed")
+    behind_first = ((from_first - 1) | (last - key)) >= 0
+    tl.atomic_add(bins + (from_first >> shift), one, mask=behind_first, sem="relaxed")
     tl.atomic_add(bins, (below - up_to_first).to(tl.int64), sem="relaxed")
-    tl.atomic_add(bins + ((highest - lowest) >> shift), at_last.to(tl.int64), sem="relaxed")
-    tl.atomic_add(expert + ABOVE, above.to(tl.int64), sem="relaxed")
+    tl.atomic_add(expert + ABOVE, (below - outside).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -201,6 +198,18 @@ def _count_piece(
 
 
 @triton.jit
+def above_range(last, LARGEST: tl.constexpr, SPARE: tl.constexpr):
+    """Where a threshold is that a sample's range misses; two keys at least, or nothing would be counted."""
+    second_largest: tl.constexpr = (LARGEST >> SPARE << SPARE) - (1 << SPARE)
+    return tl.minimum(last + (1 << SPARE), second_largest), tl.full([], LARGEST, tl.int64)
+
+
+@triton.jit
+def below_range(first, SPARE: tl.constexpr):
+    return tl.zeros([], tl.int64), tl.maximum(first - 1, 1 << SPARE)
+
+
+@triton.jit
 def _descend(
     state, histogram,
     LARGEST: tl.constexpr, SPARE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
@@ -223,12 +232,10 @@ def _descend(
         low = first + (tl.sum(tl.where(here, lanes, 0)).to(tl.int64) << shift)
         high = tl.minimum(low + (tl.full([], 1, tl.int64) << shift) - 1, last)
         high = tl.where(shift == SPARE, low, high)
-        if rank <= 0:  # the sample's range lies below the threshold
-            low = last + (1 << SPARE)
-            high = tl.full([], LARGEST, tl.int64)
-        if rank > inside:  # above it; two keys at least, or nothing would be counted
-            low = tl.zeros([], tl.int64)
-            high = tl.maximum(first - 1, 1 << SPARE)
+        if rank <= 0:
+            low, high = above_range(last, LARGEST, SPARE)
+        if rank > inside:
+            low, high = below_range(first, SPARE)
         budget, ties = rank - tl.sum(tl.where(here, over, 0)), tl.sum(tl.where(here, counts, 0))
         tl.debug_barrier()
         tl.store(copies, tl.zeros([COPIES, BINS], tl.int64))

@@ -84,8 +84,8 @@ def _bracket(
         last = first + LARGEST
         if centre + half_width <= size:
             first = _kth_largest(keys, centre + half_width, BITS).to(tl.int64)
-        if centre > half_width:
-            last = _kth_largest(keys, centre - half_width, BITS).to(tl.int64)
+        if centre > half_width:  # many may share this value, too: it is left out
+            last = _kth_largest(keys, centre - half_width, BITS).to(tl.int64) - (1 << SPARE)
         # a range of one key would count as closed before anything was counted
         last = tl.maximum(last, first + (1 << SPARE))
         tl.store(expert + THRESHOLD, first)

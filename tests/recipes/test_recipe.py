@@ -133,11 +133,8 @@ REFERENCE = "(or {model: {path: ...}})"
         (TEXT + "slices: [{}]", " must have one of models, slices and modules, got models and slices"),
         ("merge_method: linear\nmodels: a", ".models must be a list, got 'a'"),
         ("merge_method: linear\nmodels: []", " must have one of models, slices and modules, got none"),
-        (
-            "gate_mode: random\nexperts: []",
-            " must be of a merge, got 'experts' of mergekit-moe: run it with that command",
-        ),
-        ("merge_method: moe\nexperts: []", " must be of a merge, got 'experts' of mergekit-moe: run it with that comm"),
+        ("gate_mode: random\nexperts: []", ".base_model must be given, got none"),
+        ("gate_mode: random\nbase_model: a", ".experts must be given, got none"),
         ("genome: {}", " must be of a merge, got 'genome' of mergekit-evolve: run it with that command"),
         (
             "merge_method: linear\nmodels: [a]",

@@ -365,3 +365,34 @@ def test_what_would_corrupt_memory_is_refused(gpu: torch.device) -> None:
     for message, call in refused:
         with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
             call()
+
+
+class Counted:
+    """A kernel that is launched and does nothing."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grids.append(grid)
+        return lambda **_: None
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "rows", "rank", "parts"),
+    [(8, 10_400, 16, 5), (8, 10_400, 64, 5), (1, 10_400, 16, 44), (8, 40, 16, 3)],
+)
+def test_sums_over_rows_are_cut_for_all_multiprocessors(
+    num_tasks: int, rows: int, rank: int, parts: int, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By shapes alone: into as many parts as there are programs for, and blocks of rows."""
+    by_tiles = Counted()
+    monkeypatch.setattr(kernels, "backward_rows_kernel", Counted())
+    monkeypatch.setattr(kernels, "backward_adapter_kernel", by_tiles)
+    features = torch.empty(num_tasks, rows, 768, device=gpu)
+    down, up = torch.empty(num_tasks, rank, 768, device=gpu), torch.empty(num_tasks, 768, rank, device=gpu)
+    hidden = torch.empty(num_tasks * rows, rank, device=gpu)
+    kernels.surgery_adapter_backward(features, None, features, down, up, None, hidden, False, True)
+    ((tiles, found),) = by_tiles.grids
+    assert (tiles, found) == (12 * num_tasks, parts)
+    assert tiles * found <= kernels.PROGRAMS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -38,6 +38,23 @@ def trained_on(
     losses = kernels.surgery_train(*copy, beta1=betas[0], beta2=betas[1], **options)
     assert all(is_intact(x) for x in copy.moved)
     return [x.cpu() for x in (losses, *copy.moved)]
+
+
+class Launches:
+    """A kernel that tells how it is launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.grids: list[tuple[int, ...]] = []
+        self.cooperative: list[bool] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*arguments: Any, **options: Any) -> Any:
+            self.grids.append(grid)
+            self.cooperative.append(options["launch_cooperative_grid"])
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
 
 
 def assert_close_to_reference(gpu: torch.device, given: Problem, **options: Any) -> None:
@@ -84,6 +101,37 @@ def test_options(gpu: torch.device, options: dict[str, Any]) -> None:
 def test_the_loss_falls(gpu: torch.device) -> None:
     losses = trained_on(gpu, problem(steps=60, dim=32, rank=16), lr=2e-2)[0]
     assert (losses[-10:].mean(dim=0) < 0.9 * losses[:10].mean(dim=0)).all()
+
+
+@pytest.mark.parametrize(("dim", "slices"), [(16, 1), (17, 2), (200, 8)])
+def test_slices_of_a_task(dim: int, slices: int, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that meet, each with its columns of dim, or with several tiles of them; some tasks at once."""
+    launches = Launches(kernels.train_kernel)
+    monkeypatch.setattr(kernels, "train_kernel", launches)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 2 * slices)
+    given = problem(num_tasks=3, dim=dim, rank=40, started=True)
+    assert kernels.TILES[torch.float32][64][16][0] == 16
+    assert_close_to_reference(gpu, given, step=10, zero_grad_steps=1)
+    assert launches.grids == [(2, slices), (1, slices)]
+    assert launches.cooperative == [slices > 1] * 2
+
+
+def test_a_task_that_is_not_aligned_is_read_by_itself(gpu: torch.device) -> None:
+    given = problem(dim=64).map(lambda x: x.to(gpu))
+    moved = given.clone()
+    features = [
+        given.features[0],
+        torch.empty(given.features[1].numel() + 1, device=gpu)[1:].view_as(given.features[1]),
+    ]
+    features[1].copy_(given.features[1])
+    assert features[1].data_ptr() % 16 and not features[0].data_ptr() % 16
+    table, _ = kernels._tables(features, given.targets, 1, 0, 1e-3, (0.9, 0.999), 1e-8, 0)
+    assert table[:, 3].tolist() == [1, 0]
+    losses = [kernels.surgery_train(x, given.targets, *copy[2:]) for x, copy in
+              ((given.features, given.clone()), (features, moved))]  # fmt: skip
+    if gpu.type == "cpu":  # the sums of a GPU are in the order of its layouts
+        assert torch.equal(*losses)
+    torch.testing.assert_close(*losses)
 
 
 def test_cut_into_calls(gpu: torch.device) -> None:

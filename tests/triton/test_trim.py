@@ -256,6 +256,14 @@ def test_ranks_of_nonfinite_values(nonfinite: str, gpu: torch.device) -> None:
     check_ranks(gpu, [base], [moved], 1, [1, 2, 4, 990, -3, -998, -999, -1_000], nonfinite=nonfinite)
 
 
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=option_id)
+def test_ranks_where_many_share_the_largest_key(dtype: torch.dtype, gpu: torch.device) -> None:
+    base, experts = inputs(grid, 2_000, 1, dtype)
+    experts[0][::3] = math.nan
+    check_ranks(gpu, [base], experts, 1, [1, 300, 650, 667, 668, -1, -1_334, -1_500], nonfinite="propagate")
+
+
 def test_ranks_that_are_refused(gpu: torch.device) -> None:
     from surgery_kernels.triton.trim import trim_limits
 

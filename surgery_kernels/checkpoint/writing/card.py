@@ -28,10 +28,11 @@ def model_card(plan: Plan, name: str) -> str:
     }
     base = f" over the base {recipe.base}{_licence(plan, recipe.base)}" if recipe.base else ""
     experts = "\n".join(f"- {reference}{_licence(plan, reference)}" for reference in recipe.experts)
+    how = f"A mixture around {recipe.donor}" if recipe.mixture else f"A merge by {recipe.method.title}{base}"
     card = (
         f"{FENCE}{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}{FENCE}\n"
         f"# {name}\n\n"
-        f"A merge by {recipe.method.title}{base} of\n\n{experts}\n\n"
+        f"{how} of\n\n{experts}\n\n"
         f"made by surgery_kernels {_C.build_info()['version']} with torch {torch.__version__} from this recipe:\n\n"
         f"```yaml\n{recipe.source.strip()}\n```\n"
     )

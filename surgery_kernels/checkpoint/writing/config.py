@@ -10,6 +10,7 @@ from typing import Any
 from ...ops.arguments import name_of
 from ...recipes.modules import role_of
 from ..layer_lists import COUNTED_BY, followed
+from ..mixture import dtype_of, output_of
 from ..plan import Plan
 from ..reading.files import read_json
 from ..reading.parts import Part
@@ -36,6 +37,9 @@ def _merged(plan: Plan, part: Part, config: Mapping[str, Any]) -> dict[str, Any]
 
     Only what is there changes, in the configuration of a language model within another too; a dtype may be new.
     """
+    if plan.recipe.mixture:
+        output = output_of(plan.recipe.mixture, plan.first)
+        return output.configured(config, plan.recipe.mixture, dtype_of(plan.recipe, plan.first))
     merged = _with_layers(plan, config)
     steps = [step for step in plan.merged if plan.first.anatomy.part_of(step.name) is part]
     dtypes = {step.out_dtype for step in steps}

@@ -58,7 +58,7 @@ class Writer:
             OSError: they cannot be made, or one with tensors that the journal calls done is not there any more.
         """
         self._layout, self._journal = layout, journal
-        self._queue: deque[_Item | None] = deque()
+        self._queue: deque[_Item | threading.Event | None] = deque()
         self._pending = 0  # bytes handed over, not yet written
         self._change = threading.Condition()
         self._error: BaseException | None = None
@@ -101,13 +101,17 @@ class Writer:
         self._take(_Item(name, entries, look))
 
     def wait_until_written(self) -> None:
-        """Returns when nothing is left to be written; not all of it need be on the disk.
+        """Returns when all that was handed over is on disk, and the journal knows.
 
         Raises:
             OSError: something could not be written.
         """
+        written = threading.Event()
         with self._change:
-            self._change.wait_for(lambda: self._pending == 0 or self._error)
+            self._check()
+            self._queue.append(written)
+            self._change.notify_all()
+            self._change.wait_for(lambda: written.is_set() or self._error)
             self._check()
 
     def close(self, *, complete: bool) -> None:
@@ -153,6 +157,13 @@ class Writer:
                 if item is None:
                     self._sync(written)
                     return
+                if isinstance(item, threading.Event):
+                    self._sync(written)
+                    written, unsynced = [], 0
+                    with self._change:
+                        item.set()
+                        self._change.notify_all()
+                    continue
                 place, nbytes = self._layout.places[item.name], item.nbytes
                 self._put(item, place)
                 if item.is_final:

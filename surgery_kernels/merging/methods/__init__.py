@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..method import Method
-from .adamerging import AdaMerging
+from .adamerging import AdaMerging, Atlas
 from .fisher import Fisher
 from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, Passthrough, TaskArithmetic, WiseFt
 from .localized import LocalizeAndStitch, MagMax
@@ -60,5 +60,6 @@ METHODS: dict[str, type[Method]] = {
         Fisher,
         RegMean,
         AdaMerging,
+        Atlas,
     )
 }

@@ -282,6 +282,8 @@ class Calibration:
             self.solved.append(name)
 
     def _anchored(self, part: Part, merged: Tensor) -> Tensor:
+        if self._how.anchor == 1:
+            return merged.double()
         stored = self._base.get(part.name)
         if stored is None or part.view(stored).shape != merged.shape:
             raise ValueError(f"base must have {part.name!r} of shape {tuple(merged.shape)}, got none")

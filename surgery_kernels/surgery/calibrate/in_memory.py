@@ -37,7 +37,7 @@ class Calibrated:
 @torch.inference_mode(False)
 def calibrate(
     merged: nn.Module,
-    base: nn.Module | StateDict,
+    base: nn.Module | StateDict | None,
     experts: Mapping[str, Expert],
     batches: Mapping[str, Batches],
     *,
@@ -63,7 +63,7 @@ def calibrate(
 
     Args:
         merged: Any module whose blocks can be called one by one; stays as it is.
-        base: The pretrained model: a module or a state dict.
+        base: The pretrained model: a module or a state dict; may be None where the anchor is the merged model.
         experts: As of `fit`; all are held at a time.
         batches: As of `fit`; 8 to 256 samples of each task.
         lam: Greater than 0, the strength of the anchor. None: the published code's 0.05; 1e-3 with `residual`.
@@ -105,7 +105,7 @@ def calibrate(
     model = copy.deepcopy(merged)
     with ExitStack() as stack, torch.no_grad():
         runner = stack.enter_context(BlockRunner("merged", model, sites, autocast))
-        calibration = Calibration(model, runner, _state(base), sites, how)
+        calibration = Calibration(model, runner, _state(base, how), sites, how)
         pools = {task: pool_of(f"batches[{task!r}]", batches[task], num_workers) for task in experts}
         total = (len(sites.blocks) + 2) * sum(map(len, pools.values()))
         bar = stack.enter_context(progress_bar(total, "calibration", "sample", progress))
@@ -156,9 +156,11 @@ def way_of(task: str, pool: Pool, student: Runs, expert: Runs, batch_size: int, 
     return Way(task, *(Side(model, runner, begun[runner], streams[runner]) for model, runner in (student, expert)))
 
 
-def _state(base: nn.Module | StateDict) -> StateDict:
+def _state(base: nn.Module | StateDict | None, how: Settings) -> StateDict:
     if isinstance(base, nn.Module):
         return base.state_dict()
+    if base is None and how.anchor == 1:
+        return {}
     if not isinstance(base, Mapping):
         raise TypeError(f"base must be a module or a state dict, got {type(base).__name__}")
     return base

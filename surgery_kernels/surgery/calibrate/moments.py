@@ -38,7 +38,7 @@ class LinearMoments:
 
 
 class NormMoments:
-    """Of normalised rows z, of their squares, and of what the expert's layer returned, y."""
+    """Of normalised rows z, of their squares, and of what the expert's layer returned, with a drift if any, y."""
 
     def __init__(self, gain: float) -> None:
         self.gain = gain  # that is added to the weight
@@ -104,8 +104,9 @@ class TaskMoments:
             self.of[layer.name] = NormMoments(gain)
         moments = self.of[layer.name]
         assert isinstance(moments, NormMoments)
+        y = flat(call.answer.output)
         z = normalised(layer.module, call.visit.inputs.detach().flatten(0, -2))
-        moments.add(z, call.answer.output.detach().flatten(0, -2), call.weights)
+        moments.add(z, y if call.drift is None else y + call.drift, call.weights)
 
 
 def flat(rows: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Writer:
 
 
 def find_writers(visits: Sequence[Visit], output: Tensor, layers: Mapping[str, Layer]) -> dict[str, Writer]:
-    """Those of the linear `layers` that add to the stream, by name; from one pass through a block, with gradients.
+    """Those of the layers that add to the stream, by name; from one pass through a block, with gradients.
 
     A sum changes as its term does, whatever else is in it.
     """
@@ -51,7 +51,7 @@ def find_writers(visits: Sequence[Visit], output: Tensor, layers: Mapping[str, L
     sums = [*((visit.name, visit.inputs) for visit in visits), (OUTPUT, output)]
     for number, visit in enumerate(visits):
         layer = layers[visit.name]
-        if layer.is_norm or visit.name in writers:
+        if visit.name in writers:
             continue
         candidates = (
             Writer(layer, name, turned)

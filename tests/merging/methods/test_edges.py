@@ -26,7 +26,7 @@ REQUIRED: dict[str, dict[str, Any]] = {  # what has no default
     **dict.fromkeys(["dare_linear", "dare_ties", "della_linear", "della"], {"density": 0.5}),
     **dict.fromkeys(["breadcrumbs", "breadcrumbs_ties"], {"density": 0.5}),
 }
-NO_POLICY = ["fisher", "regmean", "adamerging"]  # refuse what is not finite
+NO_POLICY = ["fisher", "regmean", "adamerging", "atlas"]  # refuse what is not finite
 
 
 def options_of(name: str, experts: list[StateDict]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def options_of(name: str, experts: list[StateDict]) -> dict[str, Any]:
                 {"matrix": torch.eye(expert["matrix"].shape[-1])} if "matrix" in expert else {} for expert in experts
             ]
         }
-    if name == "adamerging":
+    if name in ("adamerging", "atlas"):
         return {"objective": lambda tensors, step: sum((x.double() ** 2).sum() for x in tensors.values()), "steps": 1}
     return REQUIRED.get(name, {})
 
