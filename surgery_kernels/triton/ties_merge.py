@@ -203,7 +203,7 @@ class Merger:
         """Experts whose loads are on their way at the same time: as many as fit into the registers beside the sums."""
         if split or self.rule == "paper_max" or self.options["KEEP"] & DRAWN.value:
             return 1
-        return 2 if self.options["HAS_RESCALES"] or self.options["KEEP"] else 4
+        return 2 if self.options["HAS_RESCALES"] or self.options["KEEP"] or self.rule == "magmax" else 4
 
     def _rescales(self, scope: Scope, group: Group, limits: Tensor, keep: Tensor | None) -> Tensor | None:
         if not self.rescale:
