@@ -45,6 +45,16 @@ def products(num_tasks: int) -> Steps:
     return steps
 
 
+def positive(num_tasks: int) -> Steps:
+    """Where task vectors have the sign of their sum, in bits."""
+    steps = Steps(num_tasks + 1)
+    task_vectors = [steps.load(1 + t) - steps.load(0) for t in range(num_tasks)]
+    total = sum(task_vectors, 0.0)
+    for x in task_vectors:
+        steps.store_bits(x * total > 0.0)
+    return steps
+
+
 def launches() -> Iterator[Launch]:
     for dtype in (torch.float32, torch.bfloat16):
         tensors = [torch.zeros(1 << 7, 1 << 7, dtype=dtype) for _ in range(66)]
@@ -61,3 +71,6 @@ def launches() -> Iterator[Launch]:
             steps = products(num_tasks)
             call = (tensors[: num_tasks + 1], num_tasks + 1, steps.program, steps.table([]), axis)
             yield Launch(f"{dtype}, {num_tasks} experts, sums per {axis}", partial(steps_out, *call, out=[]))
+        steps, bits = positive(8), list(torch.zeros(8, 1 << 11, dtype=torch.uint8))
+        call = (tensors[:9], 9, steps.program, steps.table([]))
+        yield Launch(f"{dtype}, 8 experts, bits", partial(steps_out, *call, out=bits))
