@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery_kernels import merge_state_dicts
+from surgery_kernels import _C, merge_state_dicts
 from surgery_kernels.merging import diagonal_fisher
+from surgery_kernels.merging.methods import fisher
 from tests.cases import DTYPES, assert_same, generator, option_id
 
 pytestmark = pytest.mark.any_isa
@@ -43,6 +44,18 @@ def test_formula(dtype: torch.dtype) -> None:
         mass = [w * f[name].double().clamp(min=1e-6) for w, f in zip(weights, certainty, strict=True)]
         expected = sum(m * expert[name].double() for m, expert in zip(mass, experts, strict=True)) / sum(mass)
         torch.testing.assert_close(merged[name], expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=option_id)
+def test_one_read(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """In 16 bits piece by piece, so that what is widened stays small."""
+    experts = [{"w": torch.randn(1_000, generator=generator(t)).to(dtype)} for t in range(3)]
+    certainty = [{"w": torch.rand(1_000, generator=generator(t))} for t in range(3)]
+    whole = merge_state_dicts(None, experts, method="fisher", fishers=certainty)["w"]
+    monkeypatch.setattr(fisher, "PIECE", 96)
+    before = _C.bytes_read()
+    assert_same(merge_state_dicts(None, experts, method="fisher", fishers=certainty)["w"], whole)
+    assert _C.bytes_read() - before == 6 * 4_000
 
 
 def test_equal_certainty_is_the_average() -> None:
