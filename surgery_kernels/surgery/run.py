@@ -14,9 +14,9 @@ from torch import nn
 from ..modules.pools import Pool
 from ..modules.sites import Sites
 from .adapters import Rank
-from .cache import fingerprint
 from .experts import Expert, load_expert
-from .resume import Checkpoint
+from .storage.cache import fingerprint
+from .storage.resume import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ...modules.sites import Sites, check_sites, find_sites
 from ...ops import arguments
 from ..experts import Expert, load_expert
 from ..progress import progress_bar
-from ..streams import Streams
+from ..storage.streams import Streams
 from .calibration import Calibration, StateDict
 from .settings import Settings
 from .ties import check_ties

@@ -30,7 +30,7 @@ from ..calibrate.calibration import Calibration
 from ..calibrate.settings import Settings
 from ..calibrate.ways import Side, Way
 from ..progress import progress_bar
-from ..streams import Streams
+from ..storage.streams import Streams
 from .companions import write_companions
 from .data import Inputs
 from .language_model import LanguageModel

@@ -14,7 +14,7 @@ from ..features import Recorder
 from ..measure import Measure
 from ..progress import progress_bar
 from ..run import Run
-from ..store import FeatureStore
+from ..storage.store import FeatureStore
 from .options import ClosedForm
 from .walk import Targets, Walk
 

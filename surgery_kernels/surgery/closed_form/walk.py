@@ -17,8 +17,8 @@ from ..batches import TaskData
 from ..features import check_finite
 from ..run import Run
 from ..seeds import generator
-from ..store import FeatureStore
-from ..streams import Streams
+from ..storage.store import FeatureStore
+from ..storage.streams import Streams
 from .maps import Map, Moments, of_few, solve
 from .options import ClosedForm
 

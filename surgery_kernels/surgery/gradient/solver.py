@@ -15,7 +15,7 @@ from ..batches import TaskData, sample_order, task_data
 from ..features import Recorder
 from ..progress import progress_bar
 from ..run import Run
-from ..store import FeatureStore
+from ..storage.store import FeatureStore
 from .train import Adam, Trainer, train
 from .v1 import FinalTrainer, LinearFinalTrainer
 from .v2 import DeepTrainer

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters import SurgeryAdapters
 from ..features import check_finite
 from ..progress import progress_bar
-from ..resume import Checkpoint
+from ..storage.resume import Checkpoint
 
 
 @dataclass(frozen=True)

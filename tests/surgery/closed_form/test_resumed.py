@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from surgery_kernels.surgery import ClosedForm, Fit
 from surgery_kernels.surgery.closed_form import solver, walk
-from surgery_kernels.surgery.resume import Checkpoint
-from surgery_kernels.surgery.streams import Streams
+from surgery_kernels.surgery.storage.resume import Checkpoint
 from tests.cases import assert_same
-from tests.encoders import CASES, Case, made, perturbed, samples
+from tests.encoders import CASES, Case, made, perturbed
 from tests.fits import TASKS, refusal
 from tests.surgery.closed_form.test_solver import solved
 
@@ -125,22 +124,3 @@ def test_experts_of_tasks_that_are_done_are_not_run(
         expert.register_forward_hook(lambda *_, task=task: ran.add(task))
     solved(merged, experts, batches, checkpoint=tmp_path / "fit.pt")
     assert ran == set(TASKS[1:])
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_streams(on_disk: bool, tmp_path: Path) -> None:
-    """Batches of their own lengths, blocks that change width and dtype, and one that is empty."""
-    folder = tmp_path / "cache" if on_disk else None
-    first = [samples(2, 5, 3), samples(1, 4, 3, seed=1), torch.empty(0, 4, 3)]
-    with Streams(folder) as streams:
-        for tensor in first:
-            streams.append(tensor)
-        assert all(torch.equal(x, y) for x, y in zip(streams, first, strict=True))
-        streams[0] = first[0] + 1
-        streams[1] = wide = samples(1, 4, 7).bfloat16()
-        assert_same(streams[0], first[0] + 1)
-        assert_same(streams[1], wide)
-        assert len(streams) == 3 and streams[2].shape == (0, 4, 3)
-        if on_disk:
-            assert sum(path.stat().st_size for path in tmp_path.glob("cache/*/*")) == 4 * 30 + 2 * 28
-    assert not on_disk or not list((tmp_path / "cache").iterdir())

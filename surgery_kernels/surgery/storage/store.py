@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..modules.inputs import batch_size
-from ..modules.sites import Sites
-from .batches import TaskData
+from ...modules.inputs import batch_size
+from ...modules.sites import Sites
+from ..batches import TaskData
+from ..features import Recorder, check_finite
 from .cache import cached, fingerprint
-from .features import Recorder, check_finite
 
 NUM_PROBES = 16  # samples whose contents tell a cache of other data
 
