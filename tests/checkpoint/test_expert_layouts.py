@@ -12,6 +12,8 @@ from torch import Tensor
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.experts import in_one_layout, layout_of
+from surgery_kernels.checkpoint.reading import lora
+from surgery_kernels.checkpoint.reading.expert_views import FusedExperts
 from surgery_kernels.checkpoint.reading.opening import open_checkpoint
 from tests.checkpoints import TIES, files_in, save_lora, save_safetensors, ties_recipe
 from tests.llama_checkpoints import loaded
@@ -231,3 +233,34 @@ def test_targets_of_single_experts_over_fused_files(models: Any, tmp_path: Path)
         assert found.keys() == same.keys()
         for name, tensor in same.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_no_more_than_an_expert_is_computed_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an adapter on all of them, over files of either layout."""
+    family, name = "qwen3_moe", "model.layers.1.mlp.experts"
+    tensors = split_model(family, 0)
+    factors = torch.randn(2 * EXPERTS, WIDTH), torch.randn(DIM, 2 * EXPERTS)
+    save_lora(tmp_path / "lora", {name: factors}, r=2, target_parameters=["experts.down_proj"], target_modules=[])
+
+    def whole(self: Any, name: str) -> Tensor:
+        raise AssertionError(f"{name} is computed as a whole")
+
+    computed: list[int] = []
+    add = lora.add_products
+
+    def counted(weight: Tensor, *arguments: Any) -> Tensor:
+        computed.append(len(weight))
+        return add(weight, *arguments)
+
+    monkeypatch.setattr(FusedExperts, "_assembled", watched(FusedExperts._assembled, whole))
+    monkeypatch.setattr(lora, "add_products", counted)
+    for kind, model in (("split", tensors), ("fused", fused_model(family, tensors))):
+        folder = save_safetensors(tmp_path / kind, model, config={"model_type": family})
+        given = {"merge_method": "passthrough", "models": [{"model": f"{folder}+{tmp_path / 'lora'}"}]}
+        merge(given, tmp_path / f"{kind}-out", moe_layout="split")
+    assert computed == [1] * 2 * EXPERTS
+    assert_equal(loaded(tmp_path / "split-out"), loaded(tmp_path / "fused-out"))
+
+
+def watched(assembled: Any, refuse: Any) -> Any:
+    return lambda self, name, experts: assembled(self, name, experts) if len(experts) == 1 else refuse(self, name)

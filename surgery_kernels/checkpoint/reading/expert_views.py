@@ -62,23 +62,23 @@ class SplitExperts(_View):
         self.changed = frozenset(
             name for name in self.tensors if (self._below.get(name) or self._pieces[name].fused) in source.changed
         )
-        self._computed: dict[str, Tensor] = {}  # fused tensors of one block
+        self._last: tuple[tuple[str, int], Tensor] | None = None  # what was computed of an expert
 
     def tensor(self, name: str) -> Tensor:
         if name in self._below:
             return self._source.tensor(self._below[name])
         piece = self._pieces[name]
-        if self._source.tensors[piece.fused].offset is not None:
+        info = self._source.tensors[piece.fused]
+        if info.offset is not None:
             return piece.within(self._source.tensor(piece.fused)).contiguous()
-        block = piece.fused.partition(".experts.")[0]
-        # the matrices of an expert come one after the other
-        self._computed = {own: x for own, x in self._computed.items() if own.partition(".experts.")[0] == block}
-        if piece.fused not in self._computed:
-            self._computed[piece.fused] = self._source.tensor(piece.fused)
-        return piece.within(self._computed[piece.fused]).contiguous()
+        expert, start = divmod(piece.start, prod(info.shape[1:]))
+        which, last = (piece.fused, expert), self._last
+        if last is None or last[0] != which:
+            self._last = last = (which, of_expert(self._source, *which))
+        return replace(piece, start=start).within(last[1]).contiguous()
 
     def close(self) -> None:
-        self._computed = {}
+        self._last = None
         super().close()
 
 
@@ -104,11 +104,29 @@ class FusedExperts(_View):
     def tensor(self, name: str) -> Tensor:
         if name in self._below:
             return self._source.tensor(self._below[name])
+        return self._assembled(name, range(self.tensors[name].shape[0]))
+
+    def of_expert(self, name: str, expert: int) -> Tensor:
+        """That of one expert alone of a fused tensor.  # [1, ...]"""
+        return self._assembled(name, range(expert, expert + 1))
+
+    def _assembled(self, name: str, experts: range) -> Tensor:
         info = self.tensors[name]
-        fused = torch.empty(info.shape, dtype=info.dtype)
+        size = prod(info.shape[1:])
+        fused = torch.empty((len(experts), *info.shape[1:]), dtype=info.dtype)
         for piece in self._pieces[name]:
-            piece.within(fused).copy_(self._source.tensor(piece.name))
+            if piece.start // size in experts:
+                here = replace(piece, start=piece.start - experts.start * size)
+                here.within(fused).copy_(self._source.tensor(piece.name))
         return fused
+
+
+def of_expert(source: Source, name: str, expert: int) -> Tensor:
+    """That of one expert alone of a fused tensor, without the others where they would be computed.  # [1, ...]"""
+    own = getattr(source, "of_expert", None)
+    if own and source.tensors[name].offset is None:
+        return own(name, expert)
+    return source.tensor(name)[expert : expert + 1]
 
 
 def _part(info: TensorInfo, piece: Piece) -> TensorInfo:

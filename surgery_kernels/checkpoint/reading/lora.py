@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary.layers import tied_to, untied
-from .expert_views import as_trained
+from .expert_views import as_trained, of_expert
 from .folder import Checkpoint, open_file
 from .lora_product import add_products
 from .lora_settings import ADAPTER_CONFIG, LoraSettings
@@ -69,6 +69,17 @@ class LoraExpert:
             weight = add_products(weight, self._targets.products[name], self._adapter, dtype)
         if name in self._targets.rows:
             weight = self._with_rows(weight.to(dtype), self._targets.rows[name], self.tensors[name].shape)
+        return weight.to(dtype)
+
+    def of_expert(self, name: str, expert: int) -> Tensor:
+        """That of one expert alone of a fused tensor that has changed.  # [1, ...]"""
+        dtype = self.tensors[name].dtype
+        if name in self._targets.replaced:
+            weight = self._adapter.tensor(self._targets.replaced[name])[expert : expert + 1].to(dtype)
+        else:
+            weight = of_expert(self._base, name, expert)
+        if name in self._targets.products:
+            weight = add_products(weight, self._targets.products[name], self._adapter, dtype, expert)
         return weight.to(dtype)
 
     def check_changes(self) -> None:

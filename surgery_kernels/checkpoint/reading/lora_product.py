@@ -13,8 +13,12 @@ from .source import Source
 BLOCK = 1 << 18  # elements of a product in memory: 1 MiB stays in the cache
 
 
-def add_products(weight: Tensor, products: Sequence[Product], adapter: Source, dtype: torch.dtype) -> Tensor:
+def add_products(
+    weight: Tensor, products: Sequence[Product], adapter: Source, dtype: torch.dtype, first_expert: int = 0
+) -> Tensor:
     """``weight + sum of scaling * up @ down``, rounded once; DoRA gives every output a norm of its own.
+
+    `weight`: Of fused ones also those from `first_expert` on alone.
 
     Source: LoRA (arXiv 2106.09685), section 4.1; DoRA (arXiv 2402.09353), equation 5.
     """
@@ -24,7 +28,7 @@ def add_products(weight: Tensor, products: Sequence[Product], adapter: Source, d
         return out
     if products[0].num_experts is not None:
         for expert in range(len(weight)):
-            factors = [_of_expert(product, expert, adapter, compute) for product in products]
+            factors = [_of_expert(product, first_expert + expert, adapter, compute) for product in products]
             _add(out[expert], weight[expert], products, factors)
         return out
     factors = [_factors(product, adapter, compute) for product in products]
