@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.plan import plan_merge
+from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.cli import main
 from surgery_kernels.recipes import load_recipe
+from tests.checkpoints import files_in
+from tests.failing import after, no_room
 from tests.llama_checkpoints import StateDict, assert_same_bits, loaded
 
 pytestmark = [pytest.mark.any_isa, pytest.mark.filterwarnings("ignore")]
@@ -190,3 +193,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused(
         given, "base must be a dense model whose tensors a mixture has too, got 'model.layers.0.self_attn.k_proj.scale'"
     )
+
+
+def test_going_on_with_what_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = recipe(save(tmp_path, "mistral"), "random")
+    merge(given, tmp_path / "whole")
+    monkeypatch.setattr(writer, "SYNC_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "_put", after(20, writer.Writer._put, no_room))
+        with pytest.raises(OSError, match="No space left"):
+            merge(given, tmp_path / "out")
+    with pytest.raises(ValueError, match="resume must be of the same recipe, checkpoints and options"):
+        merge(given, tmp_path / "out", resume=True, random_seed=5)
+    merge(given, tmp_path / "out", resume=True)
+    assert files_in(tmp_path / "out")["model.safetensors"] == files_in(tmp_path / "whole")["model.safetensors"]

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.plan import plan_merge
+from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.recipes import load_recipe
-from tests.checkpoints import save_safetensors
+from tests.checkpoints import files_in, save_safetensors
+from tests.failing import after, no_room
 from tests.llama_checkpoints import Merges, assert_same_bits, loaded
 
-pytestmark = [pytest.mark.any_isa, pytest.mark.filterwarnings("ignore:recipe")]
+pytestmark = [pytest.mark.any_isa, pytest.mark.filterwarnings("ignore:(recipe|config)")]
 
 TEXT = {
     "vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -261,3 +263,16 @@ def test_layers_that_no_configuration_counts(tmp_path: Path) -> None:
         assert plan.notices == [
             f"config.json of {folder} does not say how many layers vision_tower has: set it by hand"
         ]
+
+
+def test_going_on_with_what_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = small(tmp_path / "base"), small(tmp_path / "other")
+    given = recipe([folder], {"text_decoder": listed([folder, other], (1, 2), (0, 2))}, dtype="bfloat16")
+    merge(given, tmp_path / "whole")
+    monkeypatch.setattr(writer, "SYNC_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "_put", after(3, writer.Writer._put, no_room))
+        with pytest.raises(OSError, match="No space left"):
+            merge(given, tmp_path / "out")
+    merge(given, tmp_path / "out", resume=True)
+    assert files_in(tmp_path / "out")["model.safetensors"] == files_in(tmp_path / "whole")["model.safetensors"]
