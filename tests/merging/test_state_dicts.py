@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery_kernels import merge_state_dicts, reference, ties_merge
 from surgery_kernels.merging import METHODS
+from surgery_kernels.merging.state_dicts import SMALL
 from tests.cases import (
     DTYPES,
     SEMANTICS,
@@ -370,3 +371,30 @@ def test_one_memory_under_two_dtypes_is_not_tied() -> None:
         model["as integers"] = model["block.weight"].view(torch.int32) if "block.weight" in model else torch.ones(1)
     merged = merge_state_dicts(base, experts)
     assert_same(merged["as integers"], base["as integers"])
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_small_tensors_go_by_the_call_for_the_one_before(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is decided by tensor; those of another precision by themselves."""
+    shapes = {"a": SMALL + 1, "b": 0, "c": SMALL - 1, "d": 2, "e": 3, "f": SMALL + 1, "g": 5}
+    base = {name: torch.zeros(size, dtype=torch.float64 if name == "e" else torch.float32)
+            for name, size in shapes.items()}  # fmt: skip
+    experts = [{name: torch.full_like(x, i) for name, x in base.items()} for i in (1, 2)]
+    scopes = []
+    merge = METHODS[method].merge
+
+    def recorded(self: Any, scope: Any) -> None:
+        scopes.append(scope.names)
+        merge(self, scope)
+
+    monkeypatch.setattr(METHODS[method], "merge", recorded)
+    merged = merge_state_dicts(base, experts, method=method, scope="tensor")
+    together = [["a", "b", "c"], ["d"], ["e"], ["f", "g"]]
+    assert scopes == (together if method == "task_arithmetic" else [[name] for name in shapes])
+    expected = 3.0 if method == "task_arithmetic" else 1.5
+    assert list(merged) == list(shapes) and all((x == expected).all() for x in merged.values())
+    experts[1]["g"][2] = math.nan
+    with pytest.raises(
+        RuntimeError, match=r"^experts\[1\] must be finite, got 1 NaN or infinite values in tensor 'g'$"
+    ):
+        merge_state_dicts(base, experts, method=method, scope="tensor")
