@@ -105,7 +105,9 @@ def main() -> None:
     "--allow", multiple=True, type=click.Choice(list(ALLOWABLE)), help="Accept such a difference; repeatable."
 )
 @click.option("--nonfinite", type=click.Choice(NONFINITE), default="error", show_default=True, help="NaN and infinity.")
-@click.option("--random-seed", type=int, help="Of random masks, which are mergekit's then; none: 0, drawn by counter.")
+@click.option(
+    "--random-seed", type=int, help="Of random masks and routers, mergekit's then; none: 0, masks by counter."
+)
 @click.option("--stream", type=click.Choice(STREAMS), help="How random masks are drawn, whatever the seed.")
 @click.option(
     "--lora-merge-dtype", type=click.Choice(list(DTYPES)), help="Of what adapters change; none: the recipe's."
