@@ -30,7 +30,7 @@ ADAM_BLOCK = 2048  # parameters that a program of `adam_kernel` takes
 # registers allow, as every tile waits for the cache; what is not here would spill on some GPU.
 TILES = {
     torch.float32: {
-        16: {16: (128, 8), 32: (64, 8), 64: (32, 8), 128: (16, 8)},
+        16: {16: (128, 8), 32: (64, 8), 64: (32, 8), 128: (16, 4)},
         32: {16: (64, 8), 32: (32, 8), 64: (32, 8)},
         64: {16: (16, 8), 32: (16, 4)},
     },
