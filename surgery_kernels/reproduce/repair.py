@@ -30,6 +30,7 @@ class Setting:
     num_samples: int | None = None  # unlabeled samples of each task; None takes all
     on_train: bool = False  # samples of the training split instead of the test split
     solver: str = "gradient"  # or "closed_form", which takes no steps
+    residual: bool = False  # targets of "calibrate"
     calibrated: bool = False  # adapters for the model after "calibrate" on the same samples
 
 
@@ -55,9 +56,11 @@ def repair(
     """
     common: dict[str, Any] = {"autocast": autocast, "progress": progress}
     if setting.calibrated or setting.mode == "calibrate":
-        state = calibrate(merged, base, experts, samples, batch_size=batch_size, **common).state
+        calibrated = calibrate(
+            merged, base, experts, samples, residual=setting.residual, batch_size=batch_size, **common
+        )
         merged = copy.deepcopy(merged)
-        merged.load_state_dict(state)
+        merged.load_state_dict(calibrated.state)
     if setting.mode == "calibrate":
         return merged
     if setting.solver == "gradient":

@@ -29,6 +29,8 @@ SURGERIES = {  # a rank of 52 gives Surgery as many parameters as SurgeryV2 has
     "SurgeryV2": Setting("v2", rank=4),
     CLOSED_FORM: Setting("v2", rank=16, num_samples=64, solver="closed_form"),
     "calibrate": Setting("calibrate", num_samples=64),  # one model for all tasks
+    "calibrate, residual": Setting("calibrate", num_samples=64, residual=True),
+    "calibrate, adapters": Setting("v2", rank=16, num_samples=64, solver="closed_form", calibrated=True),
 }
 SHOWN = "task arithmetic"  # by the plots of a single merge and the ablations
 EAGER_STEPS = 5

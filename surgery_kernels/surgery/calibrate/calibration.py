@@ -167,8 +167,7 @@ class Calibration:
                 LayerVisits(way.expert.model, stage.layers) as theirs,
             ):
                 for batch in range(len(way)):
-                    calls = self._calls(stage, way, batch, mine, theirs, writers, keep=is_last)
-                    moments.add([call for call in calls if call.visit.name in group])
+                    moments.add(self._calls(stage, way, batch, mine, theirs, writers, group, keep=is_last))
                 for name, of_layer in moments.of.items():
                     parts = [part.of(way.expert.model.get_parameter) for part in stage.layers[name].parts]
                     self._add(solvers, owners[name], of_layer, parts[0], parts[1] if len(parts) > 1 else None)
@@ -195,10 +194,11 @@ class Calibration:
         mine: LayerVisits,
         theirs: LayerVisits,
         writers: Mapping[str, Writer],
+        group: Sequence[str],
         *,
         keep: bool,
     ) -> list[Rows]:
-        """The calls of the layers in both models; `keep`: what the expert's pass gives becomes its stream."""
+        """The calls of a group of layers in both models; `keep`: what the expert's pass gives becomes its stream."""
         answers, of_expert = self._answers(stage, way, batch, theirs)
         visits, reads, output = self._visits(stage, way, batch, mine)
         stream = way.student.streams[batch]
@@ -207,7 +207,15 @@ class Calibration:
             way.expert.streams[batch] = of_expert
         weights = RowWeights.of_batch(self._runner, way.student.begun[batch], stream, self._how.unread_weight)
         calls = []
+        finite: set[int] = set()  # layers may have inputs in common
         for visit, answer, read in zip(visits, answers, reads, strict=True):
+            if visit.name not in group:
+                continue
+            whose = {f"merged for task {way.task!r}": visit.inputs, f"experts[{way.task!r}]": answer.inputs}
+            for model, inputs in whose.items():
+                if id(inputs) not in finite:
+                    check_finite(f"inputs of {visit.name!r} in {model}", inputs)
+                    finite.add(id(inputs))
             drift = None
             if writer := writers.get(visit.name):
                 drift = writer.before(answer, answers, of_expert) - writer.before(visit, visits, output)
@@ -264,8 +272,6 @@ class Calibration:
                     f"inputs of {visit.name!r} must have the shape of the merged model's, {list(shape)}, "
                     f"got {list(answer.inputs.shape)} for task {task!r}"
                 )
-            check_finite(f"inputs of {visit.name!r} in merged for task {task!r}", visit.inputs)
-            check_finite(f"inputs of {visit.name!r} in experts[{task!r}]", answer.inputs)
 
     def _load(self, layers: Mapping[str, Layer], solvers: Solvers) -> Iterator[Part]:
         for name, solver in solvers.items():

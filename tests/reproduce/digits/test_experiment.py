@@ -216,13 +216,17 @@ def test_surgery_repairs_in_every_seed(tmp_path: Path) -> None:
         outcomes = measure_jobs(config, folder, list(dict.fromkeys([*jobs, closed_form])))
         of_all_seeds.append(average(outcomes[closed_form].accuracy))
         for name in merges:
-            merged, v1, matched, v2, closed, calibrated = (outcomes[Job(name, setting)] for setting in settings)
+            merged, v1, matched, v2, closed, calibrated, residual, both = (
+                outcomes[Job(name, setting)] for setting in settings
+            )
             rising = [average(x.accuracy) for x in (merged, v1, matched, v2)]
             assert rising == sorted(rising), (seed, name, rising)
             assert rising[3] - rising[1] > 0.5, (seed, name, rising)
             assert rising[3] >= individual - 2, (seed, name, rising, individual)
             assert average(closed.accuracy) > rising[2] and closed.final_bias < 0.35 * merged.final_bias, (seed, name)
             assert average(calibrated.accuracy) > rising[0] + 2 and calibrated.final_bias < merged.final_bias
+            assert average(residual.accuracy) > average(calibrated.accuracy) + 5, (seed, name)
+            assert average(both.accuracy) > rising[2], (seed, name)
             assert v1.final_bias < 0.55 * merged.final_bias and v2.final_bias < 0.35 * merged.final_bias
             for site, bias in merged.bias.items():
                 assert v2.bias[site] < 0.5 * bias, (seed, name, site)
