@@ -1,7 +1,7 @@
 """ties_merge of one tensor, 8 experts, against the toolkits, each under its own semantics, and the bound.
 
-Bound: base and experts are read twice (trim, then merge), or once where they are much larger than the caches, and the
-result is written once.
+Bound: base and experts are read twice (trim, then merge), or once where they are large and have 32 bits, and the result
+is written once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ pytestmark = [
 def least_bytes(num_params: int, dtype: torch.dtype, takes_base: bool) -> int:
     nbytes = num_params * dtype.itemsize
     inputs = (NUM_TASKS + takes_base) * nbytes
-    return (1 if inputs >= _C.one_read_from() else 2) * inputs + nbytes
+    once = dtype.itemsize > 2 and inputs >= _C.one_read_from()
+    return (1 if once else 2) * inputs + nbytes
 
 
 def rounds_of(num_params: int, rounds: int) -> int:

@@ -56,7 +56,7 @@ MERGING = Section(
     ["ties_merge", "trim_thresholds", "mix", "masks", "gram", "steps", "merge_state_dicts"],
     f"""\
 {RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram`, `steps`, `masks random`, DARE and
-MagMax, and TIES of 1 GiB and more: once) and the result written once, at the bandwidth of a large copy measured around
+MagMax, and TIES of 1 GiB in fp32: once) and the result written once, at the bandwidth of a large copy measured around
 every round; left out where everything fits in the caches.""",
 )
 LEARNING = Section(

@@ -1,5 +1,5 @@
-// From which size on a TIES merge reads its inputs once: what is less stays in the caches for the second read, which
-// takes less time than a better guess and what is left to correct.
+// From which size on a TIES merge reads its inputs once: what is less is read a second time faster than a better guess
+// is made and corrected. Inputs of 16 bits do not count: there arithmetic takes the time, not reading.
 #pragma once
 #include <cstdint>
 

@@ -65,6 +65,9 @@ class Neighbourhood {
         .kth_largest(rank - above_);
   }
   int64_t copies(Key key) const { return std::count(near_.begin(), near_.end(), key); }
+  int64_t above(Key key) const {
+    return above_ + std::count_if(near_.begin(), near_.end(), [&](Key other) { return other > key; });
+  }
 
  private:
   const int64_t size_;
@@ -84,6 +87,7 @@ SampledRange<Key> sampled_range(const std::vector<Key>& sample, const std::vecto
   Neighbourhood<Key> near(sample);
   near.move_to(centre - width(binomial), centre + width(binomial));
   const Key middle = near.kth_largest(centre);
+  const double kept_ties = double(centre - near.above(middle)) / double(near.copies(middle));
 
   const double mean = expected / double(ends.size());
   double variance = 0;
@@ -97,6 +101,7 @@ SampledRange<Key> sampled_range(const std::vector<Key>& sample, const std::vecto
   near.move_to(centre - half_width, centre + half_width);
   SampledRange<Key> range;
   range.middle = middle;
+  range.kept_ties = kept_ties;
   range.lo = centre + half_width > size ? 0 : near.kth_largest(centre + half_width);
   range.hi = centre - half_width < 1 ? kInfinityKey<Key> : near.kth_largest(centre - half_width);
   most_copies = std::max(most_copies, int64_t(half_width));

@@ -57,6 +57,7 @@ template <class Key>
 struct SampledRange {
   Key lo, middle, hi;
   bool crowded_ends;  // many keys equal lo or hi
+  double kept_ties;   // the share of those that equal `middle` that make up the rank
 };
 
 // From samples drawn in clusters of neighbours: cluster c is sample[ends[c - 1], ends[c]). Neighbours may be alike

@@ -19,22 +19,34 @@ inline bool reads_once(const Scope& scope, const TiesOptions& options, const Kee
   if (options.thresholds || options.rescale || keep.keep || keep.upper || keep.keep_density) return false;
   int64_t nbytes = 0;
   for (const Part& part : scope.parts)
-    nbytes += (scope.num_tasks + (part.base != nullptr)) * part.numel * size_of(part.dtype);
+    if (size_of(part.dtype) > 2)
+      nbytes += (scope.num_tasks + (part.base != nullptr)) * part.numel * size_of(part.dtype);
   return nbytes >= one_read_from();
 }
+
+// Which keys a limit keeps, rounded or not; which zeros makes no difference.
+template <class Key>
+struct Kept {
+  Interval<Key> ties;
+  int64_t cut;
+
+  Kept(const Scope& scope, const Limit<Key>& limit)
+      : ties(ties_of(scope, limit.threshold)), cut(limit.threshold == 0 ? scope.numel : limit.cut) {}
+  bool holds(Key key, int64_t flat) const { return key > ties.last || (key >= ties.first && flat < cut); }
+};
 
 // What an expert keeps by the limit that was assumed, and by the exact one.
 template <class Key>
 struct Decision {
-  Key assumed_from;
-  Interval<Key> ties;
-  int64_t cut;
+  Kept<Key> assumed, exact;
   Bracket<Key> bracket;
 
-  bool assumed(Key key) const { return key >= assumed_from; }
-  bool exact(Key key, int64_t flat) const { return key > ties.last || (key >= ties.first && flat < cut); }
-  bool differs(Key key, int64_t flat) const { return assumed(key) != exact(key, flat); }
-  bool differs(Key key, int64_t first, int64_t last) const { return differs(key, first) || differs(key, last); }
+  bool differs(Key key, int64_t flat) const { return assumed.holds(key, flat) != exact.holds(key, flat); }
+  // Anywhere from `first` to `last`: what is decided changes at the cuts only.
+  bool differs(Key key, int64_t first, int64_t last) const {
+    const auto within = [&](int64_t flat) { return std::clamp(flat, first, last); };
+    return differs(key, first) || differs(key, within(assumed.cut)) || differs(key, within(exact.cut));
+  }
   // Among keys that are counted and have no places.
   bool differs_at_ends(const ChunkTies& n, int64_t first, int64_t last) const {
     return (n.at_hi > 0 && differs(bracket.top, first, last)) || (n.at_lo > 0 && differs(bracket.lo, first, last));
@@ -145,9 +157,7 @@ class OneRead {
     std::vector<Decision<Key>> decisions;
     for (size_t s = 0; s < search.open().size(); ++s) {
       const size_t i = search.open()[s];
-      const Limit<Key>& exact = merger_.limits()[i];
-      decisions.push_back({ties_of(scope_, assumed_[i].threshold).first, ties_of(scope_, exact.threshold), exact.cut,
-                           tally.brackets[s]});
+      decisions.push_back({{scope_, assumed_[i]}, {scope_, merger_.limits()[i]}, tally.brackets[s]});
     }
     return decisions;
   }

@@ -119,7 +119,8 @@ template <class Key>
 const std::vector<Limit<Key>>& LimitSearch<Key>::expect(Wanted wanted) {
   Expected<Key> found = expected<Key>(scope_, tasks_, rank_, nonfinite_ == NonFinite::drop, wanted);
   brackets_ = std::move(found.brackets);
-  for (size_t s = 0; s < open_.size(); ++s) limits_[open_[s]].threshold = found.middles[s];
+  for (size_t s = 0; s < open_.size(); ++s)
+    limits_[open_[s]] = {found.middles[s], all_ties_ ? scope_.numel : found.cuts[s]};
   return limits_;
 }
 
@@ -142,7 +143,7 @@ const std::vector<Limit<Key>>& LimitSearch<Key>::settle(const Tally<Key>& tally)
     for (int64_t s = first; s < last; ++s) {
       Limit<Key>& limit = limits_[open_[s]];
       found[s] = !forced_histogram && select(scope_, tally, s, rank_[s], &limit.threshold);
-      if (found[s] && !all_ties_) limit.cut = cut(tally, size_t(s), size_t(s));
+      limit.cut = found[s] && !all_ties_ ? cut(tally, size_t(s), size_t(s)) : scope_.numel;
     }
   });
 

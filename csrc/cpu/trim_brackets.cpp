@@ -33,7 +33,8 @@ Expected<Key> expected(const Scope& scope, const std::vector<int64_t>& tasks, co
                        bool drop, Wanted wanted) {
   const size_t slots = tasks.size();
   if (scope.numel <= kDirect)
-    return {std::vector<Bracket<Key>>(slots, {-1, -1, kMaxKey<Key>, kMaxKey<Key>}), std::vector<Key>(slots)};
+    return {std::vector<Bracket<Key>>(slots, {-1, -1, kMaxKey<Key>, kMaxKey<Key>}), std::vector<Key>(slots),
+            std::vector<int64_t>(slots, scope.numel)};
   // The sample costs its size, the candidates cost numel / sqrt(size): the sum is least near numel^(2/3).
   const int64_t places = (wanted == Wanted::places ? kLarger : 1) *
                          int64_t(std::cbrt(double(scope.numel) * double(scope.numel))) / kCluster;
@@ -51,7 +52,8 @@ Expected<Key> expected(const Scope& scope, const std::vector<int64_t>& tasks, co
     const int64_t begin = std::max<int64_t>(0, std::min(position - part.offset, part.numel - kCluster));
     clusters.push_back({&part, begin, std::min(kCluster, part.numel - begin)});
   }
-  Expected<Key> found{std::vector<Bracket<Key>>(slots), std::vector<Key>(slots)};
+  Expected<Key> found{std::vector<Bracket<Key>>(slots), std::vector<Key>(slots),
+                      std::vector<int64_t>(slots, scope.numel)};
   for_each_expert(scope, int64_t(slots), [&](int64_t first, int64_t last) {
     std::vector<Key> sample;
     std::vector<int64_t> ends(places);
@@ -76,6 +78,7 @@ Expected<Key> expected(const Scope& scope, const std::vector<int64_t>& tasks, co
           sampled_range(sample, ends, rank[s], scope.numel, wanted == Wanted::places ? size / kCopies : 0);
       found.brackets[s] = bracket_of(scope, range.lo, range.hi, range.crowded_ends);
       found.middles[s] = stored_key(scope, range.middle);
+      found.cuts[s] = int64_t(range.kept_ties * double(scope.numel));
     }
   });
   return found;

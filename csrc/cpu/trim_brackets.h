@@ -18,6 +18,7 @@ template <class Key>
 struct Expected {
   std::vector<Bracket<Key>> brackets;  // each holds its key with overwhelming probability
   std::vector<Key> middles;            // as they are stored; what is most likely
+  std::vector<int64_t> cuts;           // among the ties of those, likewise
 };
 
 // For every expert of `tasks`, from a sample. Wanted::places: a merge goes by the middles, so the sample is larger, and

@@ -118,6 +118,7 @@ class Plan:
             sum(step.nbytes_read for step in steps) > memory_bytes()
             and all(step.has_base and all(map(step.takes_as_it_is, step.inputs)) for step in steps)
             and all(len(step.experts) == num_tasks for step in steps)
+            and all(self.layout.places[step.name].strides is None for step in steps)  # amended where it lies
             and 0 not in steps[0].method.ranks(sum(step.numel for step in steps), num_tasks)
         )
 
