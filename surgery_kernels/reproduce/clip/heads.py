@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from .folders import InputError
+from ..errors import InputError
 from .models import text_encoder, weight_files
 from .published import canonical
 from .templates import DEFAULT, TEMPLATES

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...merging.progress import SECONDS_BEFORE_SHOWN
-from .folders import InputError
+from ..errors import InputError
 
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 DECODED_AT_ONCE = 64

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from .folders import InputError
+from ..errors import InputError
 
 # transformers 5 has one that does without torchvision
 ImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor

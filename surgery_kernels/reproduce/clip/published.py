@@ -2,12 +2,15 @@
 
 Sources: FusionBench's table for CLIP (pretrained, individual, merges without surgery); the authors' logs of
 Representation Surgery (arXiv 2402.02705) for the rows "+ Surgery". SurgeryV2 (arXiv 2410.14389) says of itself that it
-comes close to the individual experts; its tables are not repeated here.
+comes close to the individual experts; its tables are not repeated here. "calibrate" is FeatCal (arXiv 2605.13030) with
+256 images of each task; TSV-M and Iso-C are of SVC's table on ViT-B/32, TSV-M of ESM's (arXiv 2602.20208) on ViT-L/14.
+What is not run here stands below the table: Surgery and ProbSurgery with 256 images as FeatCal's authors report them,
+EMR-Merging (arXiv 2405.17461) from its paper, WEMoE from AdaRank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TASKS = ("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
 
@@ -22,6 +25,7 @@ class Architecture:
     patch_size: int
     v2_rank: int
     averages: dict[str, float]
+    others: dict[str, float] = field(default_factory=dict)  # of methods that are no rows
 
 
 ARCHITECTURES = (
@@ -38,10 +42,20 @@ ARCHITECTURES = (
             "weight averaging + Surgery": 80.0,
             "task arithmetic": 68.0,
             "task arithmetic + Surgery": 80.9,
+            "task arithmetic + calibrate": 85.5,
             "TIES": 72.2,
             "TIES + Surgery": 83.2,
             "AdaMerging": 82.6,
             "AdaMerging + Surgery": 86.1,
+            "Iso-C": 83.1,
+            "TSV-M": 84.0,
+        },
+        others={
+            "task arithmetic + Surgery, 256 images": 77.0,
+            "task arithmetic + ProbSurgery, 256 images": 78.8,
+            "task arithmetic + FeatCal, 8 images": 82.9,
+            "EMR": 88.7,
+            "WEMoE": 89.5,
         },
     ),
     Architecture(
@@ -80,9 +94,17 @@ ARCHITECTURES = (
             "TIES + Surgery": 89.3,
             "AdaMerging": 91.0,
             "AdaMerging + Surgery": 92.3,
+            "TSV-M": 93.0,
         },
+        others={"EMR": 93.7},
     ),
 )
+
+
+def others(architecture: Architecture) -> str:
+    """What is reported of methods that are no rows of the table; empty if nothing is."""
+    found = [f"{name} {value:.1f}" for name, value in architecture.others.items()]
+    return f"Reported by others: {'; '.join(found)}" if found else ""
 
 
 def canonical(name: str) -> str:

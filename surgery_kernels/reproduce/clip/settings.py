@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS, RANK, SURGERY
+from .methods import IMAGES, METHODS, RANK, SURGERY
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Settings:
     surgery: Sequence[str] = tuple(SURGERY)
     rank: int = RANK
     v2_rank: int | None = None  # None: the paper's for the architecture
+    images: int = IMAGES  # of a task, where there are no steps
     steps: int = 1000
     adamerging_steps: int = 500
     batch_size: int = 16  # images of a task in a step

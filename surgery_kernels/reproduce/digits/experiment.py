@@ -66,7 +66,7 @@ def run(config: Config, out: Path, *, retrain: bool = False, steps: int = STEPS,
         outcomes = evaluate(experts, repaired, steps)
         timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
         surgery = [time_fit(experts, name, steps, repaired) for name in ("Surgery", "SurgeryV2")]
-        methods = training_free.rows(experts.pretrained, experts.experts, partial(average_accuracy, experts))
+        methods = training_free.rows(experts.pretrained, experts.experts, partial(accuracy_of, experts))
     text = [
         f"{table_of(outcomes)}\n\n{in_words(outcomes)}",
         training_free.text(methods),
@@ -116,9 +116,8 @@ def evaluate(experts: Experts, repaired: dict[Job, Outcome], steps: int) -> Outc
     return outcomes
 
 
-def average_accuracy(experts: Experts, state: StateDict) -> float:
-    encoder = experts.config.encoder(state)
-    return average([accuracy(encoder, experts.heads, experts.test, task) for task in range(len(TASKS))])
+def accuracy_of(experts: Experts, state: StateDict, task: int) -> float:
+    return accuracy(experts.config.encoder(state), experts.heads, experts.test, task)
 
 
 def individual(experts: Experts) -> Outcome:

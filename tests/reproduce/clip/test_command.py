@@ -64,6 +64,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--adamerging-steps=0", "--adamerging-steps must be a whole number from 1, got 0"),
         ("--rank=0", "--rank must be a whole number from 1, got 0"),
         ("--v2-rank=-4", "--v2-rank must be a whole number from 1, got -4"),
+        ("--images=0", "--images must be a whole number from 1, got 0"),
         ("--batch-size=1.5", "--batch-size must be a whole number from 1, got 1.5"),
         ("--test-batch-size=0", "--test-batch-size must be a whole number from 1, got 0"),
         ("--max-images=0", "--max-images must be a whole number from 1, got 0"),

@@ -17,7 +17,7 @@ from transformers import CLIPModel
 from surgery_kernels.reproduce.__main__ import main
 from surgery_kernels.reproduce.clip import images as clip_images
 from surgery_kernels.reproduce.clip import published
-from surgery_kernels.reproduce.clip.methods import MERGES
+from surgery_kernels.reproduce.clip.methods import MERGES, SURGERY
 from surgery_kernels.reproduce.clip.models import image_processor
 from surgery_kernels.reproduce.clip.published import Architecture
 from surgery_kernels.surgery import SurgeryAdapters
@@ -36,6 +36,8 @@ from tests.clip_models import (
 )
 
 pytestmark = pytest.mark.any_isa
+
+CLOSED_FORM = ("closed_form", "calibrate+closed_form")
 
 
 @torch.no_grad()
@@ -91,7 +93,8 @@ def test_whole_experiment(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     results = run(
-        "--steps=3", "--adamerging-steps=2", "--batch-size=4", "--rank=2", "--v2-rank=2", "--test-batch-size=4"
+        *("--steps=3", "--adamerging-steps=2", "--batch-size=4", "--rank=2", "--v2-rank=2", "--test-batch-size=4"),
+        "--images=4",
     )
     printed = capsys.readouterr().out
     assert list(results["accuracy"]) == ROWS
@@ -107,6 +110,14 @@ def test_whole_experiment(
             expected = expected_accuracy(vision, clip, model_dir / "pretrained", task, prompts)
             assert results["accuracy"][name][task] == pytest.approx(expected), (name, task)
 
+    in_closed_form = [f"{name} + {repair}" for name in MERGES for repair in list(SURGERY.values())[2:]]
+    assert list(results["held out"]) == in_closed_form  # the others saw every image
+    for name, by_task in results["held out"].items():
+        for task, value in by_task.items():
+            number = {"mnist": 15, "eurosat": 10, "dtd": 7}[task]
+            right, right_unseen = results["accuracy"][name][task] * number / 100, value * (number - 4) / 100
+            assert right_unseen == pytest.approx(round(right_unseen)) and 0 <= round(right - right_unseen) <= 4
+
     folder = result_folder(tmp_path)
     text = (folder / "results.txt").read_text()
     assert text in printed and "published" not in text
@@ -118,6 +129,9 @@ def test_whole_experiment(
         assert v1.tasks == v2.tasks == ("eurosat", "mnist", "dtd") and v1.rank == v2.rank == 2
         assert list(v1.widths.values()) == [16] and list(v2.widths.values()) == [32, 32, 16]
         assert all(up.any() for up in (*v1.up, *v2.up))
+        closed = [SurgeryAdapters.load(folder / f"{options['method']}-{mode}.safetensors") for mode in CLOSED_FORM]
+        assert all(x.kind == "linear" and x.rank == 2 and x.widths == v2.widths for x in closed)
+        assert not torch.equal(closed[0].down[0], closed[1].down[0])
 
 
 @pytest.mark.parametrize("autocast", [[], ["--autocast=bfloat16"]], ids=["float32", "bfloat16"])
@@ -129,11 +143,14 @@ def test_proportions_of_l14(autocast: list[str], data_dir: Path, tmp_path: Path)
     for seed, name in enumerate(("mnist", "dtd")):
         as_vision_tower(tuned(clip, seed), tmp_path / "models" / f"large_{name}")
     folders = [f"--model-dir={tmp_path / 'models'}", f"--data-dir={data_dir}", f"--out={tmp_path}"]
-    options = ["--pretrained=large", "--methods", "average", "--v2-rank=4", "--steps=2", "--adapt-split=train"]
+    options = ["--pretrained=large", "--methods", "average", "--surgery", "v1", "v2", "closed_form", "--steps=2"]
+    options += ["--v2-rank=4", "--adapt-split=train"]
     main(["clip", *folders, *options, *autocast])
     results = json.loads((result_folder(tmp_path) / "results.json").read_text())
     merged = "weight averaging"
-    assert list(results["accuracy"]) == [merged, f"{merged} + Surgery", f"{merged} + SurgeryV2"]
+    repairs = ("Surgery", "SurgeryV2", "closed form")
+    assert list(results["accuracy"]) == [merged, *(f"{merged} + {repair}" for repair in repairs)]
+    assert not results["held out"]  # no test image was seen
     assert list(results["accuracy"][merged]) == ["mnist", "dtd"]
     adapters = SurgeryAdapters.load(result_folder(tmp_path) / "average-v2.safetensors")
     assert list(adapters.widths.values()) == [64, 64, 64, 24] and adapters.rank == 4
@@ -157,7 +174,8 @@ def test_second_run_decodes_nothing_and_repeats_the_first(
 def test_published_averages_stand_beside_ours(
     run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = Architecture("tiny", width=32, depth=2, patch_size=16, v2_rank=3, averages={"pretrained": 12.34})
+    shape = {"width": 32, "depth": 2, "patch_size": 16, "v2_rank": 3}
+    tiny = Architecture("tiny", **shape, averages={"pretrained": 12.34}, others={"WEMoE": 89.5, "EMR": 88.7})
     monkeypatch.setattr(published, "ARCHITECTURES", (tiny,))
     options = ["--methods", "pretrained", "average", "--surgery", "v2", "--steps=1"]
     assert run(*options)["published average"] is None  # of other tasks
@@ -165,6 +183,8 @@ def test_published_averages_stand_beside_ours(
     capsys.readouterr()
     results = run(*options)
     assert results["published average"] == {"pretrained": 12.34} and results["architecture"] == "tiny"
-    header, _, pretrained, merged, repaired = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    *_, told, reported, _ = capsys.readouterr().out.split("\n\n")
+    assert reported == "Reported by others: WEMoE 89.5; EMR 88.7"
+    header, _, pretrained, merged, repaired = told.splitlines()
     assert header.split()[-2:] == ["average", "published"] and pretrained.split()[-1] == "12.3"
     assert len(merged) < len(pretrained) and repaired.split()[:2] == ["+", "SurgeryV2"]

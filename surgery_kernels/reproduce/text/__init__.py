@@ -1,0 +1,1 @@
+"""The paper's experiment on a text encoder, from packages of PyPI: `python -m surgery_kernels.reproduce text`."""
