@@ -44,7 +44,7 @@ if has compute-sanitizer; then
   done
 fi
 if has ncu; then
-  step 60 profile ncu --clock-control none --set full --launch-count 4 --kernel-name "regex:_count|_merge" \
+  step 60 profile ncu --clock-control none --set full --launch-count 4 --kernel-name "regex:_count|_gather|_merge" \
     "$python" bench/gpu_smoke.py $dry
 fi
 limit=$((SECONDS + 20))  # shown in any case

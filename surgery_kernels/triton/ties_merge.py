@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..ops import arguments
 from ..ops.ties_merge import SCALED
-from .addresses import CHUNK, OFFSET, TYPES, Group, Scope, locate, upload, whole_blocks
+from .addresses import CHUNK, OFFSET, TYPES, Group, Scope, locate_chunk, upload, whole_blocks
 from .finite import FiniteCheck
 from .ties_block import merge_block
 from .ties_keep import DRAWN, Keep, given_keys
 from .ties_rescale import rescales_of
 from .trim import check_one_tensor, trim
-from .trim_rounds import CUT, FIELDS, THRESHOLD
+from .trim_rounds import CUT, FIELDS, PROGRAMS, THRESHOLD
 
 BLOCK_BYTES = 2048  # of a tensor, read together: 16 for each of 128 threads
 SMALLEST_DIVISOR = 1e-8  # below it mergekit does not divide
@@ -38,27 +38,68 @@ def _merge(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr, AGAIN: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """AGAIN: only the chunks with draws, under the sign that `sign_sum` has turned out to have."""
+    """The chunk of this program, its draws as if plus were elected."""
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
         if tl.load(nonfinite) != 0:
             return
-    draw_sign = 1
-    if AGAIN:
-        sum_of_all = tl.load(sign_sum)
-        if (sum_of_all > 0) | (tl.load(draws + tl.program_id(0)) == 0):
+    signs, draws_here = _merge_chunk(
+        table, num_parts, columns, tl.program_id(0), num_tasks, limits, numbers, rescales, unique_scales, keep, 1,
+        RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
+        STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER,
+    )  # fmt: skip
+    if RULE == "paper" or RULE == "paper_max":
+        tl.atomic_add(sign_sum, signs.to(tl.int64), sem="relaxed")
+        tl.store(draws + tl.program_id(0), draws_here)
+
+
+@triton.jit
+def _merge_draws(
+    table, num_parts, columns, num_chunks, num_tasks, limits, numbers, rescales, unique_scales, keep, nonfinite,
+    sign_sum, draws,
+    RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """The chunks with draws again, by few programs, where `sign_sum` has turned out not to be plus."""
+    if CHECKED:  # noqa: SIM102
+        if tl.load(nonfinite) != 0:
             return
-        draw_sign = tl.where(sum_of_all < 0, -1, 0)
-    part, row, begin, count = locate(table, num_parts, columns, CHUNK)
+    sum_of_all = tl.load(sign_sum)
+    if sum_of_all > 0:
+        return
+    draw_sign = tl.where(sum_of_all < 0, -1, 0)
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        if tl.load(draws + chunk) != 0:
+            _merge_chunk(
+                table, num_parts, columns, chunk, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
+                RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
+                STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_chunk(
+    table, num_parts, columns, chunk, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
+    RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Gives the elected signs' sum and the draws' count."""
+    part, row, begin, count = locate_chunk(table, num_parts, columns, chunk, CHUNK)
     flat = tl.load(row + OFFSET) + begin
     if HAS_RESCALES:
         rescales += part * num_tasks
     if HAS_UNIQUE:
         unique_scales += part * num_tasks
     signs = tl.zeros([], tl.int32)
-    draws_here = signs
+    draws = signs
     whole = whole_blocks(row, count, BLOCK)
     for at in range(0, whole, BLOCK):
         signs_of_block, draws_of_block = merge_block(
@@ -67,7 +108,7 @@ def _merge(
             STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, True, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
-        draws_here += draws_of_block
+        draws += draws_of_block
     for at in range(whole, count, BLOCK):
         signs_of_block, draws_of_block = merge_block(
             row, part, begin + at, count - at, flat + at, num_tasks, limits, numbers, rescales, unique_scales,
@@ -75,10 +116,8 @@ def _merge(
             STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, BLOCK, TOGETHER,
         )  # fmt: skip
         signs += signs_of_block
-        draws_here += draws_of_block
-    if (RULE == "paper" or RULE == "paper_max") and not AGAIN:
-        tl.atomic_add(sign_sum, signs.to(tl.int64), sem="relaxed")
-        tl.store(draws + tl.program_id(0), draws_here)
+        draws += draws_of_block
+    return signs, draws
 
 
 class Merger:
@@ -189,14 +228,17 @@ class Merger:
             arguments_ = (
                 scope.num_tasks, limits, group.numbers, rescales, unique_scales, keep, finite.found, sign_sum, draws,
             )  # fmt: skip
-            launches.append((group, arguments_))
-        for again in (False, True) if self.semantics == "paper" else (False,):
-            for group, arguments_ in launches:
-                _merge[(group.num_chunks,)](
-                    *group.place, *arguments_, **options, **group.dtypes, AGAIN=again,
-                    ROUNDED=group.dtypes["COMPUTE" if self.semantics == "exact" else "STORED"],
-                    CHUNK=CHUNK, BLOCK=BLOCK_BYTES // group.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
-                )  # fmt: skip
+            rounded = group.dtypes["COMPUTE" if self.semantics == "exact" else "STORED"]
+            constants = {
+                **options, **group.dtypes, "ROUNDED": rounded, "CHUNK": CHUNK,
+                "BLOCK": BLOCK_BYTES // group.dtype.itemsize, "num_warps": 4, "enable_fp_fusion": False,
+            }  # fmt: skip
+            launches.append((group, arguments_, constants))
+        for group, arguments_, constants in launches:
+            _merge[(group.num_chunks,)](*group.place, *arguments_, **constants)
+        for group, arguments_, constants in launches if self.semantics == "paper" else ():
+            programs = min(group.num_chunks, PROGRAMS)
+            _merge_draws[(programs,)](*group.place, group.num_chunks, *arguments_, **constants)
         finite.look()
 
     def _together(self, split: bool) -> int:
