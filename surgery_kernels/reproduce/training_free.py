@@ -15,7 +15,7 @@ from .report import average
 
 StateDict = dict[str, Tensor]
 
-LEARNED = ("fisher", "regmean", "adamerging")  # need inputs
+LEARNED = ("fisher", "regmean", "adamerging", "atlas")  # need inputs
 OF_ONE = ("passthrough", "wise_ft")  # nothing is merged, or only with the base
 OF_EACH = ("tall_masks", "emr")  # a model for every task
 
