@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ...surgery import plot_bias
 from ..errors import InputError
@@ -194,12 +195,15 @@ def plot_cost(outcomes: Outcomes) -> Figure:
         axes.plot(seconds, average(outcome.fitted), "o", color=shade, markerfacecolor="white")
     for name in (SHOWN, "individual"):
         axes.axhline(average(outcomes[name].held_out), color="0.5", linestyle="--", linewidth=1)
-        axes.annotate(f"{name}, held out", (1, average(outcomes[name].held_out)), xycoords=("axes fraction", "data"))
-    for label, shade in {color(name): name for name in repaired}.items():
-        axes.plot([], [], "o", color=label, label=short(shade, outcomes).strip().removeprefix("+ ").split(",")[0])
+        axes.annotate(f"{name}, held out", (0.01, average(outcomes[name].held_out)), xycoords=("axes fraction", "data"))
+    for shade, name in {color(name): name for name in reversed(repaired)}.items():
+        axes.plot([], [], "o", color=shade, label=short(name, outcomes).strip().removeprefix("+ ").split(",")[0])
     axes.set(xscale="log", xlabel="seconds of a processor for the fit, all tasks", ylabel="average accuracy (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92")
     axes.set_title(f"Repairs of {SHOWN}: filled held out, hollow fitted", loc="left", weight="bold")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right")
     return figure
