@@ -33,7 +33,7 @@ from .steps import Step, plan_steps
 from .vocabulary.vocabularies import Vocabularies
 from .writing.layout import Layout, lay_out, with_parts
 
-MOST_NEAR = 1 / 64  # of the entries of a tensor, near the thresholds of the model: more are not kept aside
+MOST_NEAR = 1 / 12  # of the entries of a tensor, near the thresholds of the model: more are not kept aside
 POSITION_BYTES = 8  # of each of them, besides what the models hold there
 
 

@@ -13,12 +13,14 @@ from functools import cache, reduce
 from operator import add
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops.steps import Steps
 from .scope import Scope
 
+BLOCK = 1 << 20  # bytes of bits looked at in one go
 STANDARD_DEVIATIONS = 4  # by which a threshold may be off; beyond them the model is read twice
 
 
@@ -94,9 +96,13 @@ def near(scope: Scope, expected: Expected, most: float) -> Near | None:
         raise RuntimeError(f"experts must be finite, got overflows in tensor {scope.names[0]!r}")
     if float(sums[:, 1].sum()) > most:  # before memory is taken for them
         return None
-    byte = bits.nonzero().view(-1)
-    place = (bits[byte, None] >> torch.arange(8, dtype=torch.uint8) & 1).nonzero()
-    return Near(byte[place[:, 0]] * 8 + place[:, 1], sums[:, :2])
+    blocks = [_set(block) + 8 * BLOCK * i for i, block in enumerate(bits.split(BLOCK))]
+    return Near(torch.cat(blocks), sums[:, :2])
+
+
+def _set(bits: Tensor) -> Tensor:
+    """Which bits of some bytes are set."""
+    return torch.from_numpy(np.flatnonzero(np.unpackbits(bits.numpy(), bitorder="little")))
 
 
 @cache
