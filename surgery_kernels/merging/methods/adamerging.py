@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...ops import arguments
@@ -37,6 +35,8 @@ class Learned:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As a safetensors file."""
+        from safetensors.torch import save_file
+
         tensors = {"coefficients": self.coefficients.cpu().contiguous(), "losses": self.losses.cpu().contiguous()}
         save_file(tensors, path, {NAMES: json.dumps(self.names)})
 
@@ -46,6 +46,8 @@ class Learned:
         Raises:
             ValueError: the file is not one of `save`.
         """
+        from safetensors import safe_open
+
         with safe_open(path, framework="pt") as file:
             names = (file.metadata() or {}).get(NAMES)
             if names is None:
