@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
@@ -35,6 +36,15 @@ def give_back_pages(mapped: mmap.mmap) -> None:
     """Takes the pages of a shared map out of this process; the next access finds them in the page cache."""
     if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def give_back_free_memory() -> None:
+    """Takes the memory of tensors that are gone out of this process.
+
+    The C library keeps it in pieces, which are too small for tensors of another size: what is kept grows.
+    """
+    with suppress(AttributeError, OSError):  # of another library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -168,7 +168,8 @@ class Calibration:
             ):
                 for batch in range(len(way)):
                     moments.add(self._calls(stage, way, batch, mine, theirs, writers, group, keep=is_last))
-                for name, of_layer in moments.of.items():
+                for name in list(moments.of):
+                    of_layer = moments.of.pop(name)  # not held beside what becomes of it in the solver
                     parts = [part.of(way.expert.model.get_parameter) for part in stage.layers[name].parts]
                     self._add(solvers, owners[name], of_layer, parts[0], parts[1] if len(parts) > 1 else None)
         return solvers
@@ -274,7 +275,8 @@ class Calibration:
                 )
 
     def _load(self, layers: Mapping[str, Layer], solvers: Solvers) -> Iterator[Part]:
-        for name, solver in solvers.items():
+        for name in list(solvers):
+            solver = solvers.pop(name)
             parts = layers[name].parts
             of_model = [part.of(self._model.get_parameter) for part in parts]
             anchors = [self._anchored(part, merged) for part, merged in zip(parts, of_model, strict=True)]

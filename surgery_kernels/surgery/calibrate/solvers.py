@@ -40,15 +40,16 @@ class LinearSolver:
             answers = (teacher * cross + (1 - teacher) * gram) @ w.T
             mean = w @ (teacher * y + (1 - teacher) * x)
         k = 1 / max(float(gram.norm()), EPS)
+        gram, answers = gram.mul_(k), answers.mul_(k)
         if self._tasks:
-            self._gram += k * gram
-            self._wanted += k * answers
+            self._gram += gram
+            self._wanted += answers
         else:
-            self._gram, self._wanted = k * gram, k * answers
+            self._gram, self._wanted = gram, answers
         self._tasks.append((k, x, mean, b))
 
     def solve(self, lam: float, anchor: Tensor, anchor_bias: Tensor | None) -> Solution | None:
-        """Anchors float64; None if no task said anything."""
+        """Anchors float64; None if no task said anything. The sums are used up."""
         if not self._tasks:
             return None
         if self._joint and anchor_bias is not None:
@@ -121,7 +122,6 @@ class NormSolver:
 
 
 def _ridge(gram: Tensor, wanted: Tensor, lam: float) -> Tensor:
-    """(gram + lam)^-1 wanted."""
-    damped = gram.clone()
-    damped.diagonal().add_(lam + EPS)
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(damped))
+    """(gram + lam)^-1 wanted, in the memory of gram: it may be the largest matrix there is."""
+    gram.diagonal().add_(lam + EPS)
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))

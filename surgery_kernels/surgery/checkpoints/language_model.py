@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...checkpoint.memory import give_back_free_memory
 from ...checkpoint.reading.source import Source
 from ...modules.sites import Sites, find_sites
 from ...modules.stand_in import standing_in
@@ -74,6 +75,14 @@ class LanguageModel:
     @contextmanager
     def holding(self, block: int, *, own: bool = False) -> Iterator[None]:
         """With the weights of a block; `own`: to be changed. Of any other number there is nothing to hold."""
+        try:
+            with self._held(block, own=own):
+                yield
+        finally:
+            give_back_free_memory()
+
+    @contextmanager
+    def _held(self, block: int, *, own: bool = False) -> Iterator[None]:
         names = [name for name in self._places if block < len(self._blocks) and name.startswith(self._blocks[block])]
         self._put(names, own=own)
         try:
@@ -88,7 +97,7 @@ class LanguageModel:
         held: dict[int, Any] = {}
 
         def before(block: int, *_: object) -> None:
-            held[block] = self.holding(block)
+            held[block] = self._held(block)
             held[block].__enter__()
 
         def after(block: int, *_: object) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...checkpoint.memory import give_back_free_memory
 from ...checkpoint.reading.mapped_file import many_files_open
 from ...checkpoint.reading.opening import open_checkpoint
 from ...checkpoint.reading.source import Source
@@ -145,6 +146,9 @@ def _merge(plan: CalibrationPlan, folder: OutputFolder, device: str, progress: b
     if not stage.is_done(plan.merge):
         stage.begin(plan.merge)
         run_merge(plan.merge, stage.out, resume=True, device=device, progress=progress)
+        for source in plan.merge.sources.values():
+            source.release()
+        give_back_free_memory()
     return stage.out
 
 
@@ -239,6 +243,8 @@ class _Run:
         self._stations.begin(self._stations.next)
         with self._student.holding(block, own=True):
             calibration.block(block, ways, bar)
+            if self._plan.base is not None:
+                self._plan.base.release()  # the anchors' part of it
             prefix = f"{self._student.sites.blocks[block]}."
             self._write(writer, [name for name in self._student.names if name.startswith(prefix)])
         writer.wait_until_written()
@@ -277,6 +283,7 @@ class _Run:
             model = self._plan.models[way.task] if is_expert else self._student
             side = way.expert if is_expert else way.student
             found = perplexity(model, side.runner, side.begun, of_way)
+            model.source.release()  # the head is as large as several blocks
             self._state["perplexities"].setdefault(what, {})[way.task] = found
 
 
