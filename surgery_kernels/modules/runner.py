@@ -116,6 +116,13 @@ class BlockRunner(ExitStack):
             self._stops = False
         return Started(inputs, self._calls(), self._stream_of(*self._given[0]))
 
+    def knows(self, other: BlockRunner) -> None:
+        """What `other` found out at its first `start`, of a model of the same configuration: none of it is run for
+        that again."""
+        self._puts, self._wrapped = list(other._puts), list(other._wrapped)
+        self._place, self._all_alike = other._place, other._all_alike
+        self._hooks.token_major = list(other._hooks.token_major)
+
     def run(self, begun: Started, block: int, stream: Tensor) -> Tensor:
         with autocast_to(self._autocast, self._device):
             output = begun.calls[block].of(self._blocks[block], stream)
@@ -144,7 +151,7 @@ class BlockRunner(ExitStack):
     def _learn(self, one: Inputs) -> None:
         """From one sample: where the stream is, whether blocks are called alike, and that replays are right."""
         self._pass(one)
-        self._puts = [open_output(output, name).put for output, name in self._outputs()]
+        self._puts = [_empty_put(output, name) for output, name in self._outputs()]
         self._wrapped = [False] * len(self._blocks)
         self._place = self._find_stream()
         begun = Started(one, self._calls(), self._stream_of(*self._given[0]))
@@ -254,6 +261,12 @@ def row_weights(inputs: Inputs, features: Tensor) -> Tensor | None:
 def read_weights(read: Tensor, others: float) -> Tensor:
     """1 for rows that are read, and `others` for the rest, in float64."""
     return torch.full(read.shape, others, dtype=torch.float64, device=read.device).masked_fill(read, 1.0)
+
+
+def _empty_put(output: Any, name: str) -> Callable[[Tensor], Any]:
+    """The `put` of a block's output, but without the tokens in it, which it would keep alive."""
+    slot = open_output(output, name)
+    return open_output(slot.put(slot.tensor.new_empty(0)), name).put
 
 
 def _as_it_is(stream: Tensor) -> Tensor:

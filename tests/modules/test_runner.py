@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery_kernels.modules.inputs import select
+from surgery_kernels.modules.outputs import open_output
 from surgery_kernels.modules.runner import BlockRunner, row_weights
 from surgery_kernels.surgery import Sites, attach
-from tests.encoders import CASES, Case, Encoder, made, samples
+from tests.encoders import CASES, Case, Encoder, made, perturbed, samples
 from tests.surgery.test_attach import adapters_for, called, state_of
 
 pytestmark = pytest.mark.any_isa
@@ -208,6 +210,42 @@ def test_calls_do_not_keep_the_tokens_of_their_pass() -> None:
             begun = runner.start(it.inputs)
             kept = [value for call in begun.calls for value in (*call.args, *call.options.values())]
             assert not any(isinstance(x, Tensor) and x.shape == begun.stream.shape for x in kept), case.__name__
+
+
+@torch.no_grad()
+def test_what_it_found_out_keeps_no_tokens() -> None:
+    """Neither those of the sample that it looked at, of every block."""
+    for case in CASES:
+        it = made(case)
+        seen: list[weakref.ref[Tensor]] = []
+
+        def see(_: nn.Module, __: Any, output: Any, seen: list[weakref.ref[Tensor]] = seen) -> None:
+            seen.append(weakref.ref(open_output(output, "").tensor))
+
+        for name in it.blocks:
+            it.model.get_submodule(name).register_forward_hook(see)
+        with BlockRunner("merged", it.model, Sites(blocks=it.blocks)) as runner:
+            runner.start(it.inputs)
+            found_out = seen[: 3 * len(it.blocks)]
+            assert not any(tokens() is not None for tokens in found_out), case.__name__
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@torch.no_grad()
+def test_what_is_known_of_one_model_does_for_another(case: Callable[[], Case]) -> None:
+    it = made(case)
+    expert = perturbed(it.model, 1)
+    runs: list[Any] = []
+    for name in it.blocks:
+        expert.get_submodule(name).register_forward_pre_hook(lambda *_: runs.append(1))
+    sites = Sites(blocks=it.blocks)
+    with BlockRunner("merged", it.model, sites) as runner, BlockRunner("expert", expert, sites) as other:
+        runner.start(it.inputs)
+        other.knows(runner)
+        got = corrected(other, it.inputs, lambda _, x: x, len(it.blocks))
+    # the calls that start and those that finish go past the blocks; to find things out takes three more of each
+    assert sum(runs) <= 3 * len(it.blocks)
+    torch.testing.assert_close(got, it.representation(called(expert, it.inputs)), rtol=1e-5, atol=1e-5)
 
 
 def test_row_weights_are_the_attention_mask() -> None:

@@ -184,7 +184,7 @@ class _Run:
             with ExitStack() as stack:
                 left = self._num_blocks - self._stations.passed + 1
                 bar = stack.enter_context(progress_bar(left * samples, "calibration", "text", self._progress))
-                runner = self._runner(stack, "the merged model", self._student)
+                runner = self._runner(stack)
                 ways = [self._way(stack, runner, number, name) for number, name in enumerate(self._plan.batches)]
                 base = _Base(self._plan.base, self._plan.base_names)
                 sites = self._student.sites
@@ -199,16 +199,18 @@ class _Run:
             writer.close(complete=complete)
         write_companions(self._folder.model, self._plan, self._source, self._layout, self._state["perplexities"])
 
-    def _runner(self, stack: ExitStack, name: str, model: LanguageModel) -> BlockRunner:
-        runner = stack.enter_context(BlockRunner(name, model.backbone, model.sites))
-        with model.on_demand():
+    def _runner(self, stack: ExitStack) -> BlockRunner:
+        """The merged model's. What it finds out is found out here, for the experts too."""
+        runner = stack.enter_context(BlockRunner("the merged model", self._student.backbone, self._student.sites))
+        with self._student.on_demand():
             runner.start(next(iter(self._plan.batches.values())).batches[0])
         return runner
 
     def _way(self, stack: ExitStack, runner: BlockRunner, number: int, name: str) -> Way:
         batches, expert = self._plan.batches[name], self._plan.models[name]
         expert.load(self._plan.dtype, self._device)
-        of_expert = self._runner(stack, name, expert)
+        of_expert = stack.enter_context(BlockRunner(name, expert.backbone, expert.sites))
+        of_expert.knows(runner)
         sides = []
         for who, model, of_model in (("merged", self._student, runner), ("expert", expert, of_expert)):
             streams = KeptStreams(self._stations, f"{number}-{who}", len(batches.batches), self._device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.surgery import calibrate
 from surgery_kernels.surgery.checkpoints import calibrate_checkpoint
+from surgery_kernels.surgery.checkpoints.language_model import LanguageModel
 from tests.llama_checkpoints import loaded
 
 pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
@@ -136,6 +137,23 @@ def test_a_model_that_is_merged_already(learned: tuple[dict[str, Any], Path], tm
     first, second = (loaded(tmp_path / name) for name in ("at_once", "after"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "merged").exists()
+
+
+def test_blocks_of_experts_are_read_once(
+    learned: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, data = learned
+    put, read = LanguageModel._put, []
+
+    def counted(self: LanguageModel, names: Sequence[str], **options: Any) -> None:
+        read.extend(f"{self.source.name}/{name}" for name in names if ".layers." in name)
+        put(self, names, **options)
+
+    monkeypatch.setattr(LanguageModel, "_put", counted)
+    calibrate_checkpoint(recipe, data, tmp_path / "out", progress=False)
+    for model in recipe["models"]:
+        of_expert = [name for name in read if name.startswith(f"{model['model']}/")]
+        assert len(of_expert) == len(set(of_expert)) == 3 * 9
 
 
 def test_shards_and_16_bits(tmp_path: Path) -> None:
