@@ -18,8 +18,8 @@ namespace {
 // What tells tensors of one shape apart from those of another kind: any dtype, of ops' or not.
 std::tuple<int32_t, int32_t, int32_t> kind_of(const Tensor& t) {
   int32_t dtype, device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
   return {dtype, device, t.get_device_index()};
 }
 
