@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -52,6 +52,20 @@ Exit codes:
   2    wrong arguments, recipe or checkpoints; nothing was written
   130  interrupted; --resume goes on from there
 """
+
+
+def _running(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of what computes a model and writes it."""
+    for option in (
+        click.option("--quiet", is_flag=True, help="Say nothing but errors."),
+        click.option(
+            "--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of the files of the result."
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="On the CPU; all cores unless given."),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+    ):
+        command = option(command)
+    return command
 
 
 @contextmanager
@@ -128,10 +142,7 @@ def main() -> None:
 @click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="On the CPU; all cores unless given.")
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of the files of the result.")
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@_running
 def merge(
     recipe: str,
     out: str | None,
@@ -224,10 +235,7 @@ def merge(
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Texts in one pass.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, behind the last block that is done.")
 @click.option("--dry-run", is_flag=True, help="Check everything and stop; nothing is written.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="On the CPU; all cores unless given.")
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of the files of the result.")
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@_running
 def calibrate(
     recipe: str,
     data: str,

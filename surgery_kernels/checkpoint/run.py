@@ -112,19 +112,11 @@ def run(
 ) -> None:
     """Carries out a plan; arguments and errors as in `merge`."""
     folder, where = check(plan, out, resume=resume, device=device)
-    with limited_threads(threads), many_files_open():
-        journal = folder.begin(plan.identity)
-        try:
-            if not folder.is_published(journal):
-                _write_model(plan, folder, journal, where, progress)
-                folder.publish()
-            folder.discard()
-        except BaseException:
-            if not journal.done and journal.decided is None:
-                folder.abandon()  # nothing in it is worth going on with
-            raise
-        finally:
-            journal.close()  # and with it the lock
+    with limited_threads(threads), many_files_open(), folder.begun(plan.identity) as journal:
+        if not folder.is_published(journal):
+            _write_model(plan, folder, journal, where, progress)
+            folder.publish()
+        folder.discard()
 
 
 def check(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..sizes import format_size
@@ -48,6 +50,19 @@ class OutputFolder:
         if not self.out.exists():
             self.model.mkdir(exist_ok=True)
         return Journal(self.partial / "journal.jsonl", identity)
+
+    @contextmanager
+    def begun(self, identity: str) -> Iterator[Journal]:
+        """`begin`, with the lock held; what fails before anything was done that is worth going on with is removed."""
+        journal = self.begin(identity)
+        try:
+            yield journal
+        except BaseException:
+            if not journal.done and journal.decided is None:
+                self.abandon()
+            raise
+        finally:
+            journal.close()  # and with it the lock
 
     def is_published(self, journal: Journal) -> bool:
         """Whether an earlier try got as far as the new name, and no further.

@@ -112,22 +112,14 @@ def run(
 ) -> Perplexities:
     """Carries out a plan; arguments and errors as of `calibrate_checkpoint`."""
     folder, where = check(plan, out, resume=resume, device=device)
-    with limited_threads(threads), many_files_open(), torch.no_grad():
-        journal = folder.begin(plan.identity)
-        try:
-            if not folder.is_published(journal):
-                merged = plan.merged or _merge(plan, folder, device, progress)
-                with closing(open_checkpoint(merged)) as source:
-                    _Run(plan, source, folder, journal, where, progress).go()
-                folder.publish()
-            found: Perplexities = journal.decided["perplexities"]
-            folder.discard()
-        except BaseException:
-            if not journal.done and journal.decided is None:
-                folder.abandon()  # nothing in it is worth going on with
-            raise
-        finally:
-            journal.close()  # and with it the lock
+    with limited_threads(threads), many_files_open(), torch.no_grad(), folder.begun(plan.identity) as journal:
+        if not folder.is_published(journal):
+            merged = plan.merged or _merge(plan, folder, device, progress)
+            with closing(open_checkpoint(merged)) as source:
+                _Run(plan, source, folder, journal, where, progress).go()
+            folder.publish()
+        found: Perplexities = journal.decided["perplexities"]
+        folder.discard()
     return found
 
 
