@@ -33,7 +33,7 @@ from surgery_kernels.merging import METHODS
 
 SIZES = [(8, 512), pytest.param((20, 1536), marks=pytest.mark.large)]  # layers and width: 58M and 665M parameters
 COMMANDS = {
-    "ours": [sys.executable, "-m", "surgery_kernels.cli", "merge", "--quiet"],
+    "ours": [sys.executable, "-m", "surgery_kernels", "merge", "--quiet"],
     "mergekit": [sys.executable, str(Path(__file__).with_name("mergekit_yaml.py")), "--no-copy-tokenizer", "--quiet"],
 }
 SEED = ["--random-seed", "0"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -24,6 +25,8 @@ from click.testing import CliRunner, Result
 from surgery_kernels import _C, cli
 from surgery_kernels.checkpoint import estimate, open_checkpoint
 from surgery_kernels.checkpoint.writing import writer
+from surgery_kernels.cli import merge as command_merge
+from surgery_kernels.cli.options import Size
 from surgery_kernels.merging import METHODS
 from tests.checkpoints import files_in, save_lora, save_models, save_safetensors, state_dict, ties_recipe
 from tests.failing import after, no_room
@@ -206,13 +209,13 @@ def test_wrong_options(recipe: str, out: Path, arguments: list[str], message: st
     [("1", 1), ("500MB", 500 * 10**6), ("5GB", 5 * 10**9), ("1.5 kb", 1500), (" 2tb", 2 * 10**12), ("1e3", 1000)],
 )
 def test_sizes(text: str, nbytes: int) -> None:
-    assert cli.Size().convert(text, None, None) == nbytes
+    assert Size().convert(text, None, None) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "0", "0.5", "-1GB", "GB", "5GiB", "nan", "inf"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(cli.click.BadParameter, match="must be a number of bytes such as 500MB or 5GB, got"):
-        cli.Size().convert(text, None, None)
+    with pytest.raises(click.BadParameter, match="must be a number of bytes such as 500MB or 5GB, got"):
+        Size().convert(text, None, None)
 
 
 def test_dtype_of_adapters(tmp_path: Path, folders: list[str], out: Path) -> None:
@@ -247,13 +250,13 @@ def test_disk_full_and_resume(
 
 def test_an_input_that_goes_away(recipe: str, folders: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the writing has begun it is a failure on the way, although no file is there."""
-    check = cli.check_run
+    check = command_merge.check_run
 
     def and_remove(*arguments: Any, **options: Any) -> None:
         check(*arguments, **options)
         (Path(folders[2]) / "model.safetensors").unlink()
 
-    monkeypatch.setattr(cli, "check_run", and_remove)
+    monkeypatch.setattr(command_merge, "check_run", and_remove)
     stopped(1, ".*No such file.*", "merge", recipe, out)
     assert not out.exists()
 
@@ -271,21 +274,21 @@ def test_interrupted(recipe: str, out: Path, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupt)
+    monkeypatch.setattr(command_merge, "run", interrupt)
     stopped(130, "interrupted: run it again with --resume to go on", "merge", recipe, out)
-    monkeypatch.setattr(cli, "plan_merge", interrupt)
+    monkeypatch.setattr(command_merge, "plan_merge", interrupt)
     stopped(130, "interrupted", "merge", recipe, out)
 
 
 def test_nobody_reads_on(folders: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    echo = cli.click.echo
+    echo = click.echo
 
     def refuse(message: str, err: bool = False) -> None:
         if not err:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         echo(message, err=err)
 
-    monkeypatch.setattr(cli.click, "echo", refuse)
+    monkeypatch.setattr(click, "echo", refuse)
     result = run("diff", *folders[:2])
     assert (result.exit_code, result.output) == (1, "")
 
@@ -333,7 +336,7 @@ def test_help() -> None:
 
 
 def test_silent_where_nobody_watches(recipe: str, out: Path) -> None:
-    command = [sys.executable, "-m", "surgery_kernels.cli", "merge", recipe, str(out)]
+    command = [sys.executable, "-m", "surgery_kernels", "merge", recipe, str(out)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "") and f"\nwrote {out}: " in result.stdout
 
@@ -341,7 +344,7 @@ def test_silent_where_nobody_watches(recipe: str, out: Path) -> None:
 def test_a_bar_on_a_terminal(recipe: str, out: Path) -> None:
     terminal, stderr = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "surgery_kernels.cli", "merge", recipe, str(out)]
+    command = [sys.executable, "-m", "surgery_kernels", "merge", recipe, str(out)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr) as process:
         os.close(stderr)
         shown = b""

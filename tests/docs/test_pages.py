@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click import Command, Group
+from click import Context
 
 from surgery_kernels import cli
+from surgery_kernels.cli.methods import methods_table
 from surgery_kernels.recipes import parse_recipes
 from tests.checkpoints import save_safetensors, state_dict
 from tests.encoders import Encoder
@@ -86,14 +87,14 @@ def commands_of(path: Path) -> list[str]:
 )
 def test_commands(page: str, command: str) -> None:
     _, name, *words = command.split()
-    assert isinstance(cli.main, Group) and name in cli.main.commands
-    found: Command = cli.main.commands[name]
+    found = cli.main.get_command(Context(cli.main), name)
+    assert found is not None
     options = {option for parameter in found.params for option in parameter.opts + parameter.secondary_opts}
     assert {word for word in words if word.startswith("--")} <= options
 
 
 def test_the_table_of_methods_is_what_they_declare() -> None:
-    assert f"<!-- methods -->\n{cli.methods_table()}\n<!-- /methods -->" in text_of("docs/methods.md")
+    assert f"<!-- methods -->\n{methods_table()}\n<!-- /methods -->" in text_of("docs/methods.md")
 
 
 def test_the_front_page_shows_rows_of_the_benchmarks() -> None:

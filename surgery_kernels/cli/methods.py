@@ -1,0 +1,83 @@
+"""surgery-kernels methods."""
+
+from __future__ import annotations
+
+import inspect
+
+import click
+
+from ..merging import METHODS, Method, Parameter
+from ..merging.method import NONE_GIVEN, count_in_words
+from ..ops.arguments import check_one_of
+from .exits import errors_as_exit_codes
+
+DECIDES = {
+    "element": "each element alone",
+    "tensor": "over each tensor",
+    "row": "over each row of a tensor",
+    "scope": "over each tensor, or over the model (scope: model)",
+    "model": "over the model",
+}
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="The list as a table.")
+def methods(name: str | None, markdown: bool) -> None:
+    """List the merging methods, or explain the one called NAME."""
+    with errors_as_exit_codes():
+        if markdown:
+            click.echo(methods_table())
+            return
+        if name is None:
+            width = max(map(len, METHODS))
+            for method in METHODS.values():
+                click.echo(f"{method.name:{width}}  {method.summary()}")
+            return
+        check_one_of("name", name, tuple(METHODS))
+        _explain(METHODS[name])
+
+
+def methods_table() -> str:
+    """One line for every method, as it declares itself."""
+    rows = ["| method | what it does | models | source |", "|---|---|---|---|"]
+    for method in METHODS.values():
+        name = f"`{method.name}`" if method.in_recipes else f"`{method.name}` (Python only)"
+        base = {"required": "base + ", "optional": "(base +) ", "none": ""}[method.base]
+        number = count_in_words(method).replace("exactly ", "").replace("at least ", "\u2265 ")
+        rows.append(f"| {name} | {method.summary()} | {base}{number} | {method.source} |")
+    return "\n".join(rows)
+
+
+def _explain(method: type[Method]) -> None:
+    """What a method declares."""
+    base = {"required": "a base and ", "optional": "a base or none, and ", "none": ""}[method.base]
+    experts = "models" if method.base == "none" else "experts"
+    click.echo(f"{method.name}: {inspect.getdoc(method)}\n\n    {method.formula}\n")
+    click.echo(f"takes     {base}{count_in_words(method)} {experts}")
+    click.echo(f"decides   {DECIDES[method.decides]}")
+    click.echo(f"source    {method.source}")
+    click.echo(f"recipes   {'merge_method: ' + method.name if method.in_recipes else 'from Python only'}")
+    for title, of_model in (("for each model", True), ("for the merge", False)):
+        parameters = [parameter for parameter in method.parameters() if parameter.per_model == of_model]
+        if parameters:
+            click.echo(f"\nparameters {title}:")
+        for parameter in parameters:
+            click.echo(f"  {_in_both(parameter):24} {parameter.meaning}: {parameter.values}{_default(parameter)}")
+
+
+def _in_both(parameter: Parameter) -> str:
+    """Its name in Python, and in recipes where that is another."""
+    named = parameter.key is None or parameter.key == parameter.name
+    return parameter.name if named else f"{parameter.name} ({parameter.key})"
+
+
+def _default(parameter: Parameter) -> str:
+    if parameter.required:
+        return "; must be given"
+    in_recipes = ""
+    if parameter.key is not None and parameter.recipe_default is NONE_GIVEN:
+        in_recipes = ", must be given in recipes"
+    elif parameter.key is not None and parameter.recipe_default != parameter.default:
+        in_recipes = f", {parameter.recipe_default} in recipes"
+    return f"; default {parameter.default}{in_recipes}"
