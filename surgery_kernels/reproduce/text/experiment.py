@@ -16,12 +16,12 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from ...surgery import plot_bias
 from ..errors import InputError
-from ..jobs import Job, one_thread
+from ..jobs import Job
 from ..report import average, color, plot_averages, say, short, table
 from . import methods
 from .bars import Bar, bars
 from .experts import Config, Place, prepare
-from .measure import Outcome, individual, measure_jobs, pretrained
+from .measure import Outcome, measure_jobs
 from .methods import SHOWN, drawn, row_name
 from .packages import ENCODER, find, locate
 from .tasks import DEFAULT, ORANGE, TASKS
@@ -62,10 +62,8 @@ def run(settings: Settings, out: Path) -> Outcomes:
     repairs = sum(job.setting is not None for job in jobs)
     say(f"Merging in {len(merges)} ways, {repairs} repairs, none of which sees a label or a text held out")
     measured = measure_jobs(place, merges, jobs)
-    with one_thread():
-        first, last = pretrained(place), individual(place)
-    outcomes = rows(merges, measured, first, last, quick=settings.quick)
-    held_to = bars(measured, last)
+    outcomes = rows(merges, measured, quick=settings.quick)
+    held_to = bars(measured, outcomes["individual"])
     ended = time.perf_counter()
 
     folder = out / f"text-{'quick-' if settings.quick else ''}{settings.seed}-{len(settings.tasks)}-tasks"
@@ -97,15 +95,13 @@ def packages_of(settings: Settings) -> dict[str, Path]:
     return found
 
 
-def rows(
-    merges: Mapping[str, Any], measured: Mapping[Job, Outcome], first: Outcome, last: Outcome, *, quick: bool
-) -> Outcomes:
+def rows(merges: Mapping[str, Any], measured: Mapping[Job, Outcome], *, quick: bool) -> Outcomes:
     """Every row of the table, from the pretrained encoder to the experts."""
-    outcomes = {"pretrained": first}
+    outcomes = {"pretrained": measured[Job("pretrained")]}
     for merge in merges:
         for setting in (None, *methods.repairs(merge, quick=quick)):
             outcomes[row_name(Job(merge, setting))] = measured[Job(merge, setting)]
-    return outcomes | {"individual": last}
+    return outcomes | {"individual": measured[Job("individual")]}
 
 
 def tables(tasks: tuple[str, ...], outcomes: Outcomes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -22,6 +22,10 @@ from .methods import ADAMERGING, drawn
 from .texts import Split
 from .training import LOGIT_SCALE
 
+ENDS: dict[str, Callable[[Lab], dict[str, nn.Module]]] = {  # the rows that are no merge: each task's encoder
+    "pretrained": lambda lab: dict.fromkeys(lab.tasks, lab.encoder()),
+    "individual": lambda lab: {task: expert_of(lab, task) for task in lab.tasks},
+}
 BATCH = 64  # texts in one pass, where there are no steps
 BIAS_TEXTS = 32  # held out, for the bias by depth
 
@@ -45,12 +49,15 @@ def lab_at(place: Place) -> Lab:
 
 
 def measure_jobs(place: Place, merges: Mapping[str, Mapping[str, Any]], jobs: Sequence[Job]) -> dict[Job, Outcome]:
-    """All jobs, side by side."""
+    """All jobs, and those of the ends, side by side."""
+    jobs = [*jobs, *map(Job, ENDS)]
     return run_jobs(jobs, partial(run_merge, place, merges), partial(run_job, place))
 
 
 def run_merge(place: Place, merges: Mapping[str, Mapping[str, Any]], name: str) -> StateDict:
-    """The merged blocks."""
+    """The merged blocks; none where there is nothing to merge."""
+    if name in ENDS:
+        return {}
     lab, options = lab_at(place), dict(merges[name])
     with autocast_of(lab):
         if options["method"] == "adamerging":
@@ -73,6 +80,8 @@ def entropy(lab: Lab) -> Any:
 def run_job(place: Place, job: Job, blocks: StateDict) -> Outcome:
     """Repairs and measures a merged model; a function of its arguments alone."""
     lab = lab_at(place)
+    if job.merge in ENDS:
+        return measure(lab, ENDS[job.merge](lab))
     merged = lab.encoder(blocks)
     if job.setting is None:
         return measure(lab, dict.fromkeys(lab.tasks, merged), depths=job in drawn())
@@ -110,7 +119,7 @@ def measure(lab: Lab, models: Mapping[str, nn.Module], *, depths: bool = False) 
     fitted: list[float] = []
     distances, by_depth = [], []
     for task, model in models.items():
-        data, expert = lab.data[task], expert_of(lab, task)
+        data = lab.data[task]
         options: dict[str, Any] = {"task": task} if isinstance(model, SurgeryModel) else {}
         encode = partial(model, **options)
         features = features_of(lab, encode, data.splits["held_out"])
@@ -119,7 +128,7 @@ def measure(lab: Lab, models: Mapping[str, nn.Module], *, depths: bool = False) 
         fitted.append(accuracy(features_of(lab, encode, data.splits["adapt"]), data.head, data.splits["adapt"]))
         if depths:
             some = data.splits["held_out"][:BIAS_TEXTS].shortened().inputs
-            by_depth.append(representation_bias(model, expert, some, **options))
+            by_depth.append(representation_bias(model, expert_of(lab, task), some, **options))
     sites = by_depth[0] if by_depth else ()
     bias = {site: average([of_task[site] for of_task in by_depth]) for site in sites}
     return Outcome(held_out, fitted, average(distances), bias)
@@ -149,13 +158,3 @@ def features_of(lab: Lab, model: Any, split: Split) -> Tensor:
 def autocast_of(lab: Lab) -> torch.autocast:
     dtype = lab.place.autocast
     return torch.autocast("cpu", dtype, enabled=dtype is not None)
-
-
-def individual(place: Place) -> Outcome:
-    lab = lab_at(place)
-    return measure(lab, {task: expert_of(lab, task) for task in lab.tasks})
-
-
-def pretrained(place: Place) -> Outcome:
-    lab = lab_at(place)
-    return measure(lab, dict.fromkeys(lab.tasks, lab.encoder()))
