@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...modules.inputs import select
+from ...modules.layer_visits import LayerVisits
+from ...modules.layers import Layer, Part, known_layers
 from ...modules.runner import BlockRunner
 from ...modules.sites import Sites
+from ...modules.ties import first_of_tied
 from ...modules.visits import Visit
 from ..features import check_finite
 from ..seeds import generator
-from .layers import Layer, Part, known_layers
 from .moments import LinearMoments, NormMoments, Rows, TaskMoments
 from .row_weights import RowWeights
 from .settings import Settings
 from .solvers import LinearSolver, NormSolver
-from .ties import first_of_tied
-from .visits import LayerVisits
 from .ways import Side, Way
 from .writers import Writer, find_writers
 

@@ -15,13 +15,13 @@ from ...modules.inputs import batch_size as size_of
 from ...modules.pools import Batches, Pool, pool_of
 from ...modules.runner import BlockRunner, Started
 from ...modules.sites import Sites, check_sites, find_sites
+from ...modules.ties import check_ties
 from ...ops import arguments
 from ..experts import Expert, load_expert
 from ..progress import progress_bar
 from ..storage.streams import Streams
 from .calibration import Calibration, StateDict
 from .settings import Settings
-from .ties import check_ties
 from .ways import Side, Way
 
 

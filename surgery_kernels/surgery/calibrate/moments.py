@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...modules.layers import Layer, flat, gain_of, normalised
 from ...modules.visits import Visit
 from ...ops import GramCross, gram_cross
-from .layers import Layer, gain_of, normalised
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,6 @@ class TaskMoments:
         y = flat(call.answer.output)
         z = normalised(layer.module, call.visit.inputs.detach().flatten(0, -2))
         moments.add(z, y if call.drift is None else y + call.drift, call.weights)
-
-
-def flat(rows: Tensor) -> Tensor:
-    """[rows, dim], in float32 or wider."""
-    rows = rows.detach().flatten(0, -2)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _products(x: Tensor, y: Tensor, weights: Tensor | None) -> GramCross:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...merging import merge_state_dicts
+from ...modules.layer_visits import LayerVisits
+from ...modules.layers import Layer, flat, known_layers
 from ...modules.pools import Batches, pool_of
 from ...modules.runner import BlockRunner
 from ...modules.sites import Sites
@@ -17,10 +19,7 @@ from ...ops import arguments, gram_cross
 from ..experts import Expert, load_expert
 from ..progress import progress_bar
 from .in_memory import checked_sites, way_of
-from .layers import Layer, known_layers
-from .moments import flat
 from .row_weights import RowWeights
-from .visits import LayerVisits
 from .ways import Way
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...modules.layers import Layer
 from ...modules.visits import Visit
 from ..seeds import generator
-from .layers import Layer
 
 OUTPUT = ""  # in place of a layer's name: the sum is what the block returns
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ...modules.sites import Sites
 from .layers import Layer
+from .sites import Sites
 
 
 def check_ties(model: nn.Module, sites: Sites) -> None:

@@ -1,4 +1,4 @@
-"""Layers that calibration knows: where their parameters lie, and which rows go through them."""
+"""Layers that are linear maps or normalisations: where their parameters lie, and which rows go through them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...modules.visits import Visit
+from .visits import Visit
 
 Tensors = Callable[[str], Tensor]  # by their names in a model
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -121,6 +121,12 @@ def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
         x = x.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
     dims = len(module.kernel_size)
     return x.movedim(1, 1 + dims).flatten(1 + dims)
+
+
+def flat(rows: Tensor) -> Tensor:
+    """[rows, dim], in float32 or wider."""
+    rows = rows.detach().flatten(0, -2)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def normalised(layer: nn.Module, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...modules.visits import Visit, watched
 from .layers import Layer, projections
+from .visits import Visit, watched
 
 See = Callable[[Visit], None]
 
