@@ -26,6 +26,7 @@ from surgery_kernels import _C, cli
 from surgery_kernels.checkpoint import estimate, open_checkpoint
 from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.cli import merge as command_merge
+from surgery_kernels.cli.exits import MANUAL
 from surgery_kernels.cli.options import Size
 from surgery_kernels.merging import METHODS
 from tests.checkpoints import files_in, save_lora, save_models, save_safetensors, state_dict, ties_recipe
@@ -57,10 +58,11 @@ def run(*arguments: object) -> Result:
 
 
 def stopped(code: int, message: str, *arguments: object) -> None:
-    """With one sentence on stderr."""
+    """With one sentence on stderr, and the page of the manual where the input is to blame."""
     result = run(*arguments)
     assert result.exit_code == code, result.output
-    assert re.fullmatch(f"surgery-kernels: {message}\n", result.stderr), result.stderr
+    manual = rf" \(manual: {MANUAL[str(arguments[0])]}\)" if code == 2 and arguments[0] in MANUAL else ""
+    assert re.fullmatch(f"surgery-kernels: {message}{manual}\n", result.stderr), result.stderr
 
 
 PLAN = """\
@@ -371,3 +373,85 @@ def test_methods() -> None:
         assert all(parameter.meaning in explained.output for parameter in method.parameters())
     wrong = CliRunner().invoke(cli.main, ["methods", "sleep"])
     assert wrong.exit_code == 2 and "name must be one of 'linear', " in wrong.stderr and "got 'sleep'" in wrong.stderr
+
+
+def facts(*arguments: object, code: int = 0) -> Any:
+    """What a command prints as JSON: that and nothing else."""
+    result = run(*arguments, "--json")
+    assert (result.exit_code, result.stderr) == (code, "")
+    return json.loads(result.stdout)
+
+
+def test_json_of_a_merge(recipe: str, folders: list[str], out: Path) -> None:
+    planned = facts("merge", recipe, out, "--dry-run")["merges"]
+    merged = facts("merge", recipe, out)["merges"]
+    of_both = {
+        "name": None,
+        "method": "ties",
+        "scope": "tensor",
+        "base": folders[0],
+        "models": folders[1:],
+        "slices": 1,
+        "notices": [],
+        "tensors_merged": 4,
+        "tensors_copied": 1,
+        "parameters_merged": 109,
+        "bytes_read": 1356,
+        "bytes_written": (out / "model.safetensors").stat().st_size,
+        "files": 1,
+        "differences": [],
+        "out": str(out),
+    }
+    assert planned[0].pop("estimated_seconds") >= 0 and planned == [{**of_both, "written": False}]
+    assert merged[0].pop("seconds") >= 0 and merged == [{**of_both, "written": True}]
+    assert facts("check", recipe)["documents"][0]["models"] == folders[1:]
+
+
+def test_json_of_what_reports(folders: list[str], tmp_path: Path) -> None:
+    assert facts("diff", folders[0], folders[0]) == {"differences": []}
+    save_safetensors(tmp_path / "one", {"a": torch.zeros(2), "b": torch.zeros(1), "c": torch.zeros(2)})
+    save_safetensors(tmp_path / "two", {"a": torch.ones(2), "c": torch.zeros(3).half()})
+    found = {each["tensor"]: each for each in facts("diff", tmp_path / "one", tmp_path / "two", code=1)["differences"]}
+    a = {"shape": [2], "dtype": "float32"}
+    different = {"elements": 2, "largest_absolute": 1.0, "largest_relative": None}
+    assert found["a"] == {"tensor": "a", "first": a, "second": a, **different}
+    assert found["b"]["second"] is None and found["c"]["second"] == {"shape": [3], "dtype": "float16"}
+    assert found["b"]["elements"] is found["c"]["elements"] is None
+    assert [method["name"] for method in facts("methods")["methods"]] == list(METHODS)
+    (ties,) = facts("methods", "ties")["methods"]
+    density = {parameter["name"]: parameter for parameter in ties["parameters"]}["density"]
+    assert (density["default"], density["default_in_recipes"], density["of_each_model"]) == (0.2, 1.0, True)
+    assert facts("info")["isa"] == _C.isa()
+    stopped(2, "name must be .*, got 'sleep'", "methods", "sleep", "--json")
+
+
+def test_pages_of_the_manual() -> None:
+    assert set(MANUAL) <= set(cli.COMMANDS)
+    assert all((Path(__file__).parents[1] / "docs" / f"{page}.md").is_file() for page in MANUAL.values())
+
+
+def test_no_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging says what it wants, by an example that works as it is typed."""
+    monkeypatch.chdir(tmp_path)
+    shown = run("merge").output
+    typed = [line.split()[1:] for line in shown.splitlines() if line.startswith("    surgery-kernels ")]
+    assert [words[0] for words in typed] == ["example", "merge"]
+    results = [run(*words) for words in typed]
+    assert [result.exit_code for result in results] == [0, 0], results[-1].output
+    assert typed[1] == results[0].stdout.split()[-3:]
+    merged = open_checkpoint(tmp_path / typed[1][-1])
+    assert len(merged.tensors) == 8 and "ties over example/base" in results[1].stdout
+    stopped(2, "folder must be new, got example, which exists", *typed[0])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    """As the manual says to ask for it."""
+    variable = "_SURGERY_KERNELS_COMPLETE"
+    script = CliRunner().invoke(cli.main, env={variable: f"{shell}_source"}, prog_name="surgery-kernels")
+    assert script.exit_code == 0 and f"{variable}={shell}_complete" in script.stdout
+    typed = {"COMP_WORDS": "surgery-kernels ca", "COMP_CWORD": "1"}
+    completed = CliRunner().invoke(
+        cli.main, env={variable: "bash_complete", **typed}, prog_name="surgery-kernels", complete_var=variable
+    )
+    assert completed.stdout == "plain,calibrate\n"

@@ -1,6 +1,8 @@
-"""A plan in a few lines, and what came of it."""
+"""A plan in a few lines or as facts for JSON, and what came of it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from ..recipes import Recipe
 from ..recipes.modules import DEFAULT
@@ -44,6 +46,36 @@ def recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
         of_module = "" if module in (None, DEFAULT) else f" of {module}"
         rows.append(("slices", f"{len(slices)}{of_module}, {counted(len(origins), 'layer')}"))
     return rows
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """The numbers behind `plan_lines`, of all models, under keys that stay."""
+    return {
+        **recipe_facts(plan.recipe),
+        "tensors_merged": len(plan.merged),
+        "tensors_copied": len(plan.steps) - len(plan.merged),
+        "parameters_merged": sum(step.numel for step in plan.merged),
+        "bytes_read": plan.nbytes_read,
+        "bytes_written": plan.layout.nbytes,
+        "files": len(plan.layout.shards),
+        "differences": [
+            {"kind": found.kind, "what": found.sentence, "consequence": found.consequence} for found in plan.differences
+        ],
+        "notices": list(plan.notices),
+    }
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """The same of a recipe without any model at hand."""
+    return {
+        "name": recipe.name,
+        "method": "mixture" if recipe.mixture else recipe.merge_method,
+        "scope": recipe.scope,
+        "base": str(recipe.base) if recipe.base else None,
+        "models": [str(model) for model in recipe.experts],
+        "slices": len(recipe.slices),
+        "notices": list(recipe.notices),
+    }
 
 
 def in_columns(rows: list[tuple[str, str]]) -> list[str]:

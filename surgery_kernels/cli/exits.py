@@ -12,6 +12,14 @@ import click
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
+MANUAL = {  # the page of docs/ that explains the input of a command
+    "merge": "checkpoints",
+    "check": "checkpoints",
+    "diff": "checkpoints",
+    "calibrate": "surgery",
+    "methods": "methods",
+}
+
 EXIT_CODES = """
 \b
 Exit codes:
@@ -44,5 +52,8 @@ def errors_as_exit_codes(*, writing: bool = False, written: bool = False) -> Ite
 
 
 def _stop(sentence: str, code: int) -> NoReturn:
+    command = click.get_current_context().command.name
+    if code == WRONG_INPUT and command in MANUAL:
+        sentence += f" (manual: {MANUAL[command]})"
     click.echo(f"surgery-kernels: {sentence}", err=True)
     sys.exit(code)

@@ -16,16 +16,23 @@ from ..checkpoint.plan import plan_merge
 from ..checkpoint.run import check as check_run
 from ..checkpoint.run import run
 from ..checkpoint.stages import stages
-from ..checkpoint.summary import in_columns, plan_lines, recipe_rows, result_line
+from ..checkpoint.summary import in_columns, plan_facts, plan_lines, recipe_facts, recipe_rows, result_line
 from ..merging.methods.sparse import STREAMS
 from ..ops.arguments import NONFINITE
 from ..recipes import load_recipes
 from ..recipes.recipe import DTYPES
 from .exits import EXIT_CODES, errors_as_exit_codes
-from .options import running
+from .options import as_json, print_json, running
+
+EXAMPLE = """
+\b
+An example that works as typed:
+  surgery-kernels example example
+  surgery-kernels merge example/ties.yml example/merged
+"""
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXAMPLE + EXIT_CODES, no_args_is_help=True)
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path(), required=False)
 @click.option(
@@ -55,6 +62,7 @@ from .options import running
 @click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
+@as_json
 @running
 def merge(
     recipe: str,
@@ -72,6 +80,7 @@ def merge(
     intermediate_dir: str | None,
     resume: bool,
     dry_run: bool,
+    as_json: bool,
     device: str,
     threads: int | None,
     max_shard_size: int,
@@ -98,7 +107,8 @@ def merge(
         "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
         "max_shard_bytes": max_shard_size,
     }
-    say = (lambda _: None) if quiet else click.echo
+    say = (lambda _: None) if quiet or as_json else click.echo
+    facts: list[dict[str, Any]] = []
     with (
         errors_as_exit_codes(),
         closing(stages(load_recipes(recipe, strict=strict), out, intermediate_dir, resume=resume)) as merges,
@@ -108,12 +118,14 @@ def merge(
             if stage.recipe.name is not None and not stage.is_last:
                 say(f"{stage.recipe.name}:")
             if dry_run and not stage.is_ready:
+                facts.append(recipe_facts(stage.recipe))
                 say("\n".join(in_columns(recipe_rows(stage.recipe))))
                 continue
             with (
                 errors_as_exit_codes(written=written),
                 plan_merge(stage.recipe, results=stage.results, **options) as plan,
             ):
+                facts.append({**plan_facts(plan), "out": str(stage.out), "written": False})
                 say("\n".join(plan_lines(plan)))
                 if stage.is_done(plan):
                     say(f"{stage.out} is there already")
@@ -121,7 +133,9 @@ def merge(
                     if stage.is_last or stage.out.parent.is_dir():
                         check_run(plan, stage.out, resume=stage.resume, device=device)
                     seconds = estimate_seconds(plan, stage.out)
-                    click.echo(f"would take about {seconds:.0f} s" if seconds >= 1 else "would take about a second")
+                    facts[-1]["estimated_seconds"] = seconds
+                    if not as_json:
+                        click.echo(f"would take about {f'{seconds:.0f} s' if seconds >= 1 else 'a second'}")
                 else:
                     stage.begin(plan)
                     check_run(plan, stage.out, resume=stage.resume, device=device)
@@ -130,5 +144,9 @@ def merge(
                         shown = not quiet and sys.stderr.isatty()
                         run(plan, stage.out, resume=stage.resume, device=device, threads=threads, progress=shown)
                     where = out if stage.is_last and out else str(stage.out)
-                    say(result_line(plan, where, time.perf_counter() - started))
+                    seconds = time.perf_counter() - started
+                    say(result_line(plan, where, seconds))
+                    facts[-1] |= {"seconds": seconds, "written": True}
                     written = True
+    if as_json:
+        print_json({"merges": facts})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import click
 
@@ -10,6 +11,7 @@ from ..merging import METHODS, Method, Parameter
 from ..merging.method import NONE_GIVEN, count_in_words
 from ..ops.arguments import check_one_of
 from .exits import errors_as_exit_codes
+from .options import as_json, print_json
 
 DECIDES = {
     "element": "each element alone",
@@ -23,9 +25,15 @@ DECIDES = {
 @click.command()
 @click.argument("name", required=False)
 @click.option("--markdown", is_flag=True, help="The list as a table.")
-def methods(name: str | None, markdown: bool) -> None:
+@as_json
+def methods(name: str | None, markdown: bool, as_json: bool) -> None:
     """List the merging methods, or explain the one called NAME."""
     with errors_as_exit_codes():
+        if name is not None:
+            check_one_of("name", name, tuple(METHODS))
+        if as_json:
+            print_json({"methods": [_facts(method) for method in METHODS.values() if name in (None, method.name)]})
+            return
         if markdown:
             click.echo(methods_table())
             return
@@ -34,7 +42,6 @@ def methods(name: str | None, markdown: bool) -> None:
             for method in METHODS.values():
                 click.echo(f"{method.name:{width}}  {method.summary()}")
             return
-        check_one_of("name", name, tuple(METHODS))
         _explain(METHODS[name])
 
 
@@ -47,6 +54,36 @@ def methods_table() -> str:
         number = count_in_words(method).replace("exactly ", "").replace("at least ", "\u2265 ")
         rows.append(f"| {name} | {method.summary()} | {base}{number} | {method.source} |")
     return "\n".join(rows)
+
+
+def _facts(method: type[Method]) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "title": method.title,
+        "formula": method.formula,
+        "source": method.source,
+        "base": method.base,
+        "models": count_in_words(method),
+        "decides": method.decides,
+        "in_recipes": method.in_recipes,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "key": parameter.key,
+                "meaning": parameter.meaning,
+                "takes": parameter.values,
+                "of_each_model": parameter.per_model,
+                "required": parameter.required,
+                "default": _plain(parameter.default),
+                "default_in_recipes": _plain(parameter.recipe_default),
+            }
+            for parameter in method.parameters()
+        ],
+    }
+
+
+def _plain(default: Any) -> Any:
+    return default if isinstance(default, (bool, int, float, str)) else None
 
 
 def _explain(method: type[Method]) -> None:

@@ -36,6 +36,12 @@ def test_it_says_what_it_does_and_prints_perplexities(tmp_path: Path) -> None:
         assert f"| {expert} | {' | '.join(cells)} |" in card
     assert (tmp_path / "out" / "model.safetensors").exists()
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 2 and result.stderr == f"surgery-kernels: out must not exist, got '{tmp_path / 'out'}'\n"
+    assert (
+        result.exit_code == 2
+        and result.stderr == f"surgery-kernels: out must not exist, got '{tmp_path / 'out'}' (manual: surgery)\n"
+    )
     result = CliRunner().invoke(main, [*arguments[:3], str(tmp_path / "other"), "--teacher", "2"])
-    assert result.exit_code == 2 and result.stderr == "surgery-kernels: teacher must be in [0, 1], got 2.0\n"
+    assert (
+        result.exit_code == 2
+        and result.stderr == "surgery-kernels: teacher must be in [0, 1], got 2.0 (manual: surgery)\n"
+    )
