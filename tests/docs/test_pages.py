@@ -112,3 +112,10 @@ def test_links_lead_somewhere() -> None:
     for path in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_one_version() -> None:
+    version = re.search(r'^version = "(.*)"$', text_of("pyproject.toml"), re.MULTILINE)
+    newest = re.search(r"^## (.*)$", text_of("CHANGELOG.md"), re.MULTILINE)
+    cited = re.search(r"^version: (.*)$", text_of("CITATION.cff"), re.MULTILINE)
+    assert version and newest and cited and version[1] == newest[1] == cited[1]
