@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     digits.add_argument("--seeds", default="1", help="how many seeds, from --seed on (default 1)")
     digits.add_argument("--steps", default="1000", help="training steps of every adapter (default 1000, the papers')")
-    digits.add_argument("--full", action="store_true", help="also vary rank, steps and images, one at a time")
+    digits.add_argument(
+        "--full", action="store_true", help="also SurgeryV2 by gradient, and what rank, steps and images do"
+    )
     digits.add_argument("--retrain", action="store_true", help="train again even where a checkpoint is there")
     clip = commands.add_parser("clip", help="CLIP ViT-B/32, B/16 or L/14 and the images you have")
     clip_command.add_options(clip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -56,15 +56,17 @@ def processes() -> ProcessPoolExecutor:
 
 
 def run_jobs(
-    jobs: Sequence[Job], merge: Callable[[str], StateDict], work: Callable[[Job, StateDict], Outcome]
+    pool: Executor,
+    jobs: Sequence[Job],
+    merge: Callable[[str], StateDict],
+    work: Callable[[Job, StateDict], Outcome],
 ) -> dict[Job, Outcome]:
-    """What `work` makes of every job and its merge, as many at a time as torch has threads.
+    """What `work` makes of every job and its merge, side by side in `pool`.
 
     Both functions run in other processes and are functions of their arguments alone.
     """
     names = list(dict.fromkeys(job.merge for job in jobs))
-    pool = processes()
-    with pool, progress_bar("surgery", len(names) + len(jobs), "job") as progress:
+    with progress_bar("surgery", len(names) + len(jobs), "job") as progress:
 
         def submit(*arguments: Any) -> Future[Any]:
             future = pool.submit(*arguments)

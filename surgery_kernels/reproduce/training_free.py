@@ -41,37 +41,42 @@ def options(num_tasks: int) -> dict[str, dict[str, Any]]:
 class Row:
     method: str
     accuracy: float  # percent, average of the tasks
-    seconds: float
+    seconds: float  # of a processor
     nbytes: int  # of the inputs, as often as they are read
     in_turn: bool  # the method takes two models: one expert after the other
 
 
-def rows(
+def names() -> list[str]:
+    return [name for name in METHODS if name not in (*LEARNED, *OF_ONE)]
+
+
+def row(
     base: StateDict,
     experts: Sequence[StateDict],
-    accuracy: Callable[[StateDict, int], float],
-) -> list[Row]:
-    """One for every method, in the order of their list; `accuracy` is that of a model on a task, by number."""
-    found, tasks = [], range(len(experts))
-    for name, method in METHODS.items():
-        if name in (*LEARNED, *OF_ONE):
-            continue
-        given = {"task": 0} if name in OF_EACH else options(len(experts)).get(name, {})
-        most = method.num_experts[1]
-        start = time.perf_counter()
-        if name in OF_EACH:
-            models = [merge_state_dicts(base, experts, method=name, task=task) for task in tasks]
-        elif most is None:
-            models = [merge_state_dicts(base, experts, method=name, **given)] * len(tasks)
-        else:
-            models = [one_after_another(experts, name, most)] * len(tasks)
-        seconds = time.perf_counter() - start
-        merges, inputs = (len(experts) - 1, 2) if most else (len(tasks) if name in OF_EACH else 1, len(experts) + 1)
-        found_accuracy = average([accuracy(model, task) for task, model in zip(tasks, models, strict=True)])
-        nbytes = sum(tensor.nbytes for tensor in base.values())
-        read = merges * method(**given).reads * inputs * nbytes
-        found.append(Row(name, found_accuracy, seconds, read, in_turn=most is not None))
-    return found
+    accuracies: Callable[[Sequence[StateDict]], list[float]],
+    name: str,
+) -> Row:
+    """What a method comes to; `accuracies`: of a model for each task, on its images."""
+    num_tasks, most = len(experts), METHODS[name].num_experts[1]
+    given = {"task": 0} if name in OF_EACH else options(num_tasks).get(name, {})
+    models = merged(base, experts, name, given)  # and what is made once, before the time counts
+    start = time.process_time()
+    merged(base, experts, name, given)
+    seconds = time.process_time() - start
+    merges, inputs = (num_tasks - 1, 2) if most else (num_tasks if name in OF_EACH else 1, num_tasks + 1)
+    nbytes = sum(tensor.nbytes for tensor in base.values())
+    read = merges * METHODS[name](**given).reads * inputs * nbytes
+    return Row(name, average(accuracies(models)), seconds, read, in_turn=most is not None)
+
+
+def merged(base: StateDict, experts: Sequence[StateDict], name: str, given: dict[str, Any]) -> list[StateDict]:
+    """A model for each task, most often the same."""
+    most, tasks = METHODS[name].num_experts[1], range(len(experts))
+    if name in OF_EACH:
+        return [merge_state_dicts(base, experts, method=name, **{**given, "task": task}) for task in tasks]
+    if most is None:
+        return [merge_state_dicts(base, experts, method=name, **given)] * len(tasks)
+    return [one_after_another(experts, name, most)] * len(tasks)
 
 
 def one_after_another(experts: Sequence[StateDict], name: str, most: int) -> StateDict:

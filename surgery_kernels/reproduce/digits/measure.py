@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...surgery import SurgeryModel, representation_bias
+from ...surgery import SurgeryModel, collect_features
+from .. import training_free
 from ..jobs import Job, run_jobs
 from ..repair import Setting, repair
 from .experts import Config, Experts, StateDict, load_experts
@@ -31,6 +33,7 @@ class Outcome:
     bias: dict[str, float]  # site -> mean L1 distance to the expert's features, averaged over tasks
     features: Tensor  # [num_images, num_features], final, of the first task
     seconds: float = 0.0  # that the fit took
+    cpu_seconds: float = 0.0  # that it had of a processor
 
     @property
     def final_bias(self) -> float:
@@ -38,11 +41,11 @@ class Outcome:
 
 
 def measure_jobs(
-    config: Config, folder: Path, jobs: Sequence[Job], *, adamerging_steps: int = ADAMERGING_STEPS
+    pool: Executor, config: Config, folder: Path, jobs: Sequence[Job], *, adamerging_steps: int = ADAMERGING_STEPS
 ) -> dict[Job, Outcome]:
-    """All jobs, side by side. The experts must lie in `folder`."""
+    """All jobs, side by side in `pool`. The experts must lie in `folder`."""
     merged = partial(run_merge, config, folder, adamerging_steps=adamerging_steps)
-    return run_jobs(jobs, merged, partial(run_job, config, folder))
+    return run_jobs(pool, jobs, merged, partial(run_job, config, folder))
 
 
 @lru_cache(maxsize=1)
@@ -60,10 +63,10 @@ def run_job(config: Config, folder: Path, job: Job, state: StateDict) -> Outcome
     merged = config.encoder(state)
     if job.setting is None:
         return measure(experts, [merged] * len(TASKS))
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     repaired = repaired_by(experts, merged, job.setting)
-    seconds = time.perf_counter() - start
-    return replace(measure(experts, [repaired] * len(TASKS)), seconds=seconds)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return replace(measure(experts, [repaired] * len(TASKS)), seconds=seconds, cpu_seconds=cpu_seconds)
 
 
 def repaired_by(experts: Experts, merged: nn.Module, setting: Setting) -> nn.Module:
@@ -80,17 +83,33 @@ def repaired_by(experts: Experts, merged: nn.Module, setting: Setting) -> nn.Mod
     )
 
 
-@torch.no_grad()
 def measure(experts: Experts, models: Sequence[nn.Module]) -> Outcome:
-    """Each task's model on its test images, with the adapters of the task where it has some."""
-    accuracies, biases = [], []
+    """Each task's model on its test images, with the adapters of the task where it has some; each runs once."""
+    accuracies, biases, of_first = [], [], torch.empty(0)
     for task, (name, model) in enumerate(zip(TASKS, models, strict=True)):
-        expert, images = experts.config.encoder(experts.experts[task]), experts.test.images[task]
-        options = of_task(model, name)
-        accuracies.append(accuracy(partial(model, **options), experts.heads, experts.test, task))
-        biases.append(representation_bias(model, expert, images, **options))
+        features = collect_features(model, experts.test.images[task], **of_task(model, name))
+        biases.append({site: float((x - experts.targets[task][site]).abs().mean()) for site, x in features.items()})
+        *_, final = features.values()
+        accuracies.append(accuracy(final, experts.heads, experts.test, task))
+        of_first = final if task == 0 else of_first
     bias = {site: sum(values[site] for values in biases) / len(biases) for site in biases[0]}
-    return Outcome(accuracies, bias, models[0](experts.test.images[0], **of_task(models[0], TASKS[0])))
+    return Outcome(accuracies, bias, of_first)
+
+
+def training_free_row(config: Config, folder: Path, name: str) -> training_free.Row:
+    experts = _experts(config, folder)
+    return training_free.row(experts.pretrained, experts.experts, partial(accuracies, experts), name)
+
+
+@torch.no_grad()
+def accuracies(experts: Experts, states: Sequence[StateDict]) -> list[float]:
+    """Of each task's model on its test images."""
+    found = []
+    for task, (state, images) in enumerate(zip(states, experts.test.images, strict=True)):
+        encoder = experts.config.encoder(state)
+        features = torch.cat([encoder(batch) for batch in images.split(FORWARD_BATCH)])
+        found.append(accuracy(features, experts.heads, experts.test, task))
+    return found
 
 
 def of_task(model: nn.Module, task: str) -> dict[str, Any]:

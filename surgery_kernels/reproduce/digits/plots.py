@@ -18,7 +18,7 @@ def plot_tasks(accuracies: Accuracies, examples: Tensor, path: Path) -> None:
     """A marker per method and task; below, what each task makes of one digit, examples [num_tasks, 8, 8]."""
     figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(5.3, 1))
-    for index, ((method, values), marker) in enumerate(zip(accuracies.items(), MARKERS, strict=True)):
+    for index, ((method, values), marker) in enumerate(zip(accuracies.items(), MARKERS, strict=False)):
         shift = 0.11 * (index - (len(accuracies) - 1) / 2)
         positions = [task + shift for task in range(len(TASKS))]
         shade = "#000000" if method == "individual" else color(method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,8 +59,7 @@ def train(
         progress.update()
 
 
-@torch.no_grad()
-def accuracy(encoder: Callable[[Tensor], Tensor], heads: Tensor, data: Split, task: int) -> float:
-    """Percentage of a task's images that its head classifies correctly."""
-    predicted = classify(encoder(data.images[task]), heads[task][None]).argmax(-1)
+def accuracy(features: Tensor, heads: Tensor, data: Split, task: int) -> float:
+    """Percentage of a task's images that its head classifies correctly, from their features [images, num_features]."""
+    predicted = classify(features, heads[task][None]).argmax(-1)
     return 100 * (predicted == data.labels).double().mean().item()

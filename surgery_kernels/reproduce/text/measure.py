@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...merging import entropy_objective, merge_state_dicts
 from ...surgery import SurgeryModel, representation_bias
-from ..jobs import Job, run_jobs
+from ..jobs import Job, processes, run_jobs
 from ..repair import Setting, repair
 from ..report import average
 from ..zero_shot import cosines
@@ -51,7 +51,8 @@ def lab_at(place: Place) -> Lab:
 def measure_jobs(place: Place, merges: Mapping[str, Mapping[str, Any]], jobs: Sequence[Job]) -> dict[Job, Outcome]:
     """All jobs, and those of the ends, side by side."""
     jobs = [*jobs, *map(Job, ENDS)]
-    return run_jobs(jobs, partial(run_merge, place, merges), partial(run_job, place))
+    with processes() as pool:
+        return run_jobs(pool, jobs, partial(run_merge, place, merges), partial(run_job, place))
 
 
 def run_merge(place: Place, merges: Mapping[str, Mapping[str, Any]], name: str) -> StateDict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from surgery_kernels.reproduce.__main__ import main
 from surgery_kernels.reproduce.digits import ablations, eager
 from surgery_kernels.reproduce.digits import experiment as digits
 from surgery_kernels.reproduce.digits.experts import Config, load_experts
-from surgery_kernels.reproduce.digits.measure import Outcome, measure_jobs, run_job
+from surgery_kernels.reproduce.digits.measure import Outcome, accuracies, measure, measure_jobs, run_job
 from surgery_kernels.reproduce.digits.merges import merge
 from surgery_kernels.reproduce.digits.tasks import TASKS
-from surgery_kernels.reproduce.digits.timing import published_setting, time_surgery, time_ties
-from surgery_kernels.reproduce.jobs import Job, one_thread
+from surgery_kernels.reproduce.digits.timing import SurgeryTiming, published_setting, time_surgery, time_ties
+from surgery_kernels.reproduce.digits.training import classify
+from surgery_kernels.reproduce.jobs import Job, one_thread, processes
 from surgery_kernels.reproduce.methods import MERGES
 from surgery_kernels.reproduce.repair import Setting
 from surgery_kernels.reproduce.report import table
-from surgery_kernels.surgery import fit
+from surgery_kernels.surgery import fit, representation_bias
 from tests.tiny_digits import CHECKPOINTS, TINY, saved
 
 pytestmark = pytest.mark.any_isa
@@ -119,12 +121,15 @@ def test_time_surgery_scales_to_all_steps(tiny_folder: Path) -> None:
     timing = time_surgery(made, "Surgery", "v1", 2, lam=0.3, steps=1000, ours=0.5, eager_steps=2)
     assert timing.eager_seconds > 0
     assert replace(timing, eager_seconds=0.1).speedup == pytest.approx(100)
-    assert "100.0 times faster" in str(replace(timing, eager_seconds=0.1))
+    assert "100 times faster" in str(replace(timing, eager_seconds=0.1))
 
 
-def test_jobs_are_alike_in_any_process(tiny_folder: Path) -> None:
+def test_processes_come_to_the_same(tiny_folder: Path, tmp_path: Path) -> None:
     jobs = [Job("TIES"), Job("TIES", Setting("v1", 2, steps=2, num_samples=20, on_train=True))]
-    side_by_side = measure_jobs(TINY, tiny_folder, jobs)
+    with processes() as pool:
+        load_experts(TINY, tmp_path, pool)
+        side_by_side = measure_jobs(pool, TINY, tiny_folder, jobs)
+    assert saved(tmp_path) == saved(tiny_folder)
     assert list(side_by_side) == jobs
     made = load_experts(TINY, tiny_folder)
     with one_thread():
@@ -132,9 +137,25 @@ def test_jobs_are_alike_in_any_process(tiny_folder: Path) -> None:
             here = run_job(TINY, tiny_folder, job, merge(made, "TIES"))
             assert here.accuracy == outcome.accuracy and here.bias == outcome.bias
             assert torch.equal(here.features, outcome.features)
-            assert (outcome.seconds > 0) == (job.setting is not None)
+            assert (outcome.seconds > 0) == (outcome.cpu_seconds > 0) == (job.setting is not None)
     merged, repaired = side_by_side.values()
     assert repaired.bias["blocks.0"] == merged.bias["blocks.0"] and repaired.final_bias != merged.final_bias
+
+
+def test_bias_is_that_of_the_library(tiny_folder: Path) -> None:
+    made = load_experts(TINY, tiny_folder)
+    merged = TINY.encoder(merge(made, "TIES"))
+    found = measure(made, [merged] * len(TASKS))
+    per_task = [
+        representation_bias(merged, TINY.encoder(expert), images)
+        for expert, images in zip(made.experts, made.test.images, strict=True)
+    ]
+    for site, bias in found.bias.items():
+        assert bias == pytest.approx(sum(of_task[site] for of_task in per_task) / len(TASKS), rel=1e-6)
+    right = (classify(merged(made.test.images[3]), made.heads[3][None]).argmax(-1) == made.test.labels).double().mean()
+    assert found.accuracy[3] == pytest.approx(100 * right.item())
+    torch.testing.assert_close(found.features, merged(made.test.images[0]).detach())
+    assert accuracies(made, [made.pretrained] * 3 + [merge(made, "TIES")] * 5)[3:] == found.accuracy[3:]
 
 
 def outcome(accuracy: float, bias: float) -> Outcome:
@@ -154,6 +175,31 @@ def test_over_seeds_is_mean_and_range() -> None:
     ]
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_only_a_full_run_fits_v2_by_gradient(full: bool) -> None:
+    repairs = digits.surgeries(20, full=full)
+    assert ("SurgeryV2" in repairs) == full and len(repairs) == 6 + full
+    assert all(setting.steps == 20 for setting in repairs.values())
+    jobs = digits.jobs_of(repairs)
+    assert len(jobs) == len(set(jobs)) == len(MERGES) * (len(repairs) + 1)
+    outcomes = {"individual": outcome(95.0, 0.0)}
+    for merged in MERGES:
+        outcomes[merged] = outcome(60.0, 1.0)
+        outcomes |= {f"{merged} + {name}": outcome(80.0 + i, 0.5) for i, name in enumerate(repairs)}
+    words = digits.in_words(outcomes)
+    assert "The best merge is 35.0 points below the experts, with Surgery 15.0" in words
+    assert ("with SurgeryV2 13.0" in words) == full
+    assert words.endswith(f"in closed form, from 64 images of each task instead of all, {12 if full else 13}.0.")
+
+    by_method = {"Surgery": 1.5, **({"SurgeryV2": 60.0} if full else {}), "closed form": 0.25}
+    timings = [SurgeryTiming(name, 1000, seconds, 5, 1.25) for name, seconds in by_method.items()]
+    lines = digits.timing_text(timings).splitlines()
+    assert lines[2].split() == ["Surgery", "1.50", "s", "250", "s", "167", "times", "faster"]
+    fits = ["Surgery", *(["SurgeryV2"] if full else []), "closed"]
+    assert [line.split()[0] for line in lines[2 : 2 + len(fits)]] == fits
+    assert (lines[-1] == "  It is 240 times faster than SurgeryV2 here.") == full
+
+
 def test_ablations_show_every_setting(tmp_path: Path) -> None:
     jobs = ablations.jobs("TIES")
     assert len(jobs) == len(set(jobs))
@@ -165,7 +211,10 @@ def test_ablations_show_every_setting(tmp_path: Path) -> None:
     assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_run_prints_the_tables_and_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_prints_the_tables_and_writes_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "processes", lambda: ThreadPoolExecutor(1))  # others take long to start
     digits.run_seeds([TINY], tmp_path, steps=2)
     printed = capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
@@ -180,13 +229,14 @@ def test_run_prints_the_tables_and_writes_every_file(tmp_path: Path, capsys: pyt
     for plot in PLOTS:
         assert (folder / plot).read_bytes().startswith(b"\x89PNG") and plot in printed
     results = json.loads((folder / "results.json").read_text())
-    accuracies = results["accuracy"]
-    repaired = [f"{merged}{surgery}" for merged in MERGES for surgery in ("", *(f" + {s}" for s in digits.SURGERIES))]
-    assert list(accuracies) == list(results["bias"]) == ["pretrained", *repaired, "multi-task", "individual"]
-    assert all(list(values) == list(TASKS) for values in accuracies.values())
+    accuracy = results["accuracy"]
+    repairs = [name for name in digits.SURGERIES if name != "SurgeryV2"]
+    repaired = [f"{merged}{repair}" for merged in MERGES for repair in ("", *(f" + {name}" for name in repairs))]
+    assert list(accuracy) == list(results["bias"]) == ["pretrained", *repaired, "multi-task", "individual"]
+    assert all(list(values) == list(TASKS) for values in accuracy.values())
     assert set(results["bias"]["individual"].values()) == {0.0} and list(results["bias"]["TIES"]) == SITES
     bias = {name: f"{of_method['']:.3f}" for name, of_method in results["bias"].items()}
-    assert table({name: list(values.values()) for name, values in accuracies.items()}, TASKS, {"bias": bias}) in printed
+    assert table({name: list(values.values()) for name, values in accuracy.items()}, TASKS, {"bias": bias}) in printed
     assert (folder / "results.txt").read_text().strip() in printed
     assert all(len(line) <= 110 for line in printed.splitlines() if str(folder) not in line and ".png" not in line)
 

@@ -94,8 +94,8 @@ def test_accuracy_uses_the_head_of_the_task() -> None:
 
     heads = torch.stack([torch.eye(10), torch.eye(10).roll(1, 0)])
     heads[0, 9] = 0
-    assert accuracy(encoder, heads, data, 0) == 90
-    assert accuracy(encoder, heads, data, 1) == 0
+    assert accuracy(encoder(data.images[0]), heads, data, 0) == 90
+    assert accuracy(encoder(data.images[1]), heads, data, 1) == 0
 
 
 def test_encoder_is_embed_blocks_and_projection() -> None:
@@ -112,8 +112,10 @@ def test_training_makes_experts(tmp_path: Path) -> None:
     config = replace(TINY, depth=1, width=32, num_features=32, expert_steps=60, expert_rate=5e-3)
     made = load_experts(config, tmp_path)
     for task, expert in enumerate(made.experts):
-        before = accuracy(config.encoder(made.pretrained), made.heads, made.test, task)
-        after = accuracy(config.encoder(expert), made.heads, made.test, task)
+        before, after = (
+            accuracy(config.encoder(state)(made.test.images[task]).detach(), made.heads, made.test, task)
+            for state in (made.pretrained, expert)
+        )
         assert after > before + 10, TASKS[task]
 
 
@@ -143,7 +145,7 @@ def test_only_missing_checkpoints_are_trained(
         experts, "train", lambda *args, **kwargs: (trained.append(kwargs["tasks"]), train(*args, **kwargs))
     )
     load_experts(TINY, tmp_path)
-    assert trained == [[TASKS.index("flip")]]
+    assert trained == [(TASKS.index("flip"),)]
     assert saved(tmp_path) == expected
 
 

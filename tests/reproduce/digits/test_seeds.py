@@ -76,6 +76,9 @@ def test_surgery_repairs_in_every_seed(tmp_path: Path) -> None:
         for name in names:
             of_merge = {repair: outcome for (s, n, repair), outcome in outcomes.items() if (s, n) == (seed, name)}
             check_bands(of_merge, individual[seed])
+    by_gradient, in_closed_form = (outcomes[(*BY_GRADIENT, repair)] for repair in ("SurgeryV2", "closed form"))
+    ratio = by_gradient.cpu_seconds / in_closed_form.cpu_seconds
+    assert ratio >= 50, ratio  # of one processor, whatever else the machine does: 194 where it was measured
     closed_form = [average(outcomes[(seed, *IN_EVERY_SEED)].accuracy) for seed in MERGED]
     # 92.4 where it was measured; training ends a few tenths away on other processors
     assert average(closed_form) >= 92.0, closed_form

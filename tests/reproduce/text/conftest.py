@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery_kernels.reproduce import jobs
 from surgery_kernels.reproduce.text import experts, measure
 from tests import text_packages
 
@@ -36,7 +35,7 @@ def in_this_process(restored_threads: None, monkeypatch: pytest.MonkeyPatch) -> 
     def here() -> Executor:
         return ThreadPoolExecutor(1)
 
-    monkeypatch.setattr(jobs, "processes", here)
+    monkeypatch.setattr(measure, "processes", here)
     monkeypatch.setattr(experts, "processes", here)
     yield
     measure.lab_at.cache_clear()
