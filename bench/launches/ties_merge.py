@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from surgery_kernels.triton import ties_one_read
 from surgery_kernels.triton.ties_merge import ties_merge, ties_merge_out, ties_split
+from surgery_kernels.triton.trim import DIRECT
 
 from . import Launch
 
@@ -31,6 +33,22 @@ def launches() -> Iterator[Launch]:
             loads = () if "keep" in options else wide
             yield Launch(f"{dtype}, 8 experts, {name}", lambda: merge(experts, options), loads)  # noqa: B023
     yield Launch(f"{dtype}, 8 experts, max", lambda: ties_merge(experts[0], experts, density, reduce="max"), wide)
+    for semantics in ("paper", "mergekit"):
+        yield Launch(
+            f"float32, 8 experts, {semantics}, one read",
+            lambda: merge_once(semantics=semantics),  # noqa: B023
+            ("_merge_near",),
+        )
+
+
+def merge_once(**options: Any) -> None:
+    """As tensors that are large enough are merged."""
+    experts = [torch.zeros(2 * DIRECT) for _ in range(NUM_TASKS)]
+    before, ties_one_read.ONE_READ_FROM = ties_one_read.ONE_READ_FROM, 0
+    try:
+        ties_merge(experts[0], experts, [0.2] * NUM_TASKS, **options)
+    finally:
+        ties_one_read.ONE_READ_FROM = before
 
 
 def narrowed() -> dict[str, dict[str, Any]]:

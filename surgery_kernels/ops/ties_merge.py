@@ -179,8 +179,9 @@ def ties_merge(
     """``base + lam * mean_t of the trimmed (expert_t - base) that agree with the elected sign``, per parameter.
 
     Bit-identical on every instruction set, thread count and split of the work. Writes once, and reads the inputs twice:
-    once where they are 1 GiB or more, in float32 or float64, or no threshold is to be found and `nonfinite` is not
-    "error"; three times with `rescale`. Inputs that are not contiguous are copied first.
+    once where they are 1 GiB or more, in float32 or float64 (on a GPU 256 MiB or more, of up to 32 experts), or no
+    threshold is to be found and `nonfinite` is not "error"; three times with `rescale`. Inputs that are not contiguous
+    are copied first.
 
     Args:
         base: Pretrained tensor of any shape, float64, float32, float16 or bfloat16; None when `experts` already are

@@ -9,7 +9,7 @@ import triton.language as tl
 from .addresses import BASE, EXPERTS, NUMEL, OUT, divide, load, store
 from .finite import key_of, task_vector
 from .ties_keep import COUNTED, base_unless_enough, narrowed
-from .trim_rounds import CUT, FIELDS, THRESHOLD
+from .trim_rounds import CUT, FIELDS, FIRST, LAST, THRESHOLD, minus_if_negative
 
 
 @triton.jit
@@ -53,12 +53,13 @@ def _entry(
     STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr, HAS_BASE: tl.constexpr, DROP: tl.constexpr,
     CUTS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What an expert brings to the election and to the sum, 0 unless that is kept, and whether it is."""
+    """What an expert brings to the election and to the sum, 0 unless that is kept, whether it is, and its key."""
     x = load(tl.load(row + EXPERTS + t), at, lanes, left, STORED, STORED, WHOLE)
     tau = task_vector(x, base, HAS_BASE, DROP).to(COMPUTE)
+    key = key_of(tau)
     kept = is_above(tau, limits_of(limits, t, flat, lanes, COMPUTE, CUTS, BLOCK))
     if KEEP != 0:
-        kept = narrowed(kept, key_of(tau), keep, part, num_tasks, t, at, flat, lanes, left, COMPUTE, KEEP, WHOLE, BLOCK)
+        kept = narrowed(kept, key, keep, part, num_tasks, t, at, flat, lanes, left, COMPUTE, KEEP, WHOLE, BLOCK)
     if (RULE == "exact" or RULE == "exact_all" or RULE == "magmax") and HAS_BASE:
         tau = x.to(COMPUTE) - base.to(COMPUTE)
     if RULE != "paper" and RULE != "paper_max" and RULE != "peft":
@@ -70,7 +71,14 @@ def _entry(
     summed = tau
     if RULE == "peft" and HAS_WEIGHTS:
         summed = tau * tl.load(numbers + 2 + t).to(COMPUTE)
-    return tau, summed, kept
+    return tau, summed, kept, key
+
+
+@triton.jit
+def range_of(limits, t, like):
+    """The first and the last key of the range that holds an expert's threshold, by the guess that `limits` are."""
+    expert = limits + t * FIELDS
+    return tl.load(expert + FIRST).to(like.dtype), tl.load(expert + LAST).to(like.dtype)
 
 
 @triton.jit
@@ -140,15 +148,19 @@ def _finish_all(
 
 @triton.jit
 def merge_block(
-    row, part, at, left, flat, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
+    row, part, at, left, flat, lanes, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
     HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count."""
-    lanes = tl.arange(0, BLOCK)
+    """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count.
+
+    The elements are at + lanes, of which at and left may be one for each. NEAR: a power of two, as many as there are
+    experts or more: gives the experts whose keys lie in the ranges of a guess as bits, the last expert's lowest; how
+    many keys of every expert lie above; and the largest key.  # int32 [BLOCK], int32 [NEAR], [BLOCK]
+    """
     zeros = tl.zeros([BLOCK], COMPUTE)
     base = zeros.to(STORED)
     if HAS_BASE:
@@ -156,13 +168,20 @@ def merge_block(
     total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
     positives = tl.zeros([BLOCK], tl.int32)
     negatives, kept_count, alone = positives, positives, zeros
+    tasks = tl.arange(0, NEAR if NEAR > 0 else 1)
+    outside, above, largest = positives - 1, tl.zeros_like(tasks), key_of(zeros)
     # What is kept is not 0 unless it was scaled. A kept NaN may count as negative: it elects nobody and is the result.
     BY_SIGN_BIT: tl.constexpr = ELECT != "count" and not (HAS_RESCALES or (HAS_WEIGHTS and RULE != "peft"))
     for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
-        elected, summed, kept = _entry(
+        elected, summed, kept, key = _entry(
             row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
             RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
         )  # fmt: skip
+        if NEAR > 0:
+            first, last = range_of(limits, t, key)
+            outside = (outside << 1) - minus_if_negative((key - first) | (last - key))
+            above = tl.where(tasks == t, above - tl.sum(minus_if_negative(last - key), axis=0), above)
+            largest = tl.maximum(largest, key)
         up, down = elected > 0, elected < 0
         kept_count += kept.to(tl.int32)
         if RULE == "magmax":  # the last of equal ones; NaN has the largest key
@@ -203,7 +222,7 @@ def merge_block(
         if ALIGNED_ROWS:
             numel = tl.multiple_of(numel, 16)
         for t in range(num_tasks):
-            elected, summed, kept = _entry(
+            elected, summed, kept, _ = _entry(
                 row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
                 RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
             )  # fmt: skip
@@ -229,4 +248,7 @@ def merge_block(
         if COUNTED & KEEP:
             merged = base_unless_enough(merged, base, kept_count, keep)
         store(merged, tl.load(row + OUT), at, lanes, left, STORED, WHOLE)
-    return sign_sum, draws
+    near = ~outside
+    if not WHOLE:
+        near = tl.where(lanes < left, near, 0)
+    return sign_sum, draws, near, above, largest

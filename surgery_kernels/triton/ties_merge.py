@@ -1,9 +1,9 @@
 """TIES on CUDA tensors: trim, elect, disjoint merge, scale, add to base and round, fused.
 
-Each input is read once after the trim. The sums of the positive and of the negative entries are kept side by side, so
-that the election needs no second look at the experts. Under "paper" a drawn election takes the sign of the sum of all
-elected signs, known at the end: the merge assumes plus, and a second launch merges the chunks with draws again where
-that was wrong.
+Each input is read once after the trim, or with it where inputs are large (`ties_one_read.py`). The sums of the positive
+and of the negative entries are kept side by side, so that the election needs no second look at the experts. Under
+"paper" a drawn election takes the sign of the sum of all elected signs, known at the end: the merge assumes plus, and a
+second launch merges the chunks with draws again where that was wrong.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..ops import arguments
 from ..ops.ties_merge import SCALED
-from .addresses import CHUNK, OFFSET, TYPES, Group, Scope, locate_chunk, upload, whole_blocks
+from .addresses import CHUNK, TYPES, Group, Scope, upload
 from .finite import FiniteCheck
-from .ties_block import merge_block
+from .ties_chunk import merge_chunk
 from .ties_keep import DRAWN, Keep, given_keys
+from .ties_one_read import Launch, OneRead, reads_once
 from .ties_rescale import rescales_of
 from .trim import check_one_tensor, trim
 from .trim_rounds import CUT, FIELDS, PROGRAMS, THRESHOLD
@@ -45,10 +46,10 @@ def _merge(
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
         if tl.load(nonfinite) != 0:
             return
-    signs, draws_here = _merge_chunk(
-        table, num_parts, columns, tl.program_id(0), num_tasks, limits, numbers, rescales, unique_scales, keep, 1,
+    signs, draws_here, _, _, _ = merge_chunk(
+        table, num_parts, columns, tl.program_id(0), num_tasks, limits, numbers, rescales, unique_scales, keep, 1, None,
         RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-        STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER,
+        STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER, 0, 0,
     )  # fmt: skip
     if RULE == "paper" or RULE == "paper_max":
         tl.atomic_add(sign_sum, signs.to(tl.int64), sem="relaxed")
@@ -75,49 +76,11 @@ def _merge_draws(
     draw_sign = tl.where(sum_of_all < 0, -1, 0)
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         if tl.load(draws + chunk) != 0:
-            _merge_chunk(
+            merge_chunk(
                 table, num_parts, columns, chunk, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
-                RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-                STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER,
+                None, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
+                STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER, 0, 0,
             )  # fmt: skip
-
-
-@triton.jit
-def _merge_chunk(
-    table, num_parts, columns, chunk, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
-    RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Gives the elected signs' sum and the draws' count."""
-    part, row, begin, count = locate_chunk(table, num_parts, columns, chunk, CHUNK)
-    flat = tl.load(row + OFFSET) + begin
-    if HAS_RESCALES:
-        rescales += part * num_tasks
-    if HAS_UNIQUE:
-        unique_scales += part * num_tasks
-    signs = tl.zeros([], tl.int32)
-    draws = signs
-    whole = whole_blocks(row, count, BLOCK)
-    for at in range(0, whole, BLOCK):
-        signs_of_block, draws_of_block = merge_block(
-            row, part, begin + at, BLOCK, flat + at, num_tasks, limits, numbers, rescales, unique_scales,
-            keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, True, BLOCK, TOGETHER,
-        )  # fmt: skip
-        signs += signs_of_block
-        draws += draws_of_block
-    for at in range(whole, count, BLOCK):
-        signs_of_block, draws_of_block = merge_block(
-            row, part, begin + at, count - at, flat + at, num_tasks, limits, numbers, rescales, unique_scales,
-            keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, BLOCK, TOGETHER,
-        )  # fmt: skip
-        signs += signs_of_block
-        draws += draws_of_block
-    return signs, draws
 
 
 class Merger:
@@ -208,7 +171,38 @@ class Merger:
         if not math.isfinite(torch.tensor(self.lam, dtype=scope.compute).item()):
             raise RuntimeError(f"lam must be finite in the compute type, got {self.lam}")
         finite = FiniteCheck(scope, self.nonfinite, names)
-        limits = self._limits(scope, finite)
+        if not self._reads_once(scope, split):
+            limits = self._limits(scope, finite)
+            launches = self._launches(scope, finite, split, limits)
+            self._merge(scope, limits, launches)
+        else:
+            launches = self._launches(scope, finite, split)
+            one_read = OneRead(scope, launches)
+            limits = trim(scope, self.density, self.semantics, self.nonfinite, finite, one_read.read)
+            if one_read.merged:
+                one_read.correct(limits)
+            else:  # there is no threshold to be found
+                self._merge(scope, limits, launches)
+        for group, arguments_, constants in launches if self.semantics == "paper" else ():
+            programs = min(group.num_chunks, PROGRAMS)
+            _merge_draws[(programs,)](
+                *group.place, group.num_chunks, scope.num_tasks, limits, *arguments_, **constants
+            )  # fmt: skip
+        finite.look()
+
+    def _reads_once(self, scope: Scope, split: bool) -> bool:
+        narrows = self.rescale or self.keep.by_mask or self.keep.upper is not None
+        return not split and self.thresholds is None and not narrows and reads_once(scope)
+
+    @staticmethod
+    def _merge(scope: Scope, limits: Tensor, launches: Sequence[Launch]) -> None:
+        for group, arguments_, constants in launches:
+            _merge[(group.num_chunks,)](*group.place, scope.num_tasks, limits, *arguments_, **constants)
+
+    def _launches(
+        self, scope: Scope, finite: FiniteCheck, split: bool, limits: Tensor | None = None
+    ) -> Sequence[Launch]:
+        """limits: for `rescale`."""
         options = {
             **self.options,
             "SPLIT": split,
@@ -225,21 +219,14 @@ class Merger:
             rescales = self._rescales(scope, group, limits, keep)
             unique_scales = _factors("unique_scales", self.unique_scales, scope, group)
             draws = torch.zeros(max(1, group.num_chunks), dtype=torch.int32, device=scope.device)
-            arguments_ = (
-                scope.num_tasks, limits, group.numbers, rescales, unique_scales, keep, finite.found, sign_sum, draws,
-            )  # fmt: skip
+            arguments_ = (group.numbers, rescales, unique_scales, keep, finite.found, sign_sum, draws)
             rounded = group.dtypes["COMPUTE" if self.semantics == "exact" else "STORED"]
             constants = {
                 **options, **group.dtypes, "ROUNDED": rounded, "CHUNK": CHUNK,
                 "BLOCK": BLOCK_BYTES // group.dtype.itemsize, "num_warps": 4, "enable_fp_fusion": False,
             }  # fmt: skip
-            launches.append((group, arguments_, constants))
-        for group, arguments_, constants in launches:
-            _merge[(group.num_chunks,)](*group.place, *arguments_, **constants)
-        for group, arguments_, constants in launches if self.semantics == "paper" else ():
-            programs = min(group.num_chunks, PROGRAMS)
-            _merge_draws[(programs,)](*group.place, group.num_chunks, *arguments_, **constants)
-        finite.look()
+            launches.append(Launch(group, arguments_, constants))
+        return launches
 
     def _together(self, split: bool) -> int:
         """Experts whose loads are on their way at the same time: as many as fit into the registers beside the sums."""
@@ -247,8 +234,8 @@ class Merger:
             return 1
         return 2 if self.options["HAS_RESCALES"] or self.options["KEEP"] or self.rule == "magmax" else 4
 
-    def _rescales(self, scope: Scope, group: Group, limits: Tensor, keep: Tensor | None) -> Tensor | None:
-        if not self.rescale:
+    def _rescales(self, scope: Scope, group: Group, limits: Tensor | None, keep: Tensor | None) -> Tensor | None:
+        if not self.rescale or limits is None:
             return _factors("scales", self.scales, scope, group)
         dtype = group.dtype
         # mergekit rounds norms and ratio to the dtype, but its random methods take float32 for float16

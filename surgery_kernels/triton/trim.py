@@ -9,7 +9,7 @@ have few programs and return at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,12 +27,22 @@ DIRECT = 1 << 16  # elements up to which every key is counted from the first rou
 INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}  # low bits of a key that are always 0
 
+# scope, state, histogram, nonfinite, finite: the keys of every range, by the one read of wide tensors
+Read = Callable[[Scope, Tensor, Tensor, str, FiniteCheck], Tensor]
 
-def trim(scope: Scope, density: Sequence[float], semantics: str, nonfinite: str, finite: FiniteCheck) -> Tensor:
+
+def trim(
+    scope: Scope,
+    density: Sequence[float],
+    semantics: str,
+    nonfinite: str,
+    finite: FiniteCheck,
+    read: Read | None = None,
+) -> Tensor:
     """The limits of every expert: thresholds and cuts in columns THRESHOLD and CUT.  # int64 [num_tasks, FIELDS]"""
     keep = [keep_count(scope.numel, d, semantics) for d in density]
     keep = [k if k < scope.numel else scope.numel + 1 for k in keep]
-    return find_limits(scope, keep, nonfinite, finite, cuts=semantics != "paper")
+    return find_limits(scope, keep, nonfinite, finite, cuts=semantics != "paper", read=read)
 
 
 def find_limits(
@@ -42,6 +52,7 @@ def find_limits(
     finite: FiniteCheck,
     cuts: bool = True,
     from_smallest: Sequence[bool] = (),
+    read: Read | None = None,
 ) -> Tensor:
     """Of the keep-th largest key of every expert; one above the number of entries keeps all and looks for nothing.
 
@@ -56,14 +67,14 @@ def find_limits(
     spare = min(SPARE_BITS.get(group.dtype, 0) for group in scope.groups)
     bits = 63 if scope.wide else 31
     rounds = -(-(bits - spare) // BIN_BITS)
+    histogram = torch.zeros(COPIES * scope.num_tasks << BIN_BITS, dtype=torch.int64, device=scope.device)
     lists = None
     if scope.numel > DIRECT:
         start_from_sample(scope, state, nonfinite, bits, spare, spare == 0)
         if spare == 0:
-            lists = list_keys(scope, state, nonfinite, finite)
+            lists = (read or list_keys)(scope, state, histogram, nonfinite, finite)
         else:  # few values that many keys share: a range of them is narrowed by one read, and no list would hold them
             rounds += 1
-    histogram = torch.zeros(COPIES * scope.num_tasks << BIN_BITS, dtype=torch.int64, device=scope.device)
     for i in range(rounds):
         narrow(scope, state, histogram, lists, nonfinite, spare, finite, first=lists is None and i == 0)
     if any(from_smallest):

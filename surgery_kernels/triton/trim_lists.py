@@ -129,17 +129,26 @@ def _take_lists(state, capacity, LARGEST: tl.constexpr, BINS: tl.constexpr):
         tl.store(expert + SHIFT, shift_of(first, last, 0, BINS))
 
 
-def list_keys(scope: Scope, state: Tensor, nonfinite: str, finite: FiniteCheck) -> Tensor:
-    """Of all experts whose range is from a sample.  # [num_tasks, capacity]"""
+def new_lists(scope: Scope) -> Tensor:
+    """[num_tasks, capacity]"""
     dtype = torch.int64 if scope.wide else torch.int32
-    lists = torch.empty(scope.num_tasks, scope.numel // SHARE, dtype=dtype, device=scope.device)
+    return torch.empty(scope.num_tasks, scope.numel // SHARE, dtype=dtype, device=scope.device)
+
+
+def take_lists(scope: Scope, state: Tensor, lists: Tensor) -> None:
+    _take_lists[(scope.num_tasks,)](
+        state, lists.shape[1], LARGEST=LARGEST[scope.compute], BINS=1 << BIN_BITS, num_warps=1, enable_fp_fusion=False
+    )
+
+
+def list_keys(scope: Scope, state: Tensor, histogram: Tensor, nonfinite: str, finite: FiniteCheck) -> Tensor:
+    """Of all experts whose range is from a sample."""
+    lists = new_lists(scope)
     for group in scope.groups:
         _gather[(pieces_of(group),)](
             *group.place, scope.num_tasks, state, lists, lists.shape[1], finite.found, **group.dtypes,
             HAS_BASE=scope.has_base, DROP=nonfinite == "drop", CHECKED=finite.wanted, CHUNK=CHUNK, PIECE=PIECE,
             LANES=LANES, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
-    _take_lists[(scope.num_tasks,)](
-        state, lists.shape[1], LARGEST=LARGEST[scope.compute], BINS=1 << BIN_BITS, num_warps=1, enable_fp_fusion=False
-    )
+    take_lists(scope, state, lists)
     return lists

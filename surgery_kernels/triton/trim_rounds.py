@@ -21,6 +21,8 @@ COPIES = 4  # of the histogram: a value that many keys share would queue up at o
 # LISTED: how many keys of the range lie in a list, that nothing else need be read; below 0 they lie in none.
 THRESHOLD, CUT, LAST, SHIFT, KEEP, ABOVE, BUDGET, TIES, LISTED = (tl.constexpr(field) for field in range(9))
 TIE_CHUNK, TIES_LEFT = LAST, SHIFT  # where the tie before CUT is: a chunk of the scope, and its rank there
+VARIANCE, SAMPLED = BUDGET, TIES  # of a range from a sample: of the keys above its middle, and of how many keys
+FIRST = SHIFT  # of a guess: the range from FIRST to LAST around THRESHOLD; empty where nothing is to be found
 FIELDS = tl.constexpr(9)
 
 LARGEST = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
@@ -92,7 +94,7 @@ def tell_nonfinite(key, nonfinite):
 
 
 @triton.jit
-def _add_keys(key, expert, bins):
+def add_keys(key, expert, bins):
     """To the histogram of an expert.  # key: [n, LANES]"""
     first, last = tl.load(expert + THRESHOLD).to(key.dtype), tl.load(expert + LAST).to(key.dtype)
     shift = tl.load(expert + SHIFT).to(key.dtype)
@@ -173,7 +175,7 @@ def _count_lists(
         if tl.load(expert + THRESHOLD) < tl.load(expert + LAST):
             for at in range(tl.program_id(0) * PIECE, listed, tl.num_programs(0) * PIECE):
                 key = tl.load(lists + at + lanes, mask=lanes < listed - at, other=-1)
-                _add_keys(by_lane(key, 128 // key.dtype.primitive_bitwidth, LANES), expert, histogram + t * BINS)
+                add_keys(by_lane(key, 128 // key.dtype.primitive_bitwidth, LANES), expert, histogram + t * BINS)
         lists += capacity
 
 
@@ -192,7 +194,7 @@ def _count_piece(
         if reads | CHECKED:
             key = keys_of(row, t, base, at, left, STORED, COMPUTE, HAS_BASE, DROP, WHOLE, PIECE, LANES)
             if reads:
-                _add_keys(key, expert, histogram + t * BINS)
+                add_keys(key, expert, histogram + t * BINS)
             if CHECKED:
                 tell_nonfinite(key, nonfinite)
 
