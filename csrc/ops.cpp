@@ -73,6 +73,10 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "gram(Tensor[] base, Tensor[] experts, int num_tasks, str axis=\"tensor\", bool rounded=False, "
       "str nonfinite=\"error\", str[]? names=None) -> Tensor");
 
+  // What task vectors do, from one read: counts int64 [num_tensors, ...] and sums float64 [num_tensors, ...], laid out
+  // as in csrc/cpu/census_kernel.h. thresholds: float64 [num_tensors, num_tasks]; an entry is kept from there on.
+  m.def("census(Tensor[] base, Tensor[] experts, int num_tasks, Tensor? thresholds=None) -> (Tensor, Tensor)");
+
   // A short program of element-wise steps (csrc/step.h: five integers each) over blocks of elements, each rounded where
   // it says so: one read of all inputs and one write. inputs: num_inputs for the first tensor, then for the second,
   // ...; out: as many for each as the program stores, which may be inputs; bits are uint8 [ceil(numel / 8)]. numbers:

@@ -6,6 +6,7 @@ rounded to the stored dtype exactly where the toolkit behind `semantics` rounds.
 everything in float64, rounds nothing and returns float64: what a backend's error is measured against.
 """
 
+from .census import census
 from .combine import combine
 from .gram import gram, scope_gram
 from .gram_cross import gram_cross
@@ -22,6 +23,7 @@ from .trim import keep_count, kept_entries, ranked_entries, scope_thresholds, tr
 
 __all__ = [
     "block_sum",
+    "census",
     "combine",
     "gram",
     "gram_cross",
