@@ -9,7 +9,16 @@ import click
 from .. import _C
 from .exits import EXIT_CODES
 
-COMMANDS = ("merge", "calibrate", "check", "diff", "methods", "info", "example")  # each in the file of its name
+COMMANDS = (
+    "merge",
+    "inspect",
+    "calibrate",
+    "check",
+    "diff",
+    "methods",
+    "info",
+    "example",
+)  # each in the file of its name
 
 
 class Commands(click.Group):

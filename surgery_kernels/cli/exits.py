@@ -16,6 +16,7 @@ MANUAL = {  # the page of docs/ that explains the input of a command
     "merge": "checkpoints",
     "check": "checkpoints",
     "diff": "checkpoints",
+    "inspect": "inspect",
     "calibrate": "surgery",
     "methods": "methods",
 }
