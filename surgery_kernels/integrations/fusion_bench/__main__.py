@@ -1,5 +1,0 @@
-"""FusionBench's command with our ops."""
-
-from . import main
-
-main()
