@@ -56,6 +56,27 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
       "float divisor=1.0, bool task_vectors=True, bool fused=False, str axis=\"tensor\", str nonfinite=\"error\", "
       "str[]? names=None, *, bool fresh=False, Tensor(a!)[] out) -> ()");
 
+  // base + sum_t w_t (expert_t - base) / sum_t w_t over several tensors, w_t = weights[t] * max(importance_t, floor);
+  // the mean of the experts without base. Tensors as in ties_merge_out; importance: like experts, in their dtype or the
+  // compute type; called: what messages call it. What raises for numbers leaves nothing to use in out.
+  m.def(
+      "weighted_merge_out(Tensor[] base, Tensor[] experts, Tensor[] importance, float[] weights, float floor=0.0, "
+      "str nonfinite=\"error\", str[]? names=None, str called=\"importance\", *, Tensor(a!)[] out) -> ()");
+
+  // The same with weights by PCB's scores, and changes c_t clipped: base + sum_t w_t factor_t c_t / sum_t w_t, w_t =
+  // max(score_t - threshold_t, 0) / height_t. clipping: float64 [num_tasks, 3], the lowest and the highest magnitude of
+  // a change and how far apart they are. limits: float64 [num_tasks, 3], threshold, height and factor of each. inter:
+  // csrc/cpu/weighted_merge_kernel.h. drop: task vectors that are not finite are 0; else they take part.
+  m.def(
+      "weighted_merge_scored_out(Tensor[] base, Tensor[] experts, Tensor clipping, Tensor limits, "
+      "str inter=\"paper\", bool drop=False, *, Tensor(a!)[] out) -> ()");
+
+  // Of every expert's scores over all the tensors the one of its rank, counted from the highest, and the highest:
+  // [num_tasks, 2] in the compute type. Scores nearer to 0 than 2^-100 (float64: 2^-900), and NaN, count as 0.
+  m.def(
+      "weighted_merge_limits(Tensor[] base, Tensor[] experts, Tensor clipping, int[] ranks, str inter=\"paper\", "
+      "bool drop=False) -> Tensor");
+
   // Which entries every expert keeps, drawn by counter: packed bits per tensor, uint8 [num_tasks, ceil(numel / 8)],
   // least significant first; and float64 [num_tensors, num_tasks, 3]: how many are kept, the L1 norm of the task vector
   // and that of its kept entries. rule "random": with probability density; "della": density - epsilon to density +

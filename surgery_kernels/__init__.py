@@ -21,6 +21,7 @@ from .ops import (
     gram_cross,
     masks,
     mix,
+    pcb_merge,
     polar,
     representation_loss,
     surgery_adapter,
@@ -28,6 +29,7 @@ from .ops import (
     ties_merge,
     ties_split,
     trim_thresholds,
+    weighted_merge,
 )
 
 if _isa := os.environ.get("SURGERY_KERNELS_ISA"):
@@ -43,6 +45,7 @@ __all__ = [
     "masks",
     "merge_state_dicts",
     "mix",
+    "pcb_merge",
     "polar",
     "representation_loss",
     "surgery_adapter",
@@ -50,4 +53,5 @@ __all__ = [
     "ties_merge",
     "ties_split",
     "trim_thresholds",
+    "weighted_merge",
 ]

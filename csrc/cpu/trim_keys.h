@@ -8,6 +8,8 @@
 
 namespace sk {
 
+constexpr int64_t kFormedStride = kChunk + 32;  // keys from one task to the next
+
 // Forms keys, in the compute type; one for every thread.
 struct KeyFormer {
   virtual ~KeyFormer() = default;
@@ -19,6 +21,7 @@ struct KeyFormer {
 struct FormedKeys {
   virtual ~FormedKeys() = default;
   virtual std::unique_ptr<KeyFormer> former() const = 0;
+  virtual int64_t num_tasks() const { return 1; }  // whose keys are formed together
 };
 
 template <class Key>
@@ -27,7 +30,7 @@ class KeyReader {
   explicit KeyReader(const Scope& scope) {
     if (!scope.formed) return;
     former_ = scope.formed->former();
-    formed_ = std::make_unique<Buffer<Key>>(kChunk);
+    formed_ = std::make_unique<Buffer<Key>>(scope.formed->num_tasks() * kFormedStride);
   }
 
   // Elements begin to begin + n of a tensor, at most a chunk.
@@ -41,7 +44,7 @@ class KeyReader {
   }
   const void* base() const { return former_ ? nullptr : part_->base_at(begin_); }
   const void* expert(int64_t task) const {
-    return former_ ? static_cast<const void*>(formed_->get()) : part_->expert_at(task, begin_);
+    return former_ ? static_cast<const void*>(formed_->get() + task * kFormedStride) : part_->expert_at(task, begin_);
   }
 
  private:

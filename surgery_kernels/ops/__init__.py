@@ -12,6 +12,7 @@ from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
 from .ties_merge import ties_merge, ties_split
 from .trim import trim_thresholds
+from .weighted_merge import pcb_merge, weighted_merge
 
 __all__ = [
     "GramCross",
@@ -21,6 +22,7 @@ __all__ = [
     "gram_cross",
     "mix",
     "masks",
+    "pcb_merge",
     "polar",
     "representation_loss",
     "surgery_adapter",
@@ -28,4 +30,5 @@ __all__ = [
     "ties_merge",
     "ties_split",
     "trim_thresholds",
+    "weighted_merge",
 ]

@@ -20,6 +20,7 @@ from .surgery_adapter import surgery_adapter
 from .surgery_train import surgery_train
 from .ties_merge import scope_merge, ties_merge, ties_split
 from .trim import keep_count, kept_entries, ranked_entries, scope_thresholds, trim_thresholds
+from .weighted_merge import merge_by_scores, score_limits, scores, weighted_merge
 
 __all__ = [
     "block_sum",
@@ -32,6 +33,7 @@ __all__ = [
     "load_scope",
     "mix",
     "masks",
+    "merge_by_scores",
     "philox",
     "ranked_entries",
     "representation_loss",
@@ -40,6 +42,8 @@ __all__ = [
     "scope_masks",
     "scope_merge",
     "scope_thresholds",
+    "score_limits",
+    "scores",
     "steps",
     "steps_limits",
     "surgery_adapter",
@@ -47,4 +51,5 @@ __all__ = [
     "ties_merge",
     "ties_split",
     "trim_thresholds",
+    "weighted_merge",
 ]

@@ -141,6 +141,12 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(
         _ops.mix_out, ([base], experts, torch.full((1, 2, 1), 0.3, dtype=torch.float64)), {"out": out}
     )
+    torch.library.opcheck(
+        _ops.weighted_merge_out, ([base], experts, [x.abs() for x in experts], [1.0, 2.0]), {"out": out}
+    )
+    clipping = torch.tensor([[0.0, 1.0, 1.0]] * 2, dtype=torch.float64)
+    torch.library.opcheck(_ops.weighted_merge_scored_out, ([base], experts, clipping, clipping), {"out": out})
+    torch.library.opcheck(_ops.weighted_merge_limits, ([base], experts, clipping, [3, 2]))
     steps = scaled_distance()
     numbers = steps.table([0.3])
     torch.library.opcheck(_ops.steps_out, (experts, 2, steps.program, numbers), {"out": out})
@@ -238,6 +244,7 @@ STATE_DICTS: list[dict[str, Any]] = [
     {"semantics": "peft", "scope": "tensor"},
     {"method": "average", "weights": [1.0, 2.0, 0.5]},
     {"method": "task_arithmetic", "lam": 0.3},
+    {"method": "pcb", "density": 0.2},
 ]
 
 

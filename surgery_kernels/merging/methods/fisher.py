@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -19,11 +16,8 @@ from ...modules.outputs import logits_of
 from ...modules.pools import Batches, batches_of
 from ...ops import arguments
 from ...ops.arguments import PerExpert
-from ...ops.steps import Steps
 from ..method import ABOVE_0, AT_LEAST_0, Method, per_model, shared
 from ..scope import Scope
-
-PIECE = 1 << 20  # entries that are widened at a time, where experts are stored in 16 bits
 
 
 @dataclass(frozen=True)
@@ -67,49 +61,23 @@ class Fisher(Method):
         for part in scope.parts():
             (name,) = part.names
             if name in known:
-                fishers = [of_expert[known[name]] for of_expert in self.fishers]
-                self._merge_tensor(part, fishers, weights, known[name])
+                self._merge_tensor(part, [of_expert[known[name]] for of_expert in self.fishers], weights)
             else:
                 part.mix(weights, divisor=sum(weights), task_vectors=False)
 
-    def _merge_tensor(self, scope: Scope, fishers: Sequence[Tensor], weights: Sequence[float], known: str) -> None:
-        """One read of experts and Fisher information, whose sums show what is not finite or negative."""
-        (experts,), (out,) = scope.experts, scope.out
-        steps, sums, numel = _weighted(len(experts)), [], out.numel()
-        size = numel if out.dtype == scope.compute else PIECE
-        for begin in range(0, numel, max(1, size)):
-            inputs, merged = (
-                [x.reshape(-1)[begin : begin + size].to(out.device, scope.compute) for x in tensors]
-                for tensors in ((*experts, *fishers), [out])
-            )
-            sums.append(steps.run(inputs, [self.floor, *weights], out=merged))
-            if out.dtype != scope.compute:
-                out.view(-1)[begin : begin + size] = merged[0]
-        found = torch.cat(sums).sum(dim=0).cpu().tolist() if sums else []
-        if not all(map(math.isfinite, found)):
-            scope.check_finite(task_vectors=False)
-        for t, (total, negative) in enumerate(zip(found[1::2], found[2::2], strict=True)):
-            if negative or not (math.isfinite(total) or fishers[t].isfinite().all()):
-                raise ValueError(f"fishers[{t}][{known!r}] must be finite and 0 or greater, got other values")
-
-
-@cache
-def _weighted(num_tasks: int) -> Steps:
-    """The mean of the first inputs by the others, each at least number 0 and times a number of its own.
-
-    Sums: of all first inputs together; then of every other one, and how many of its entries are negative.
-    """
-    steps = Steps(2 * num_tasks)
-    with steps.exact():
-        experts, fishers = ([steps.load(first + t) for t in range(num_tasks)] for first in (0, num_tasks))
-        certain = [fisher.maximum(steps.number(0)) * steps.number(1 + t) for t, fisher in enumerate(fishers)]
-        terms = [x * certainty for x, certainty in zip(experts, certain, strict=True)]
-        steps.store(reduce(add, terms) / reduce(add, certain))
-        steps.sum(reduce(add, experts))
-        for fisher in fishers:
-            steps.sum(fisher)
-            steps.sum(fisher < 0.0)
-    return steps
+    def _merge_tensor(self, scope: Scope, fishers: Sequence[Tensor], weights: Sequence[float]) -> None:
+        (out,), dtypes = scope.out, {fisher.dtype for fisher in fishers}
+        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {out.dtype, scope.compute} else scope.compute
+        torch.ops.surgery_kernels.weighted_merge_out(
+            [],
+            scope.flat_experts,
+            [fisher.detach().to(out.device, dtype) for fisher in fishers],
+            weights,
+            self.floor,
+            names=scope.names,
+            called="fishers",
+            out=scope.out,
+        )
 
 
 @torch.inference_mode(False)  # gradients must work wherever the caller is

@@ -1,4 +1,4 @@
-"""PCB-Merging against plain formulas in float64, by hand, and where a sample of scores misleads."""
+"""PCB-Merging against plain formulas in float64, and by hand."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import merge
-from surgery_kernels.merging import Scope
-from surgery_kernels.merging.methods import pcb
+from surgery_kernels.ops.weighted_merge import INTER
 from tests.cases import DTYPES, assert_same, gaussian, generator, inputs, option_id, rising
 from tests.llama_checkpoints import gaussians, loaded, models, save
 
@@ -59,7 +58,7 @@ def test_by_hand() -> None:
     assert change(three, clip=0, density=0.5).tolist() == pytest.approx([2.5, 1.883520, 2, 0, 0, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("inter", pcb.INTER)
+@pytest.mark.parametrize("inter", INTER)
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 8])
 def test_the_formula(num_tasks: int, inter: str) -> None:
     for kind, scale, density, clip in (
@@ -84,23 +83,6 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         exact = base[name].double().reshape(-1) + part
         far = (merged[name].double().reshape(-1) - exact).abs() > torch.finfo(dtype).eps * exact.abs() + 2e-6
         assert far.sum() <= (0.001 if dtype.itemsize > 2 else 0.05) * far.numel()
-
-
-def test_what_a_sample_does_not_show() -> None:
-    """The highest scores lie where it does not look: the search goes on until they are found."""
-    x = 0.01 * torch.randn(3, 60_000, generator=generator("misled"), dtype=torch.float64)
-    search = pcb.ScoreSearch(of_one_tensor(x), [0.0, 1.0, 1.0] * 3, "paper", drop=False)
-    (part,) = search._parts
-    stride = 60_000 // pcb.SAMPLE
-    hidden = torch.ones(60_000, dtype=torch.bool)
-    hidden[search._sampled(part, stride)] = False
-    x[:, hidden.nonzero()[:9_000, 0]] += 0.4
-    for density in (0.05, 0.14, 0.5):
-        torch.testing.assert_close(change(x, density=density, clip=0), formula(x, density, clip=0))
-
-
-def of_one_tensor(x: Tensor) -> Scope:
-    return Scope(["w"], [torch.zeros_like(x[0])], [list(x)], [torch.empty_like(x[0])], {"w": "w"})
 
 
 def test_experts_without_a_spread_have_no_weight() -> None:
