@@ -143,6 +143,8 @@ class Parameters(nn.Module):
 def test_fusion_bench(measure: Measure, algorithm: str, contender: str) -> None:
     pytest.importorskip("fusion_bench", reason="fusion-bench is not installed", exc_type=ImportError)
     integration = importlib.import_module("surgery_kernels.integrations.fusion_bench")
+    from fusion_bench.modelpool import BaseModelPool
+
     shapes = vit_b32_shapes(layers=2)
     base, experts = flat_inputs(num_params_of(shapes), torch.float32)
     names = ["_pretrained_", *(f"task_{t}" for t in range(NUM_TASKS))]
@@ -153,11 +155,12 @@ def test_fusion_bench(measure: Measure, algorithm: str, contender: str) -> None:
 
     def merge(cls: Any) -> Call:
         def call() -> list[Tensor]:
-            pool = integration.BaseModelPool(models | {"_pretrained_": copy.deepcopy(models["_pretrained_"])})
+            pool = BaseModelPool(models | {"_pretrained_": copy.deepcopy(models["_pretrained_"])})
             return list(cls(**options).run(pool).state_dict().values())
 
         return call
 
-    stock, ours = getattr(integration, f"{algorithm}Algorithm"), getattr(integration, algorithm)
+    stock = getattr(importlib.import_module("fusion_bench.method"), f"{algorithm}Algorithm")
+    ours = getattr(integration, algorithm)
     pair = Pair(f"FusionBench {algorithm}", num_params_of(shapes), "fp32", merge(stock), merge(ours))
     pair.measure(measure, contender, rounds=1)

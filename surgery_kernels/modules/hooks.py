@@ -33,7 +33,7 @@ class SiteHooks:
             module = model.get_submodule(name)
             token_major = None
             if site < len(sites.blocks):
-                token_major = _token_major(module) if sites.token_major is None else sites.token_major
+                token_major = token_major_of(module) if sites.token_major is None else sites.token_major
             self.token_major.append(token_major)
             self._handles.append(module.register_forward_hook(partial(self._show, site)))
 
@@ -95,7 +95,8 @@ def is_hooked(model: nn.Module) -> bool:
     return any(isinstance(getattr(getattr(hook, "func", None), "__self__", None), SiteHooks) for hook in hooks)
 
 
-def _token_major(block: nn.Module) -> bool | None:
+def token_major_of(block: nn.Module) -> bool | None:
+    """Whether its tokens are [tokens, batch, dim], as torch's attention inside says; None where there is none."""
     attentions = (module for module in block.modules() if isinstance(module, nn.MultiheadAttention))
     first = next(attentions, None)
     return None if first is None else not first.batch_first

@@ -80,6 +80,7 @@ class AdaMerging(Method):
     source = "AdaMerging (arXiv 2310.02575), section 3.2"
     decides = "model"
     in_recipes = False
+    from_inputs = True
 
     objective: Objective | None = shared(None, kind=object, meaning="what is to fall")
     granularity: str = shared("layer", choices=GRANULARITIES, meaning="what has a coefficient of its own")

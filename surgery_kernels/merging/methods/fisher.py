@@ -39,6 +39,7 @@ class Fisher(Method):
     base = "none"
     decides = "model"
     in_recipes = False
+    from_inputs = True
 
     fishers: Sequence[Mapping[str, Tensor]] = shared((), kind=object, meaning="Fisher information of each expert")
     weights: PerExpert = per_model(1.0, range=AT_LEAST_0, meaning="weight of each expert")

@@ -38,6 +38,7 @@ class RegMean(Method):
     base = "none"
     decides = "model"
     in_recipes = False
+    from_inputs = True
 
     grams: Sequence[Mapping[str, Tensor]] = shared((), kind=object, meaning="Gram matrices of each expert's inputs")
     off_diagonal: float = shared(0.9, range=SHARE, meaning="factor of the Gram matrices' entries off the diagonal")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from types import ModuleType
 from typing import Any
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from surgery_kernels import _C
 from tests.cases import assert_same
+from tests.integrations.fusion_bench.pools import of_untied
 from tests.untied import untied
 
 pytestmark = pytest.mark.any_isa
 
 
-@pytest.fixture
-def integration() -> ModuleType:
-    pytest.importorskip("fusion_bench", reason="fusion-bench is not installed", exc_type=ImportError)
-    return importlib.import_module("surgery_kernels.integrations.fusion_bench")
+def theirs(name: str) -> Any:
+    return getattr(importlib.import_module("fusion_bench.method"), name)
 
 
 class Network(nn.Module):
@@ -70,7 +69,7 @@ def test_ties(integration: ModuleType, merge_func: str, steps: int) -> None:
     for num_tasks, threshold, dtype in ((1, 20, torch.float32), (3, 0.57, torch.float32), (3, 35, torch.bfloat16)):
         models = pool(num_tasks, dtype, steps)
         options = {"scaling_factor": 0.3, "threshold": threshold, "remove_keys": [], "merge_func": merge_func}
-        expected = merged(integration.TiesMergingAlgorithm, models, **options)
+        expected = merged(theirs("TiesMergingAlgorithm"), models, **options)
         before = _C.bytes_read()
         assert_same_states(merged(integration.TiesMerging, models, **options), expected)
         assert _C.bytes_read() > before
@@ -79,7 +78,7 @@ def test_ties(integration: ModuleType, merge_func: str, steps: int) -> None:
 def test_task_arithmetic(integration: ModuleType) -> None:
     for num_tasks, dtype in ((1, torch.float32), (4, torch.float32), (3, torch.float64)):
         models = pool(num_tasks, dtype)
-        expected = merged(integration.TaskArithmeticAlgorithm, models, scaling_factor=0.3)
+        expected = merged(theirs("TaskArithmeticAlgorithm"), models, scaling_factor=0.3)
         before = _C.bytes_read()
         assert_same_states(merged(integration.TaskArithmetic, models, scaling_factor=0.3), expected)
         assert _C.bytes_read() > before
@@ -88,9 +87,9 @@ def test_task_arithmetic(integration: ModuleType) -> None:
 def test_task_arithmetic_rounds_less(integration: ModuleType) -> None:
     models = pool(3, torch.bfloat16)
     exact = merged(
-        integration.TaskArithmeticAlgorithm, {k: m.double() for k, m in deepcopy(models).items()}, scaling_factor=0.3
+        theirs("TaskArithmeticAlgorithm"), {k: m.double() for k, m in deepcopy(models).items()}, scaling_factor=0.3
     )
-    stock = merged(integration.TaskArithmeticAlgorithm, models, scaling_factor=0.3)
+    stock = merged(theirs("TaskArithmeticAlgorithm"), models, scaling_factor=0.3)
     ours = merged(integration.TaskArithmetic, models, scaling_factor=0.3)
     for name, tensor in exact.items():
         assert (ours[name] - tensor).abs().max() <= (stock[name] - tensor).abs().max()
@@ -133,7 +132,7 @@ def test_removed_keys(integration: ModuleType) -> None:
     models = {"_pretrained_": T5(), "task_0": T5(), "task_1": T5()}
     options = {"scaling_factor": 0.3, "threshold": 20, "remove_keys": ["encoder.weight"], "merge_func": "mean"}
     assert_same_states(
-        merged(integration.TiesMerging, models, **options), merged(integration.TiesMergingAlgorithm, models, **options)
+        merged(integration.TiesMerging, models, **options), merged(theirs("TiesMergingAlgorithm"), models, **options)
     )
 
 
@@ -180,11 +179,10 @@ def test_classes_of_their_own(integration: ModuleType, name: str) -> None:
 @pytest.mark.parametrize("num_tasks", [1, 3])
 def test_emr(integration: ModuleType, num_tasks: int) -> None:
     """Task by task the models of FusionBench, which takes no buffers."""
+    emr_merging = importlib.import_module("fusion_bench.method.emr_merging")
     models = of_untied(num_tasks, torch.float32)
     inputs = torch.randn(5, 24)
-    results = [
-        algorithm().run(deepcopy(models)) for algorithm in (integration.EMRMergingAlgorithm, integration.EMRMerging)
-    ]
+    results = [algorithm().run(deepcopy(models)) for algorithm in (emr_merging.EMRMerging, integration.EMRMerging)]
     for t in range(num_tasks):
         outputs = []
         for result in results:
@@ -205,7 +203,7 @@ def test_tall_masks_are_the_papers(integration: ModuleType) -> None:
         {"_target_": "surgery_kernels.integrations.fusion_bench.TallMaskTaskArithmetic", "tall_mask_lambda": 0.4}
     ).run(deepcopy(models))
     with pytest.raises(TypeError, match="Tensor type mismatch"):  # 0.2.33 refuses the tensors that it makes itself
-        integration.TallMaskTaskArithmeticAlgorithm(0.4).run(deepcopy(models))
+        theirs("TallMaskTaskArithmeticAlgorithm")(0.4).run(deepcopy(models))
     for t in range(3):
         expected = merge_state_dicts(states[0], states[1:], method="tall_masks", selectivity=0.4, task=t)
         for key, tensor in expected.items():
@@ -237,37 +235,6 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-
-
-@pytest.fixture
-def installed(integration: ModuleType) -> Iterator[Callable[..., None]]:
-    """`install`; FusionBench is as before afterwards."""
-    yield integration.install
-    for algorithm, run in integration.STOCK.items():
-        algorithm.run = run
-    integration.dare_ties.ties_merging = importlib.import_module(
-        "fusion_bench.method.ties_merging.ties_merging_utils"
-    ).ties_merging
-    integration.slerp.slerp_on_state_dicts = integration.STOCK_SLERP
-    integration.model_stock.compute_angle = integration.STOCK_ANGLES
-
-
-class Untied(nn.Module):
-    """Without buffers and shared weights, which DARE and ModelStock of FusionBench do not manage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 7)
-
-
-def of_untied(num_tasks: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    pretrained = Untied().to(dtype)
-    models = {"_pretrained_": pretrained} | {f"task_{t}": deepcopy(pretrained) for t in range(num_tasks)}
-    for name in pretrained.state_dict():
-        base, experts = untied(pretrained.state_dict()[name].shape, num_tasks, dtype)
-        for model, value in zip(models.values(), (base, *experts), strict=True):
-            model.state_dict()[name].copy_(value)
-    return models
 
 
 def pool_for(name: str, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
@@ -371,7 +338,8 @@ def test_leaves_the_rest_of_an_installation_to_fusion_bench(installed: Callable[
 
 def test_without_fusion_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fusion_bench.compat.modelpool", None)
-    monkeypatch.delitem(sys.modules, "surgery_kernels.integrations.fusion_bench", raising=False)
+    for name in [name for name in sys.modules if name.startswith("surgery_kernels.integrations.fusion_bench")]:
+        monkeypatch.delitem(sys.modules, name)
     message = r"^fusion_bench must be installed in a version .* run `pip install 'surgery-kernels\[fusion-bench\]'`$"
     with pytest.raises(ImportError, match=message):
         importlib.import_module("surgery_kernels.integrations.fusion_bench")

@@ -1,0 +1,5 @@
+"""FusionBench's command with our ops."""
+
+from . import main
+
+main()
