@@ -81,7 +81,7 @@ class Parameter:
     kind: type  # float, int, bool or str; object: whatever the method says
     per_model: bool
     default: Any
-    recipe_default: Any  # mergekit's, where that is another
+    recipe_default: Any  # mergekit's, where that is another; a tuple is a gradient from the first layer to the last
     range: Range
     choices: tuple[str, ...]  # of str
 

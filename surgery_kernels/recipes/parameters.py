@@ -8,7 +8,7 @@ from typing import Any
 from ..merging import Method, Parameter
 from ..merging.method import NONE_GIVEN
 from .recipe import Recipe
-from .settings import Settings, Value, value_of
+from .settings import Rule, Settings, Value, value_of
 from .slices import Output, Slice, Source
 
 
@@ -79,7 +79,8 @@ def _value(recipe: Recipe, part: Slice, parameter: Parameter, output: Output, ex
             return _as_taken(parameter, value)
     if parameter.recipe_default is NONE_GIVEN:
         raise ValueError(_missing(recipe, key, expert, name))
-    return parameter.recipe_default
+    default = parameter.recipe_default
+    return Rule(default).at(output.depth) if isinstance(default, tuple) else default
 
 
 def _as_taken(parameter: Parameter, value: Value) -> Value:

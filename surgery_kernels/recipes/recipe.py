@@ -144,10 +144,10 @@ def _read_mixture(root: Node, text: str) -> Recipe:
 
 def _read_scope(node: Node, method: type[Method], slices: tuple[Slice, ...]) -> str:
     scope = node.one_of(SCOPES)
+    if method.decides != "scope" and scope != method.recipe_scope:
+        raise node.must(f"be {method.recipe_scope!r} for {method.name}")
     if scope == "tensor":
         return scope
-    if method.decides != "scope":
-        raise node.must(f"be 'tensor' for {method.name}")
     if len({tuple(source.model for source in part.sources) for part in slices}) > 1:
         raise node.must("be 'tensor' for slices of different models")
     return scope

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,7 +12,7 @@ from ...ops import arguments
 from ...ops.arguments import PerExpert
 from ...ops.ties_merge import check_options
 from ..depths import depths
-from ..method import Method, arithmetic_of, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
+from ..method import SHARE, Method, arithmetic_of, model_weights, nonfinite_policy, per_model, shared, task_vector_scale
 from ..scope import Scope
 
 SMALLEST_SUM = 1e-8  # of weights that are divided by
@@ -27,10 +27,9 @@ class Average(Method):
     formula = "sum_t weights[t] * expert_t / sum_t weights[t]"
     source = "Model Soups (arXiv 2203.05482)"
     base = "none"
-    in_recipes = False
     fused: ClassVar[bool] = False
 
-    weights: PerExpert | None = model_weights("weight of each model")
+    weights: PerExpert | None = per_model(None, key="weight", meaning="weight of each model")
     normalize: bool = shared(True, kind=bool, meaning="divide by the sum of the weights")
     nonfinite: str = nonfinite_policy()
 
@@ -62,9 +61,10 @@ class Linear(Average):
     name = "linear"
     title = "weighted averaging"
     source = "mergekit 0.1.5 `linear`; Model Soups (arXiv 2203.05482)"
-    in_recipes = True
     ignored = ("int8_mask",)
     fused = True
+
+    weights: PerExpert | None = model_weights("weight of each model")
 
     def _sum(self, weights: list[float], compute: torch.dtype) -> float:
         """As mergekit adds them up: of eight float32 or more in torch's order, which is not theirs."""
@@ -161,7 +161,6 @@ class WiseFt(Method):
     formula = "(1 - t) * base + t * expert"
     source = "Robust fine-tuning of zero-shot models (arXiv 2109.01903), equation 1"
     num_experts = (1, 1)
-    in_recipes = False
 
     t: float = shared(0.5, meaning="place between the base (0) and the expert (1)")
     nonfinite: str = nonfinite_policy()
@@ -179,9 +178,8 @@ class Dni(Method):
     formula = "sum_t weights[t] * expert_t, sum_t weights[t] = 1"
     source = "Deep Network Interpolation (arXiv 1811.10515), equation 2"
     base = "none"
-    in_recipes = False
 
-    weights: PerExpert = per_model(meaning="share of each network")
+    weights: PerExpert = per_model(key="weight", meaning="share of each network")
     nonfinite: str = nonfinite_policy()
 
     def check(self, num_tasks: int) -> None:
@@ -202,7 +200,6 @@ class ExPO(Method):
     title = "ExPO"
     formula = "base + (1 + extrapolation) * (mean_t expert_t - base)"
     source = "Weak-to-Strong Extrapolation Expedites Alignment (arXiv 2404.16792)"
-    in_recipes = False
 
     extrapolation: float = shared(0.1, meaning="how far past the aligned models, in task vectors")
     nonfinite: str = nonfinite_policy()
@@ -221,16 +218,22 @@ class Lines(Method):
     formula = "base + (first + (last - first) * layer / (layers - 1)) * sum_t weights[t] * (expert_t - base)"
     source = "LiNeS (arXiv 2410.17146), equation 3: first = alpha, last = alpha + beta"
     decides = "model"
-    in_recipes = False
 
     first: float = shared(meaning="scale of the first layer, and of what lies in none")
     last: float = shared(meaning="scale of the last layer")
-    weights: PerExpert | None = per_model(None, meaning="factor of each task vector")
+    weights: PerExpert | None = per_model(None, key="weight", meaning="factor of each task vector")
+    depth: float | None = shared(
+        None,
+        range=SHARE,
+        recipe_default=(0.0, 1.0),
+        meaning="where between first (0) and last (1) a tensor is; none: where its name says",
+    )
     nonfinite: str = nonfinite_policy()
 
     def merge(self, scope: Scope) -> None:
         weights = torch.tensor(arguments.check_weights(self.weights, scope.num_tasks), dtype=torch.float64)
-        depth = torch.tensor(list(depths(scope.names).values()), dtype=torch.float64)
+        found = depths(scope.names) if self.depth is None else dict.fromkeys(scope.names, self.depth)
+        depth = torch.tensor(list(found.values()), dtype=torch.float64)
         scales = self.first + (self.last - self.first) * depth
         scope.mix(weights[:, None] * scales, nonfinite=self.nonfinite)
 
@@ -244,12 +247,16 @@ class MetaGpt(Method):
     formula = "base + sum_t |tau_t|^2 / sum_s |tau_s|^2 * tau_t, tau_t = expert_t - base"
     source = "MetaGPT (arXiv 2406.11385), equation 15"
     decides = "model"
-    in_recipes = False
+    recipe_scope = "model"
 
     nonfinite: str = nonfinite_policy()
 
-    def merge(self, scope: Scope) -> None:
+    def decide(self, scope: Scope) -> dict[str, Any]:
+        """The share of every task vector."""
         squares = scope.gram(axis="model", nonfinite=self.nonfinite)[0].diagonal()
         total = squares.sum()
-        share = squares / total if total > 0 else torch.full_like(squares, 1 / len(squares))
-        scope.mix(share.tolist(), nonfinite=scope.checked(self.nonfinite))
+        return {"shares": (squares / total if total > 0 else torch.full_like(squares, 1 / len(squares))).tolist()}
+
+    def merge(self, scope: Scope) -> None:
+        facts = self.decide(scope) if scope.decided is None else scope.decided
+        scope.mix(facts["shares"], nonfinite=scope.checked(self.nonfinite))
