@@ -1,5 +1,7 @@
 """Merging methods over whole models."""
 
+from .loras import merge_loras
+from .low_rank import LowRank
 from .method import Method, Parameter
 from .methods import METHODS
 from .methods.adamerging import AdaMerging, Atlas, Learned, Objective
@@ -18,6 +20,7 @@ __all__ = [
     "Average",
     "Fisher",
     "Learned",
+    "LowRank",
     "Method",
     "Objective",
     "Parameter",
@@ -28,6 +31,7 @@ __all__ = [
     "diagonal_fisher",
     "entropy_objective",
     "gram_matrices",
+    "merge_loras",
     "merge_state_dicts",
     "wise_ft_curve",
 ]

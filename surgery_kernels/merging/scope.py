@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .low_rank import LowRank
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -23,6 +25,8 @@ class Scope:
     decided: Any = None  # what `Method.decide` found for the whole model, of which this is a part
     offset: int = 0  # elements of the model before this part
     generator: torch.Generator | None = None  # what masks are drawn from, tensor after tensor; None: from a counter
+    # of each tensor None, or every expert's task vector as a product; its `experts` then only have its shape
+    factors: Sequence[Sequence[LowRank] | None] = ()
 
     @property
     def num_tasks(self) -> int:
@@ -61,6 +65,7 @@ class Scope:
             base=[self.base[i] for i in chosen] if self.base else [],
             experts=[self.experts[i] for i in chosen],
             out=[self.out[i] for i in chosen] if self.out else [],
+            factors=[self.factors[i] for i in chosen] if self.factors else (),
         )
 
     def of_experts(self, chosen: Sequence[int]) -> Scope:

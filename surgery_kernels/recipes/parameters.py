@@ -105,9 +105,10 @@ def _missing(recipe: Recipe, key: str, expert: Source | None, name: str) -> str:
 def _check_one_for_all(recipe: Recipe, part: Slice, resolved: Mapping[str, Method]) -> None:
     for parameter in recipe.method.decides_by:
         for t, expert in enumerate(part.experts):
-            first: dict[float, str] = {}
+            first: dict[float | None, str] = {}
             for name, method in resolved.items():
-                first.setdefault(getattr(method, parameter)[t], name)
+                values = getattr(method, parameter)
+                first.setdefault(None if values is None else values[t], name)
             if len(first) > 1:
                 found = " and ".join(f"{value} for {name}" for value, name in list(first.items())[:2])
                 raise ValueError(

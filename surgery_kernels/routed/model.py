@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..merging.methods.spectral import Leading
+from ..merging.methods.spectral.family import Leading
 from ..merging.state_dicts import owners_of
 from ..modules.hooks import token_major_of
 from ..modules.inputs import batch_size, run

@@ -12,7 +12,10 @@ from .pcb import Pcb
 from .regmean import RegMean
 from .selective import ArceeFusion, NearSwap, Ram, RamPlus, Sce
 from .sparse import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear
-from .spectral import Cart, IsoC, IsoCts, TsvM, Wudi
+from .spectral.aligned import CoreSpace, Knots
+from .spectral.calibrated import Svc
+from .spectral.descent import Doge, Wudi
+from .spectral.directions import Cart, IsoC, IsoCts, TsvM
 from .spherical import Karcher, ModelStock, MultiSlerp, NuSlerp, Slerp
 from .ties import Ties
 
@@ -57,6 +60,10 @@ METHODS: dict[str, type[Method]] = {
         IsoCts,
         Cart,
         Wudi,
+        Doge,
+        Svc,
+        Knots,
+        CoreSpace,
         Fisher,
         RegMean,
         AdaMerging,

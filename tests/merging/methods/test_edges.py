@@ -18,9 +18,10 @@ pytestmark = pytest.mark.any_isa
 
 StateDict = dict[str, Tensor]
 
-REQUIRED: dict[str, dict[str, Any]] = {  # what has no default
+REQUIRED: dict[str, dict[str, Any]] = {  # what has no default, or takes long
     "slerp": {"t": 0.3},
     "nearswap": {"t": 0.1},
+    "doge": {"steps": 3},
     "lines": {"first": 0.2, "last": 0.8},
     **dict.fromkeys(["tall_masks", "emr"], {"task": 0}),
     **dict.fromkeys(["dare_linear", "dare_ties", "della_linear", "della"], {"density": 0.5}),
