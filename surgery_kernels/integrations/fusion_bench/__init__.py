@@ -23,6 +23,10 @@ TIES rounds once, where FusionBench rounds after every operation. What differs o
   not NaN.
 - TaskSingularVectorMerging keeps one direction of each model at least, where FusionBench keeps none of matrices with
   fewer rows or columns than models; WUDIMerging of one model is that model.
+- SmileUpscaling keeps layers in which biases alone differ, gives an expert that changed nothing the gate 0, leaves the
+  models of the pool as they are, and leaves alone what ``nn.MultiheadAttention`` would not call; `average_experts`
+  works for models with activations too, where 0.2.33 fails.
+- CLIPWeightEnsemblingMoE weighs every sample after its training, as FusionBench means to, and runs without a GPU too.
 - RegMean and RegMean++ are solved in float64 and have a solution where the inputs are few; FusionBench inverts.
 
 All models of the pool are in memory at once, of lazy ones a tensor of each where the method allows it. What the ops do
@@ -39,7 +43,7 @@ from typing import Any
 from ..extras import missing
 
 try:
-    from . import inputs, linear, masks, spherical  # noqa: F401  # they register what stands in
+    from . import inputs, linear, masks, routed, spherical  # noqa: F401  # they register what stands in
     from .declared import class_of, lacking
     from .drawn import draw_exactly
     from .stock import restored, swap
@@ -81,6 +85,8 @@ NAMES: dict[str, str] = {  # of our classes -> module and class of FusionBench's
     "LayerWiseAdaMergingForLlamaSFT": "adamerging.LayerWiseAdaMergingForLlamaSFT",
     "ResNetTaskWiseAdamerging": "adamerging.ResNetTaskWiseAdamerging",
     "ResNetLayerWiseAdamerging": "adamerging.ResNetLayerWiseAdamerging",
+    "SmileUpscaling": "smile_upscaling.SmileUpscalingAlgorithm",
+    "CLIPWeightEnsemblingMoE": "we_moe.clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm",
 }
 ALIASES = {
     "ISO_C_Merge": "IsotropicMergingInCommonSubspace",
@@ -129,7 +135,8 @@ def _named(name: str) -> Any:
         with accelerated():
             return theirs.run(self, *args, **kwargs)
 
-    return type(name, (theirs,), {"__module__": __name__, "__doc__": theirs.__doc__, "run": run})
+    members = {"__module__": __name__, "__doc__": theirs.__doc__, "run": run, **routed.MEMBERS.get(name, {})}
+    return type(name, (theirs,), members)
 
 
 def main() -> None:
