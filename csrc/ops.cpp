@@ -157,4 +157,28 @@ STABLE_TORCH_LIBRARY(surgery_kernels, m) {
 
   // Its gradient [num_tasks, num_blocks] in the compute type: <grad, task_vectors[t]> over every block.
   m.def("combine_backward(Tensor grad, Tensor[] task_vectors, Tensor block_offsets) -> Tensor");
+
+  // The same under a mask that all task vectors share, over its mean of every block: relaxed Bernoulli variables of
+  // mask_logits [num_params], in the compute type, drawn by the words of philox.h for seed, block and place in the
+  // block; or without noise. Returns the merge, and those means, float64 [num_blocks]. Differentiable in coefficients
+  // and logits.
+  m.def(
+      "combine_masked(Tensor base, Tensor[] task_vectors, Tensor coefficients, Tensor block_offsets, "
+      "Tensor mask_logits, float temperature, int? seed) -> (Tensor, Tensor)");
+
+  // The gradients of coefficients and logits.
+  m.def(
+      "combine_masked_backward(Tensor grad, Tensor[] task_vectors, Tensor coefficients, Tensor block_offsets, "
+      "Tensor mask_logits, Tensor means, float temperature, int? seed) -> (Tensor, Tensor)");
+
+  // combine with coefficients [num_tasks, num_blocks, num_groups]: every block is parted at random into groups, by the
+  // words of philox.h for seed, block and place in the block.
+  m.def(
+      "combine_grouped(Tensor base, Tensor[] task_vectors, Tensor coefficients, Tensor block_offsets, int seed) "
+      "-> Tensor");
+
+  // Its gradient [num_tasks, num_blocks, num_groups].
+  m.def(
+      "combine_grouped_backward(Tensor grad, Tensor[] task_vectors, Tensor block_offsets, int num_groups, int seed) "
+      "-> Tensor");
 }

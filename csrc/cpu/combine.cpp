@@ -3,43 +3,13 @@
 #include <cmath>
 #include <limits>
 
+#include "combine_blocks.h"
 #include "combine_kernel.h"
 #include "inputs.h"
 #include "mix_kernel.h"
 
 namespace sk {
 namespace {
-
-// The runs of parameters that share a coefficient; they need not be multiples of anything and may be empty.
-struct Blocks {
-  Tensor alive;
-  const int64_t* offsets;  // [count + 1]
-  int64_t count;
-
-  Blocks(const Tensor& block_offsets, int64_t num_params) : alive(torch::stable::contiguous(block_offsets)) {
-    require(alive.is_cpu() && alive.dim() == 1 && alive.numel() > 0 && alive.scalar_type() == ScalarType::Long,
-            "block_offsets must be int64 [num_blocks + 1] on the CPU, got another dtype, shape or device");
-    offsets = static_cast<const int64_t*>(alive.data_ptr());
-    count = alive.numel() - 1;
-    require(offsets[0] == 0, "block_offsets must start at 0, got ", offsets[0]);
-    for (int64_t b = 0; b < count; ++b)
-      require(offsets[b] <= offsets[b + 1], "block_offsets must not decrease, got ", offsets[b + 1], " after ",
-              offsets[b]);
-    require(offsets[count] == num_params, "block_offsets must end at the number of parameters, ", num_params, ", got ",
-            offsets[count]);
-  }
-
-  // Runs body(block, begin, count) over the pieces of [begin, end) that lie in one block each.
-  template <class Body>
-  void each_piece(int64_t begin, int64_t end, const Body& body) const {
-    int64_t block = std::upper_bound(offsets, offsets + count + 1, begin) - offsets - 1;
-    for (; begin < end; ++block) {
-      const int64_t stop = std::min(end, offsets[block + 1]);
-      if (begin < stop) body(block, begin, stop - begin);
-      begin = stop;
-    }
-  }
-};
 
 std::vector<const void*> pointers_at(const Part& part, int64_t i) {
   std::vector<const void*> pointers;

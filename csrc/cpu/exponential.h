@@ -1,4 +1,4 @@
-// exp and log of double by additions, multiplications and divisions alone: the same bits on every instruction set.
+// exp and log by additions, multiplications and divisions alone: the same bits on every instruction set.
 // Kernel files only.
 #pragma once
 #include <cstdint>
@@ -20,6 +20,16 @@ inline uint64_t bits_of(double x) {
 }
 inline double from_bits_of(uint64_t bits) {
   double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float from_bits_of(uint32_t bits) {
+  float x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
@@ -47,6 +57,28 @@ inline double exponential(double x) {
   const double halved = n * 0.5 + kToInteger;  // half of n, to an integer
   const uint64_t half = bits_of(halved) - kToIntegerBits, other = bits_of(shifted) - kToIntegerBits - half;
   const double scaled = p * from_bits_of(kOneBits + (half << 52)) * from_bits_of(kOneBits + (other << 52));
+  return x == x ? scaled : x;
+}
+
+// The same of float, to its precision.
+inline float exponential_f32(float x) {
+  constexpr float kShift = 0x1.8p23f;
+  constexpr uint32_t kOne = 0x3F800000, kShiftBits = 0x4B400000;
+  float y = x > 89.0f ? 89.0f : x;
+  y = y < -104.0f ? -104.0f : y;
+  const float shifted = y * 1.44269504f + kShift;
+  const float n = shifted - kShift;
+  const float r = (y - n * 0.693145752f) - n * 1.42860677e-6f;  // the last 9 bits of the first are 0
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 1.0f / 2.0f;
+  p = 1.0f + (r + r * r * p);
+  const float halved = n * 0.5f + kShift;
+  const uint32_t half = bits_of(halved) - kShiftBits, other = bits_of(shifted) - kShiftBits - half;
+  const float scaled = p * from_bits_of(kOne + (half << 23)) * from_bits_of(kOne + (other << 23));
   return x == x ? scaled : x;
 }
 

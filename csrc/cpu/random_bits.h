@@ -93,8 +93,14 @@ inline void words_of(const RandomStream& stream, int64_t first, int64_t n, uint3
   for (int64_t i = 0; i < n; i += kWords) {
     const Words step = random_words(stream, block);
     block += uint64_t(kBlocks);
-    for (int b = 0; b < kBlocks; ++b)
-      for (int j = 0; j < 4; ++j) words[i + 4 * b + j] = uint32_t(step.v[j][b]);
+    const Wide first_two = (step.v[0] & 0xFFFFFFFF) | step.v[1] << 32;
+    const Wide last_two = (step.v[2] & 0xFFFFFFFF) | step.v[3] << 32;
+    uint64_t of_blocks[2 * kBlocks];
+    for (int b = 0; b < kBlocks; ++b) {
+      of_blocks[2 * b] = first_two[b];
+      of_blocks[2 * b + 1] = last_two[b];
+    }
+    memcpy(words + i, of_blocks, sizeof of_blocks);
   }
 }
 

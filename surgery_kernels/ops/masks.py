@@ -124,7 +124,7 @@ def check_epsilon(epsilon: PerExpert | None, densities: Sequence[float], rule: s
     return values
 
 
-def check_seed(seed: int) -> int:
+def check_seed(seed: int | None) -> int:
     """As the op takes it: the same 64 bits, with a sign."""
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an integer, got {seed!r}")

@@ -182,6 +182,22 @@ def exponential(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, p * _power_of_two(half) * _power_of_two(n - half))
 
 
+def exponential_f32(x: Tensor) -> Tensor:
+    """The same of float32, to its precision."""
+    to_integer = 1.5 * 2.0**23
+    y = torch.where(x > 89, 89.0, x)
+    y = torch.where(y < -104, -104.0, y)
+    n = y * 1.44269504 + to_integer - to_integer
+    r = (y - n * 0.693145752) - n * 1.42860677e-6
+    p = torch.full_like(r, 1 / math.factorial(7))
+    for k in range(6, 1, -1):
+        p = p * r + 1 / math.factorial(k)
+    p = 1.0 + (r + r * r * p)
+    half = (n * 0.5 + to_integer) - to_integer
+    factors = [((m.nan_to_num().int() + 127) << 23).view(torch.float32) for m in (half, n - half)]
+    return torch.where(x.isnan(), x, p * factors[0] * factors[1])
+
+
 def logarithm(x: Tensor) -> Tensor:
     """The natural logarithm of float64: x = 2^k (1 + f), log(1 + f) = 2 atanh(s), s = f / (2 + f), by its series."""
     small = x < 2.0**-1022

@@ -36,6 +36,10 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
     "representation_loss_backward": "representation_loss",
     "combine": "combine",
     "combine_backward": "combine",
+    "combine_masked": "combine_masked",
+    "combine_masked_backward": "combine_masked",
+    "combine_grouped": "combine_grouped",
+    "combine_grouped_backward": "combine_grouped",
 }
 
 
