@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "cpu/block_sums.h"
+#include "cpu/combine_groups_kernel.h"
 #include "cpu/combine_kernel.h"
+#include "cpu/combine_mask_kernel.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/keep_kernel.h"
 #include "cpu/masks_kernel.h"
@@ -104,6 +106,36 @@ void run_steps(const Format& format, const std::vector<const void*>& inputs, int
   sk::SK_ISA::steps_kernels.get(format.dtype, wide)(args);
   for (const std::vector<char>& output : outputs) hash.add(format, output);
   for (const double of_lane : sums) hash.add(of_lane);
+}
+
+// A masked merge of every kind of noise, and one of groups, forward and backward.
+template <class Key>
+void run_combine(const Format& format, const void* base, const void* const* task_vectors, int64_t n, Hash& hash) {
+  using C = sk::ComputeOf<Key>;
+  constexpr int kGroups = 11;
+  const sk::CombineMaskKernels& masks = sk::SK_ISA::combine_mask_kernels;
+  const sk::CombineGroupsKernels& groups = sk::SK_ISA::combine_groups_kernels;
+  std::vector<C> numbers(kTasks * kGroups), logits(n), mask(n), pull(n);
+  for (C& x : numbers) x = C(int64_t(random_bits() % 129) - 64) / 64;
+  for (C& x : logits) x = C(int64_t(random_bits() % 513) - 256) / 64;
+  std::vector<char> out(n * format.bytes);
+  std::vector<double> sums(kTasks * kGroups);
+  for (const double sharpness : {1.0, 2.0, 1.25, 1e300}) {
+    const sk::MaskNoise noise{{7, 3, 0}, sharpness < 1e300, sharpness};
+    hash.add(masks.draw<C>()(logits.data(), noise, 8, n, mask.data()));
+    const sk::MaskedArgs<Key> args{base, task_vectors, numbers.data(), kTasks, mask.data(), C(0.375), n};
+    masks.forward.get<Key>(format.dtype)(args, out.data());
+    hash.add(format, out);
+    masks.backward.get<Key>(format.dtype)(args, pull.data(), sums.data());
+    for (int j = 0; j <= kTasks; ++j) hash.add(sums[j]);
+    masks.logits<C>()(mask.data(), C(0.25), C(0.375), C(2), n, pull.data());
+    for (const C x : pull) hash.add(double(x));
+  }
+  const sk::GroupsArgs<Key> args{base, task_vectors, numbers.data(), kTasks, kGroups, {7, 3, 1}, 8, n};
+  groups.forward.get<Key>(format.dtype)(args, out.data());
+  hash.add(format, out);
+  groups.backward.get<Key>(format.dtype)(args, sums.data());
+  for (const double sum : sums) hash.add(sum);
 }
 
 template <class Key>
@@ -212,6 +244,7 @@ void run(const Format& format) {
         double sums[kTasks];
         dot(from, pointers.data(), kTasks, n, sums);
         for (double of_task : sums) combined.add(of_task);
+        run_combine<Key>(format, from, pointers.data(), n, combined);
       }
       for (int turn = 0; turn < 2 * sk::kRules; ++turn) {
         const int rule = turn % sk::kRules;
