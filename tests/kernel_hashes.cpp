@@ -148,7 +148,7 @@ void run(const Format& format) {
   const sk::GramKernels& gram = sk::SK_ISA::gram_kernels;
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, merged[sk::kRules], mixed, multiplied, combined, lost, masked, bounded, stepped;
+  Hash trimmed, located, merged[sk::kRules], mixed, multiplied, combined, lost, masked, bounded, stepped;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -193,6 +193,14 @@ void run(const Format& format) {
         trimmed.add(key_bits(counts.largest));
         std::sort(keys.begin(), keys.begin() + counts.inside);
         for (int64_t i = 0; i < counts.inside; ++i) trimmed.add(key_bits(keys[i]));
+        std::vector<Key> at(n + sk::kSlack);
+        const sk::Counts<Key> places = trim.locate(from, expert.data(), n, {ends[0], ends[1], ends[2], ends[3]},
+                                                   /*rounded=*/elect_count, drop, keys.data(), at.data());
+        for (int64_t number : {places.above, places.at_hi, places.inside, places.at_lo}) located.add(uint64_t(number));
+        located.add(key_bits(places.largest));
+        std::vector<Key> key_at(n, -1);
+        for (int64_t i = 0; i < places.inside; ++i) key_at[at[i]] = keys[i];
+        for (const Key key : key_at) located.add(key_bits(key));
         const sk::L1Norms norms = trim.l1_norms(from, expert.data(), n, ends[1], drop);
         trimmed.add(norms.all);
         trimmed.add(norms.kept);
@@ -295,6 +303,7 @@ void run(const Format& format) {
     std::printf("%s %s %016llx\n", format.name, kernel, static_cast<unsigned long long>(hash.value));
   };
   print("trim", trimmed);
+  print("locate", located);
   print("ties_merge paper", merged[0]);
   print("ties_merge paper max", merged[1]);
   print("ties_merge mergekit", merged[2]);

@@ -18,17 +18,47 @@ struct Entry {
 };
 
 // plain: there is a base, no entry is dropped, and only the limits trim. The tests in every inner loop would cost up to
-// a third of its time. masked: bits trim too, and elements may have too few entries.
-enum class Form { plain, general, masked };
+// a third of its time. normal: plain, and what is kept is rounded to normal numbers, unless a sum says otherwise.
+// masked: bits trim too, and elements may have too few entries.
+enum class Form { plain, normal, general, masked };
 
 template <Rule rule>
 constexpr bool kExact = rule == Rule::exact || rule == Rule::exact_all || rule == Rule::magmax;
 template <Rule rule>
 constexpr bool kElects = rule != Rule::mergekit_all && rule != Rule::exact_all && rule != Rule::magmax;
 
+template <Rule rule>
+constexpr bool kPaper = rule == Rule::paper || rule == Rule::paper_max;
+
+// Form::normal: what is kept is no less than twice the first; no sum exceeds the second, and none is NaN. Of bfloat16
+// what is larger may overflow as it is rounded; float16 has no entries that are scaled, and none that exceed their sum.
+template <class S>
+constexpr float kLeastNormal = 0x1p-126f;
+template <>
+inline constexpr float kLeastNormal<Half> = 0x1p-14f;
+template <class S>
+constexpr int32_t kLargestNormal = 0x77000000;  // 2^111
+template <>
+inline constexpr int32_t kLargestNormal<Half> = 0x477FE000;  // 65504
+
 // What the steps of a rule are rounded to.
 template <class S, Rule rule>
 using Rounded = std::conditional_t<kExact<rule>, typename Compute<S>::type, S>;
+
+template <class S, Form form, class C>
+inline Vec<C> rounded(Vec<C> x) {
+  if constexpr (form == Form::normal)
+    return round_normal<S>(x);
+  else
+    return round_to(x, S{});
+}
+
+template <class C>
+inline Vec<C> value_of(typename Vec<C>::KeyLane key) {
+  C value;
+  memcpy(&value, &key, sizeof value);
+  return Vec<C>::set(value);
+}
 
 // allowed: the lanes that the masks keep.
 template <class S, Rule rule, Form form>
@@ -39,22 +69,28 @@ inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>
   using C = typename Compute<S>::type;
   using V = Vec<C>;
   using R = Rounded<S, rule>;
-  constexpr bool plain = form == Form::plain;
-  V tau = plain || args.base ? round_to(expert - base, S{}) : expert;
+  constexpr bool plain = form == Form::plain || form == Form::normal;
+  V tau = plain || args.base ? rounded<S, form>(expert - base) : expert;
   if (!plain && args.drop) tau = zero_unless_finite(tau);
 
-  // With its sign bit set a value is a negative key, so either test holds for one sign only; 0 never passes.
-  const auto limit = V::keys(args.limits[t]);
   Entry<C> e;
-  e.positive = greater_key<C>(bits(tau), limit);
-  e.negative = greater_key<C>(flip_sign<C>(bits(tau)), limit);
+  if constexpr (form == Form::normal) {  // the limits are no NaN, and not 0
+    const V limit = value_of<C>(args.limits[t]);
+    e.positive = not_at_most(tau, limit);
+    e.negative = not_at_most(V::set(0) - limit, tau);
+  } else {
+    // With its sign bit set a value is a negative key, so either test holds for one sign only; 0 never passes.
+    const auto limit = V::keys(args.limits[t]);
+    e.positive = greater_key<C>(bits(tau), limit);
+    e.negative = greater_key<C>(flip_sign<C>(bits(tau)), limit);
+  }
   if constexpr (form == Form::masked) {
     e.positive = e.positive & allowed;
     e.negative = e.negative & allowed;
   }
   e.kept = e.positive | e.negative;
   // A lane with NaN ends as NaN whatever it elects; only a count of the paper asks what the others elect there.
-  if ((rule == Rule::paper || rule == Rule::paper_max) && args.elect_count && !args.finite) {
+  if (kPaper<rule> && form != Form::normal && args.elect_count && !args.finite) {
     const auto number = equal(tau, tau);
     e.positive = e.positive & number;
     e.negative = e.negative & number;
@@ -63,9 +99,9 @@ inline Entry<typename Compute<S>::type> entry(const TiesArgs<typename Compute<S>
     if (args.base) tau = expert - base;
   e.elected = e.summed = tau;
   if constexpr (rule != Rule::paper && rule != Rule::paper_max && rule != Rule::peft) {
-    if (args.rescales) tau = round_to(tau * V::set(args.rescales[t]), R{});
+    if (args.rescales) tau = rounded<R, form>(tau * V::set(args.rescales[t]));
     if (rule == Rule::mergekit_all) tau = zero_unless<C>(e.kept, tau);
-    if (args.weights) tau = round_to(tau * V::set(args.weights[t]), R{});
+    if (args.weights) tau = rounded<R, form>(tau * V::set(args.weights[t]));
     e.elected = e.summed = tau;
     if (kElects<rule> && (args.rescales || args.weights)) {
       e.positive = greater(tau, V::set(0)) & e.kept;
@@ -129,7 +165,7 @@ struct Election {
 };
 
 // But for the paper a draw elects plus. There it has no sign yet.
-template <Rule rule, class C>
+template <Rule rule, Form form, class C>
 inline Election<C> elect(const TiesArgs<typename Compute<C>::Key>& args, const Sums<C>& s) {
   using V = Vec<C>;
   const V zero = V::set(0);
@@ -137,14 +173,16 @@ inline Election<C> elect(const TiesArgs<typename Compute<C>::Key>& args, const S
   const auto positive = greater(mass, zero), negative = greater(zero, mass);
   if (rule == Rule::mergekit || rule == Rule::peft || rule == Rule::exact)
     return {and_not<C>(V::all(), negative), negative, and_not<C>(positive, positive)};
+  if constexpr (form == Form::normal) return {positive, negative, equal(mass, zero)};
   return {positive, negative, and_not<C>(equal(s.total, s.total), positive | negative)};  // NaN has no draw
 }
 
 template <class C>
 inline Election<C> with_draws(Election<C> e, int sign) {
   using Mask = typename Vec<C>::Mask;
-  if (sign > 0) e.positive = Mask(e.positive | e.drawn);
-  if (sign < 0) e.negative = Mask(e.negative | e.drawn);
+  const Mask all = Vec<C>::all(), none = and_not<C>(all, all);
+  e.positive = Mask(e.positive | (e.drawn & (sign > 0 ? all : none)));
+  e.negative = Mask(e.negative | (e.drawn & (sign < 0 ? all : none)));
   return e;
 }
 
@@ -184,17 +222,21 @@ inline Vec<C> finish(const TiesArgs<typename Compute<C>::Key>& args, const Sums<
   // Draws without a sign sum the negative entries, as the official code does; its max multiplies by the sign, 0.
   V m = select<C>(sign.positive, s.positive, s.negative);
   if constexpr (rule == Rule::paper_max) m = zero_unless<C>(sign.positive | sign.negative, m);
-  if constexpr (rule != Rule::peft) m = round_to(m, R{});
+  if constexpr (rule != Rule::peft) m = rounded<R, form>(m);
   if (args.divide) {
-    V n = select<C>(sign.positive, to_lanes<C>(s.positive_count), to_lanes<C>(s.negative_count));
+    V n = to_lanes<C>(max_key<C>(select_key<C>(sign.positive, s.positive_count, s.negative_count), V::keys(1)));
     if constexpr (mergekit)
-      if (args.weights) n = round_to(select<C>(sign.positive, s.positive_weight, s.negative_weight), R{});
-    m = m / select<C>(equal(n, V::set(0)), V::set(1), n);
+      if (args.weights) {
+        n = round_to(select<C>(sign.positive, s.positive_weight, s.negative_weight), R{});
+        n = select<C>(equal(n, V::set(0)), V::set(1), n);
+      }
+    m = m / n;
     if constexpr (mergekit) m = round_to(m, R{});
   }
   m = m * V::set(args.lam);
   if (mergekit || rule == Rule::paper_max || (rule == Rule::paper && !args.divide)) m = round_to(m, R{});
   if (args.base) m = base + m;
+  if constexpr (form == Form::normal) return m;
   // A NaN among the kept entries reaches the output whatever was elected.
   return base_unless_enough<form>(args, s, base, select<C>(equal(s.total, s.total), m, s.total));
 }

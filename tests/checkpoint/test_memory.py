@@ -37,6 +37,22 @@ def zeros(folder: Path, mebibytes: list[int], num_tasks: int) -> dict[str, Any]:
     return ties_recipe(list(map(str, folders)))
 
 
+def fill(experts: list[str]) -> None:
+    """Random numbers in place of their zeros, the same for all: one file on the disk."""
+    first, *others = (Path(expert) / "model.safetensors" for expert in experts)
+    numbers = torch.randn(4 * MIB, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    noise = numbers.view(torch.int16).numpy().tobytes()
+    with open(first, "r+b") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        size = file.seek(0, os.SEEK_END)
+        for at in range(begin, size, len(noise)):
+            file.seek(at)
+            file.write(noise[: size - at])
+    for other in others:
+        other.unlink()
+        other.hardlink_to(first)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize(
     ("mebibytes", "num_tasks", "keys"),
@@ -58,6 +74,21 @@ def test_peak(
     assert (1 + num_tasks) * sum(mebibytes) > 1024  # without an end to it, what is read would pass the limit
     peak = int(run_python("-m", "tests.merge_memory", str(tmp_path / "recipe.yml"), str(tmp_path / "out")))
     shutil.rmtree(tmp_path / "out")
+    assert peak < (1024 + 2 * max(mebibytes)) * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+def test_peak_of_one_read(run_python: Callable[..., str], tmp_path: Path) -> None:
+    """Of thresholds over the model; what is near them differs from expert to expert, and is kept aside."""
+    mebibytes = [192, 64, 64]
+    given = zeros(tmp_path, mebibytes, num_tasks=5)
+    fill([expert["model"] for expert in given["models"]])
+    for expert, density in zip(given["models"], (0.1, 0.2, 0.3, 0.4, 0.5), strict=True):
+        expert["parameters"]["density"] = density
+    (tmp_path / "recipe.yml").write_text(json.dumps(given | {"scope": "model"}))
+    peak = int(run_python("-m", "tests.merge_memory", str(tmp_path / "recipe.yml"), str(tmp_path / "out"), "0"))
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
     assert peak < (1024 + 2 * max(mebibytes)) * MIB
 
 

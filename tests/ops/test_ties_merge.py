@@ -255,6 +255,26 @@ def problems(draw: st.DrawFn) -> tuple[Inputs, dict[str, Any]]:
     return (base, experts), options
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=option_id)
+def test_both_ends_of_the_16_bit_formats(dtype: torch.dtype) -> None:
+    """What is kept is rounded as a normal number where it, what it is scaled to, and its sums surely are."""
+    format = torch.finfo(dtype)
+    lowest, highest = math.frexp(format.smallest_normal)[1], math.frexp(format.max)[1]
+    base, experts = inputs(gaussian, 2_000, 3, torch.float64)
+    for exponent in (*range(lowest - 10, lowest + 12, 3), *range(highest - 20, highest + 1, 3)):
+        scaled = [(math.ldexp(1, exponent) * x / 4).clamp(-format.max, format.max) for x in (base, *experts)]
+        of_dtype = [x.to(dtype) for x in scaled]
+        for semantics, weights in (
+            ("paper", None),
+            ("mergekit", None),
+            ("mergekit", [1.0, 2.0**-9, 0.0]),
+            ("peft", 64.0),
+        ):
+            options = {"semantics": semantics, "weights": weights, "nonfinite": "propagate"}
+            check(of_dtype[0], of_dtype[1:], f"2^{exponent}", density=[0.5, 0.2, 0.9], **options)
+            check(of_dtype[0], of_dtype[1:], f"2^{exponent}", reduce="sum", lam=-3.0, **options)
+
+
 @given(problem=problems(), with_base=st.booleans())
 def test_any_problem(problem: tuple[Inputs, dict[str, Any]], with_base: bool) -> None:
     (base, experts), options = problem

@@ -35,12 +35,20 @@ inline __mmask16 equal<float>(Vec<float> a, Vec<float> b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);
 }
 template <>
+inline __mmask16 not_at_most<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
+}
+template <>
 inline __mmask16 greater_key<float>(__m512i a, __m512i b) {
   return _mm512_cmpgt_epi32_mask(a, b);
 }
 template <>
 inline Vec<float> select<float>(__mmask16 m, Vec<float> a, Vec<float> b) {
   return {_mm512_mask_blend_ps(m, b.v, a.v)};
+}
+template <>
+inline __m512i select_key<float>(__mmask16 m, __m512i a, __m512i b) {
+  return _mm512_mask_blend_epi32(m, b, a);
 }
 template <>
 inline Vec<float> zero_unless<float>(__mmask16 m, Vec<float> a) {

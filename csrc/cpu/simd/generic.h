@@ -56,6 +56,11 @@ template <class C>
 inline typename Vec<C>::Mask equal(Vec<C> a, Vec<C> b) {
   return typename Vec<C>::Mask(a.v == b.v);
 }
+// a > b, or one of them is NaN.
+template <class C>
+inline typename Vec<C>::Mask not_at_most(Vec<C> a, Vec<C> b) {
+  return ~typename Vec<C>::Mask(a.v <= b.v);
+}
 template <class C>
 inline typename Vec<C>::Mask greater_key(typename Vec<C>::Key a, typename Vec<C>::Key b) {
   return typename Vec<C>::Mask(a > b);
@@ -63,6 +68,10 @@ inline typename Vec<C>::Mask greater_key(typename Vec<C>::Key a, typename Vec<C>
 template <class C>
 inline Vec<C> select(typename Vec<C>::Mask m, Vec<C> a, Vec<C> b) {
   return {m ? a.v : b.v};
+}
+template <class C>
+inline typename Vec<C>::Key select_key(typename Vec<C>::Mask m, typename Vec<C>::Key a, typename Vec<C>::Key b) {
+  return m ? a : b;
 }
 template <class C>
 inline Vec<C> zero_unless(typename Vec<C>::Mask m, Vec<C> a) {

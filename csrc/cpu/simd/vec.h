@@ -38,6 +38,22 @@ inline Vec<C> fused_multiply_add(Vec<C> a, Vec<C> b, Vec<C> c) {
 inline Vec<float> round_to(Vec<float> x, float) { return x; }
 inline Vec<double> round_to(Vec<double> x, double) { return x; }
 
+// As round_to, in fewer instructions, where the result is a normal number of S or 0: numbers near x + 2^k x lie as far
+// apart as those of S near x. 2^k x is exact, so that fusing changes nothing; past the range the result is not finite.
+template <class S>
+constexpr float kWiden = 1;  // 2^(precision of float - precision of S)
+template <>
+inline constexpr float kWiden<BFloat16> = 0x1p16f;
+template <>
+inline constexpr float kWiden<Half> = 0x1p13f;
+template <class S>
+inline Vec<float> round_normal(Vec<float> x) {
+  using V = Vec<float>;
+  if constexpr (kFuses) return multiply_add(x, V::set(-kWiden<S>), multiply_add(x, V::set(kWiden<S>), x));
+  const V wide = x * V::set(kWiden<S>);
+  return (x + wide) - wide;
+}
+
 // The first `count` < N elements, 0 in the other lanes.
 template <class S>
 inline Vec<typename Compute<S>::type> load(const S* p, int count) {
@@ -98,6 +114,23 @@ inline typename Vec<typename Compute<S>::type>::Mask lanes_where(int half, uint3
       places[l] = typename V::KeyLane(1) << (kInterleaved<S> ? 2 * l + half : half * V::N + l);
     return typename V::Mask((V::keys(typename V::KeyLane(bits)) & places) == places);
   }
+}
+
+// The other way: the elements of a block whose lanes are chosen.
+template <class S>
+inline uint32_t elements_where(typename Vec<typename Compute<S>::type>::Mask first,
+                               typename Vec<typename Compute<S>::type>::Mask second) {
+  using C = typename Compute<S>::type;
+  constexpr int N = Vec<C>::N;
+  const uint32_t a = bits_of_lanes<C>(first), b = bits_of_lanes<C>(second);
+  if constexpr (!kInterleaved<S>) return a | b << N;
+#if defined(__BMI2__)
+  return _pdep_u32(a, 0x55555555) | _pdep_u32(b, 0xAAAAAAAA);
+#else
+  uint32_t elements = 0;
+  for (int l = 0; l < N; ++l) elements |= (a >> l & 1) << 2 * l | (b >> l & 1) << (2 * l + 1);
+  return elements;
+#endif
 }
 
 // Past the caches: the line is not read before it is written. `p` must be aligned to 64 bytes; fence() makes such
