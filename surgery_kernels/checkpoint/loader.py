@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..merging.low_rank import LowRank
 from .memory import Buffers, Scratch
+from .reading.lora import LoraExpert
 from .steps import Input, Step
 
 
@@ -40,3 +42,20 @@ class Loader:
         if tensor.shape != step.shape:
             tensor = tensor[: step.shape[0]]
         return tensor if step.takes_as_it_is(wanted) else self._scratch.empty(step.shape, step.dtype).copy_(tensor)
+
+
+def factors_of(step: Step) -> list[LowRank] | None:
+    """What every expert adds to the base of a step, where all are LoRAs of it and say it as a product."""
+    found = []
+    for expert in step.experts:
+        if not isinstance(expert.source, LoraExpert) or not expert.source.is_over(step.first.source):
+            return None
+        if expert.rows is not None or expert.info.shape != step.shape or expert.name != step.first.name:
+            return None
+        factors = expert.source.factors(expert.name)
+        if factors is None:
+            return None
+        found.append(factors)
+    if (changed := [one for one in found if one.rank]) and any(one.transposed for one in changed):
+        found = [one if one.rank else LowRank(one.down.mT, one.up.mT, transposed=True) for one in found]
+    return found if len({one.transposed for one in found}) == 1 else None

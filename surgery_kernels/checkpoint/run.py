@@ -17,7 +17,7 @@ from ..merging.progress import progress_bar
 from ..merging.scope import Scope
 from ..recipes import Recipe, load_recipes
 from .infinities import Produced, shared, without
-from .loader import Loader
+from .loader import Loader, factors_of
 from .memory import Releasing, Scratch, given_back
 from .one_read import OneRead
 from .plan import Plan, plan_merge
@@ -189,6 +189,8 @@ def _scope(step: Step, loader: Loader, **facts: Any) -> Scope | None:
     if step.method is None:
         return None
     base = [loader.load(step.first, step)] if step.has_base else []
+    if base and step.method.takes_factors and (factors := factors_of(step)):
+        return Scope([step.name], base, [base * len(step.experts)], [], {}, factors=[factors], **facts)
     return Scope([step.name], base, [[loader.load(expert, step) for expert in step.experts]], [], {}, **facts)
 
 
@@ -209,6 +211,7 @@ def _decided(plan: Plan, loader: Loader, journal: Journal) -> Any:
             [experts for scope in scopes for experts in scope.experts],
             [],
             {},
+            factors=[of for scope in scopes for of in scope.factors or (None,)],
         )
         method = steps[0].method  # what it decides by is the same for all tensors
         assert method is not None

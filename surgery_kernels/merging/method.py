@@ -213,6 +213,7 @@ class Method(ABC):
     scope: ClassVar[str] = "tensor"  # "scope": of `merge_state_dicts`, where none is asked for
     recipe_scope: ClassVar[str] = "tensor"  # the same of recipes
     in_recipes: ClassVar[bool] = True
+    takes_factors: ClassVar[bool] = False  # whether it merges products of LoRAs from a scope's `factors`
     from_inputs: ClassVar[bool] = False  # whether it takes what inputs say of the models: a parameter or an objective
     ignored: ClassVar[tuple[str, ...]] = ()  # keys of mergekit that change no result
 

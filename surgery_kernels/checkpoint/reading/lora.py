@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...merging.low_rank import LowRank
 from ..vocabulary.layers import tied_to, untied
 from .expert_views import as_trained, of_expert
 from .folder import Checkpoint, open_file
-from .lora_product import add_products
+from .lora_product import add_products, as_low_rank
 from .lora_settings import ADAPTER_CONFIG, LoraSettings
 from .lora_targets import Rows, match
 from .parts import ADAPTER_FILES
@@ -70,6 +71,23 @@ class LoraExpert:
         if name in self._targets.rows:
             weight = self._with_rows(weight.to(dtype), self._targets.rows[name], self.tensors[name].shape)
         return weight.to(dtype)
+
+    def is_over(self, base: Source) -> bool:
+        return self._base is base
+
+    def factors(self, name: str) -> LowRank | None:
+        """What is added to the base's tensor, as a product; of rank 0 where nothing is, None where it is none."""
+        info = self.tensors[name]
+        own = self.tied.get(name, name)
+        if name in self._targets.untied or len(info.shape) < 2 or info.shape != self._base.tensors[name].shape:
+            return None
+        dtype = torch.promote_types(info.dtype, torch.float32)
+        if name not in self.changed:
+            rows, columns = info.shape[0], math.prod(info.shape[1:])
+            return LowRank(torch.zeros(rows, 0, dtype=dtype), torch.zeros(0, columns, dtype=dtype))
+        if own in self._targets.replaced or own in self._targets.rows:
+            return None
+        return as_low_rank(self._targets.products[own], self._adapter, dtype)
 
     def of_expert(self, name: str, expert: int) -> Tensor:
         """That of one expert alone of a fused tensor that has changed.  # [1, ...]"""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...merging.low_rank import LowRank
 from .lora_targets import Product
 from .source import Source
 
@@ -38,6 +39,18 @@ def add_products(
         if product.magnitude is not None:
             _normalize(into, rows, products, factors, adapter.tensor(product.magnitude).to(compute).flatten())
     return out
+
+
+def as_low_rank(products: Sequence[Product], adapter: Source, dtype: torch.dtype) -> LowRank | None:
+    """The sum of plain products as one; None where it is more: DoRA, fused experts, a bias."""
+    if any(one.down is None or one.magnitude or one.num_experts is not None for one in products):
+        return None
+    transposed = {one.transposed for one in products}
+    if len(transposed) > 1:
+        return None
+    ups = [adapter.tensor(one.up).to(dtype).flatten(1) * one.scaling for one in products]
+    downs = [adapter.tensor(one.down).to(dtype).flatten(1) for one in products if one.down]
+    return LowRank(torch.cat(ups, dim=1), torch.cat(downs), transposed.pop())
 
 
 def _add(into: Tensor, weight: Tensor, products: Sequence[Product], factors: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .within import Within
 class Aligned(Within):
     """What the family shares: task vectors into the space, merged there, and back; from factors where there are."""
 
-    takes_factors: ClassVar[bool] = True
+    takes_factors = True
 
     @abstractmethod
     def space_of(self, experts: Sequence[LowRank]) -> Space:
@@ -74,8 +74,11 @@ class Aligned(Within):
         offset = decided.get("offsets", {}).get(parts[0].names[0], 0)
         merged = self.merged_in(spaces, decided.get("inner"), offset)
         for part, space, change in zip(parts, spaces.values(), merged, strict=True):
-            product = change if space.left is None else space.back(change).product
             out, base = part.out[0], part.base[0]
+            if not change.numel():
+                out.copy_(base)
+                continue
+            product = change if space.left is None else space.back(change).product
             out.copy_(base.to(part.compute).reshape(product.shape).add(product).view(out.shape))
 
     def _is_spoiled(self, part: Scope) -> bool:
@@ -97,7 +100,9 @@ class Aligned(Within):
             part.check_finite()
         base = part.base[0].to(part.compute)
         vectors = [expert.to(part.compute) - base for expert in part.experts[0]]
-        if base.dim() < 2 or not base.numel():
+        if not any(bool(vector.any()) for vector in vectors):  # a model's share of entries is one of those that changed
+            return Space([vector.flatten()[:0] for vector in vectors])
+        if base.dim() < 2:
             return Space(vectors)
         if self.nonfinite == "drop":
             vectors = [torch.where(vector.isfinite(), vector, 0.0) for vector in vectors]
