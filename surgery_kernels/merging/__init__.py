@@ -1,5 +1,7 @@
 """Merging methods over whole models."""
 
+from .denoising import BySteps, extrapolate_and_decouple, merge_by_steps
+from .latents import merge_heads, merge_latents
 from .loras import merge_loras
 from .low_rank import LowRank
 from .method import Method, Parameter
@@ -18,6 +20,7 @@ __all__ = [
     "AdaMerging",
     "Atlas",
     "Average",
+    "BySteps",
     "Fisher",
     "Learned",
     "LowRank",
@@ -30,7 +33,11 @@ __all__ = [
     "Ties",
     "diagonal_fisher",
     "entropy_objective",
+    "extrapolate_and_decouple",
     "gram_matrices",
+    "merge_by_steps",
+    "merge_heads",
+    "merge_latents",
     "merge_loras",
     "merge_state_dicts",
     "wise_ft_curve",
