@@ -20,6 +20,9 @@ TIES = {"method": "ties", "semantics": "mergekit", "density": 0.5, "scope": "ten
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+ADDED = {"README.md", "surgery_kernels.json"}  # what every result of a merge has of its own, beside weights
+
+
 def state_dict(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Four floating-point tensors and one of integers; equal for equal seeds, but for the integers, always equal."""
     generator = torch.Generator().manual_seed(seed)

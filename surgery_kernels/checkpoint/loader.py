@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,12 @@ from .steps import Input, Step
 class Loader:
     """Views of memory maps where the tensors lie in files as they are wanted, copies in `scratch` where not."""
 
-    def __init__(self, scratch: Scratch, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, scratch: Scratch, device: torch.device | str = "cpu", seen: Callable[[Input, Tensor], None] | None = None
+    ) -> None:
+        """`seen`: told of every tensor as its model gives it."""
         self._scratch = scratch
+        self._seen = seen
         self._buffers = Buffers()
         self._device = torch.device(device)
 
@@ -39,6 +45,8 @@ class Loader:
         if wanted.rows is not None:
             return wanted.rows.fill(self._scratch.empty(step.shape, step.dtype))
         tensor = wanted.source.tensor(wanted.name)
+        if self._seen:
+            self._seen(wanted, tensor)
         if tensor.shape != step.shape:
             tensor = tensor[: step.shape[0]]
         return tensor if step.takes_as_it_is(wanted) else self._scratch.empty(step.shape, step.dtype).copy_(tensor)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..merging.progress import progress_bar
 from ..merging.scope import Scope
 from ..recipes import Recipe, load_recipes
+from .hashes import Hashes
 from .infinities import Produced, shared, without
 from .loader import Loader, factors_of
 from .memory import Releasing, Scratch, given_back
@@ -23,6 +24,7 @@ from .one_read import OneRead
 from .plan import Plan, plan_merge
 from .reading.mapped_file import many_files_open
 from .reading.read_ahead import ReadAhead
+from .record import write_record
 from .stages import stages
 from .steps import Step
 from .writing.companions import write_companions
@@ -134,9 +136,10 @@ def _write_model(
 ) -> None:
     steps = [step for step in plan.ordered if step.name not in journal.done]
     scratch = Scratch(folder.partial)
-    loader = Loader(scratch, device)
-    writer = Writer(folder.model, plan.layout, journal)
+    hashes = Hashes()
+    loader = Loader(scratch, device, hashes.see)
     complete = False
+    writer = Writer(folder.model, plan.layout, journal, hashes.outputs)
     try:
         releases = [source.release for source in plan.sources.values()]
         with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(steps), progress):
@@ -155,8 +158,12 @@ def _write_model(
                     writer.write(step.name, _merged(plan, step, scope, loader), look)
         complete = True
     finally:
-        writer.close(complete=complete)
+        try:
+            writer.close(complete=complete)
+        finally:
+            hashes.close()
     write_companions(folder.model, plan, folder.out.name)
+    write_record(folder.model, plan, hashes)
 
 
 def _merged(plan: Plan, step: Step, scope: Scope | None, loader: Loader) -> Tensor:

@@ -10,14 +10,8 @@ from .. import _C
 from .exits import EXIT_CODES
 
 COMMANDS = (
-    "merge",
-    "inspect",
-    "calibrate",
-    "check",
-    "diff",
-    "methods",
-    "info",
-    "example",
+    *("merge", "inspect", "calibrate", "check", "diff", "verify", "explain"),
+    *("methods", "info", "example"),
 )  # each in the file of its name
 
 

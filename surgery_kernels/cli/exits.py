@@ -16,6 +16,8 @@ MANUAL = {  # the page of docs/ that explains the input of a command
     "merge": "checkpoints",
     "check": "checkpoints",
     "diff": "checkpoints",
+    "verify": "checkpoints",
+    "explain": "checkpoints",
     "inspect": "inspect",
     "calibrate": "surgery",
     "methods": "methods",
@@ -24,8 +26,8 @@ MANUAL = {  # the page of docs/ that explains the input of a command
 EXIT_CODES = """
 \b
 Exit codes:
-  0    done (diff: no difference)
-  1    failed on the way, such as on a full disk; --resume goes on from there (diff: different)
+  0    done (diff, verify: no difference)
+  1    failed on the way, such as on a full disk; --resume goes on from there (diff, verify: different)
   2    wrong arguments, recipe or checkpoints; nothing was written
   130  interrupted; --resume goes on from there
 """

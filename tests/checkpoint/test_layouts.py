@@ -19,7 +19,7 @@ from surgery_kernels.checkpoint.reading.opening import open_checkpoint
 from surgery_kernels.checkpoint.run import run
 from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same
-from tests.checkpoints import files_in, save_safetensors
+from tests.checkpoints import ADDED, files_in, save_safetensors
 
 pytestmark = pytest.mark.any_isa
 
@@ -93,7 +93,7 @@ def test_a_pipeline(pipelines: list[Path], tmp_path: Path) -> None:
     weights = {f"{component}/{stem}.safetensors" for component, stem in COMPONENTS.items()}
     assert {name for name in names if name.endswith(".safetensors")} == weights
     kept = {name for name in files_in(pipelines[0]) if not name.endswith(".safetensors")}
-    assert names == kept | weights | {"README.md"} and "tokenizer/tokenizer.json" in kept
+    assert names == kept | weights | ADDED and "tokenizer/tokenizer.json" in kept
     for name in kept:
         assert (tmp_path / "out" / name).read_bytes() == (pipelines[0] / name).read_bytes()
     loaded = [StableDiffusionPipeline.from_pretrained(folder) for folder in (tmp_path / "out", *pipelines)]
@@ -206,7 +206,7 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         library.SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folders[-1]))
     merge(halves(folders), tmp_path / "out")
     names = set(files_in(tmp_path / "out"))
-    assert names == set(files_in(folders[0])) and {"1_Pooling/config.json", "2_Dense/model.safetensors"} <= names
+    assert names == {*files_in(folders[0]), *ADDED} and {"1_Pooling/config.json", "2_Dense/model.safetensors"} <= names
     loaded = [library.SentenceTransformer(str(folder), device="cpu") for folder in (tmp_path / "out", *folders)]
     merged, *models = (model.state_dict() for model in loaded)
     check_mean(merged, models)
@@ -230,7 +230,7 @@ def test_modules_in_folders_of_their_own(tmp_path: Path) -> None:
     merge(halves(folders), tmp_path / "out")
     expected = {"0_Transformer", "1_Router/query_0_Dense"}
     files = {f"{folder}/{file}" for folder in expected for file in ("model.safetensors", "config.json")}
-    assert set(files_in(tmp_path / "out")) == {"modules.json", "README.md", *files}
+    assert set(files_in(tmp_path / "out")) == {"modules.json", *ADDED, *files}
     for folder in expected:
         merged, *models = (load_file(root / folder / "model.safetensors") for root in (tmp_path / "out", *folders))
         check_mean(merged, models)
@@ -273,7 +273,7 @@ def test_open_clip(tmp_path: Path) -> None:
     (folders[1] / "open_clip_model.safetensors").unlink()
     torch.save({"state_dict": tensors, "epoch": 7}, folders[1] / "open_clip_pytorch_model.bin")
     merge(halves(folders), tmp_path / "out")
-    assert set(files_in(tmp_path / "out")) == {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
+    assert set(files_in(tmp_path / "out")) == {"open_clip_config.json", "open_clip_model.safetensors", *ADDED}
     merged = create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
     check_mean(merged, [load_file(folders[0] / "open_clip_model.safetensors"), tensors])
 
@@ -288,7 +288,7 @@ def test_consolidated_files(tmp_path: Path, file: str) -> None:
         (folder / "params.json").write_text('{"dim": 3}')
         (folder / "tekken.json").write_text("{}")
     merge(halves(folders), tmp_path / "out")
-    assert set(files_in(tmp_path / "out")) == {"consolidated.safetensors", "params.json", "tekken.json", "README.md"}
+    assert set(files_in(tmp_path / "out")) == {"consolidated.safetensors", "params.json", "tekken.json", *ADDED}
     check_mean(load_file(tmp_path / "out" / "consolidated.safetensors"), models)
     torch.save(models[0], folders[0] / "consolidated.01.pth")
     if file.endswith("pth"):
@@ -308,7 +308,7 @@ def test_single_files_with_what_is_beside_them(tmp_path: Path) -> None:
     for name in ("a.yaml", "b.yaml", "LICENSE.md", "README.md"):
         (tmp_path / name).write_text(name)
     merge(halves([tmp_path / "a.safetensors", tmp_path / "b.ckpt"]), tmp_path / "out")
-    assert set(files_in(tmp_path / "out")) == {"model.safetensors", "model.yaml", "LICENSE.md", "README.md"}
+    assert set(files_in(tmp_path / "out")) == {"model.safetensors", "model.yaml", "LICENSE.md", *ADDED}
     assert (tmp_path / "out" / "model.yaml").read_text() == "a.yaml"
     check_mean(load_file(tmp_path / "out" / "model.safetensors"), models)
 

@@ -22,7 +22,7 @@ from surgery_kernels.checkpoint.reading.opening import open_checkpoint
 from surgery_kernels.checkpoint.writing.layout import ALIGNMENT
 from surgery_kernels.recipes import load_recipe
 from tests.cases import assert_same, gaussian, grid, inputs, option_id
-from tests.checkpoints import save_lora, save_safetensors, save_torch
+from tests.checkpoints import ADDED, save_lora, save_safetensors, save_torch
 
 StateDict = dict[str, Tensor]
 
@@ -352,7 +352,7 @@ def test_companions(saved: Any, tmp_path: Path) -> None:
     path.write_text(f"# by hand\n{json.dumps(recipe('ties', folders))}\n")
     merge(path, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*files, "config.json", "model.safetensors", "README.md"}
+    assert names == {*files, "config.json", "model.safetensors", *ADDED}
     for name, content in files.items():
         assert (tmp_path / "out" / name).read_bytes() == content
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
@@ -370,14 +370,14 @@ def test_companions_of_a_model_with_an_adapter(saved: Any, tmp_path: Path) -> No
     adapters = [f"{folders[0]}+{save_lora(tmp_path / name, factors)}" for name in ("a", "b")]
     merge(recipe("linear", ["", *adapters]), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "tokenizer.json", "model.safetensors", "README.md"}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors", *ADDED}
 
 
 @pytest.mark.any_isa
 def test_a_plain_file_has_no_companions(saved: Any, tmp_path: Path) -> None:
     files = [f"{folder}/model.safetensors" for folder in saved(models(), config=None)]
     merge(recipe("linear", files), tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", *ADDED}
 
 
 @pytest.mark.any_isa

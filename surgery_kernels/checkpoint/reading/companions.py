@@ -21,6 +21,7 @@ WANTED = (*SETTINGS, *TOKENS, *CODE, *LEGAL)
 UNWANTED = (
     *(".*", "*/.*", "*__pycache__/*"),
     *("*.index.json", "*.index.*.json", "adapter_config.json"),  # they say what the weights are
+    "*surgery_kernels.json",  # of another result
     *("trainer_state.json", "training_args.*", "*_results.json", "checkpoint-*/*", "runs/*"),  # of the training
     *("onnx/*", "*/onnx/*", "openvino/*", "*/openvino/*", "*.mlpackage/*", "original/*"),  # the same model for others
 )

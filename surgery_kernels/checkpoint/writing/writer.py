@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from .durable import fsync_folder, make_folders, reserve
@@ -51,13 +52,16 @@ class _Item:
 class Writer:
     """One thread that writes tensors into preallocated shards and tells the journal once they are on disk."""
 
-    def __init__(self, folder: Path, layout: Layout, journal: Journal) -> None:
+    def __init__(self, folder: Path, layout: Layout, journal: Journal, hashes: dict[str, str] | None = None) -> None:
         """Makes the shards in full, so that a disk that is too small is found out now.
+
+        hashes: Is told the XXH3 of every tensor that was written in one piece.
 
         Raises:
             OSError: they cannot be made, or one with tensors that the journal calls done is not there any more.
         """
         self._layout, self._journal = layout, journal
+        self._hashes: dict[str, str] = {} if hashes is None else hashes
         self._queue: deque[_Item | threading.Event | None] = deque()
         self._pending = 0  # bytes handed over, not yet written
         self._change = threading.Condition()
@@ -189,14 +193,21 @@ class Writer:
         else:
             tensor = content
         file, flat, size = self._files[place.shard], tensor.reshape(-1), tensor.dtype.itemsize
+        in_one_piece = place.strides is None and item.is_final
+        hashed = xxhash.xxh3_64()
         for begin in range(0, len(flat), PIECE if look else len(flat) or 1):
             end = min(begin + PIECE, len(flat)) if look else len(flat)
             if look:
                 look(flat, begin, end)
             if place.strides is None:
-                _write_at(file, _bytes_of(flat[begin:end]), place.offset + begin * size)
+                data = _bytes_of(flat[begin:end])
+                _write_at(file, data, place.offset + begin * size)
+                if in_one_piece:
+                    hashed.update(data)
         if place.strides is not None:
             _write_between(file, flat.view(place.shape), place.strides, place.offset)
+        if in_one_piece:
+            self._hashes[item.name] = hashed.hexdigest()
 
     def _read(self, place: Place) -> Tensor:
         """What was written, flat."""

@@ -13,7 +13,7 @@ import yaml
 
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.checkpoint.reading import companions
-from tests.checkpoints import files_in, refused, save_lora, save_safetensors, save_torch, state_dict
+from tests.checkpoints import ADDED, files_in, refused, save_lora, save_safetensors, save_torch, state_dict
 
 pytestmark = pytest.mark.any_isa
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.any_isa
 def copied(model: Path | str, out: Path) -> dict[str, bytes]:
     """What a merge of nothing but `model` writes, besides the weights and the card."""
     merge({"merge_method": "linear", "models": [{"model": str(model), "parameters": {"weight": 1}}]}, out)
-    return {name: data for name, data in files_in(out).items() if not name.endswith((".safetensors", "README.md"))}
+    return {name: data for name, data in files_in(out).items() if not name.endswith((".safetensors", *ADDED))}
 
 
 def write(folder: Path, *names: str) -> None:
