@@ -1,7 +1,8 @@
 """What the papers' methods make of 8 experts of 4M entries, as matrices of a ViT's shapes: one read, or about three.
 
-The others are the official formulas in eager PyTorch on the flattened model, and compiled. Bound: base and experts are
-read as often as the method must, and what it makes is written once.
+The others are the official formulas in eager PyTorch on the flattened model, and compiled; and FusionBench's functions,
+which has neither PCB nor Consensus, and whose TALL masks run by its helper for flat tensors alone. Bound: base and
+experts are read as often as the method must, and what it makes is written once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from surgery_kernels.merging.methods.masks import Packable
 
 SHAPES = ((3072, 768), (768, 768), (768, 768), (768, 512), (50, 768), (768,))
 SIZE = sum(math.prod(shape) for shape in SHAPES)
+NAMES = [str(i) for i in range(len(SHAPES))]
 SELECTIVITY, DENSITY, CLIP = 0.4, 0.05, 0.01
+
+
+def parts(flat: Tensor) -> list[Tensor]:
+    """The tensors of a model that lies flat."""
+    sizes = [math.prod(shape) for shape in SHAPES]
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), SHAPES, strict=True)]
 
 
 def emr(base: Tensor, experts: list[Tensor]) -> tuple[Tensor, ...]:
@@ -68,17 +76,34 @@ def _spread(x: Tensor) -> Tensor:
     return (x - low) / (high - low)
 
 
+def fusion_bench_emr(base: Tensor, experts: list[Tensor]) -> tuple[Tensor, ...]:
+    from fusion_bench.method.emr_merging.utils import emr_merge
+
+    shared, masks, rescalers = emr_merge([dict(zip(NAMES, parts(expert - base), strict=True)) for expert in experts])
+    return base + torch.cat([x.reshape(-1) for x in shared.values()]), masks, rescalers
+
+
+def fusion_bench_tall(base: Tensor, experts: list[Tensor]) -> tuple[Tensor, ...]:
+    from fusion_bench.method.tall_mask.utils import generate_task_masks
+
+    stacked = torch.stack(experts)
+    vectors = stacked - base
+    masks = generate_task_masks(vectors, stacked, base, tall_mask_lambda=SELECTIVITY)
+    return base + vectors.sum(0), masks
+
+
 @dataclass(frozen=True)
 class Case:
     official: Callable[[Tensor, list[Tensor]], tuple[Tensor, ...]]
     reads: int
     options: dict[str, Any]
     packs: bool = False  # masks of all experts, not one model
+    fusion_bench: Callable[[Tensor, list[Tensor]], tuple[Tensor, ...]] | None = None
 
 
 CASES = {
-    "emr": Case(emr, 1, {"task": 0}, packs=True),
-    "tall_masks": Case(tall, 1, {"task": 0, "selectivity": SELECTIVITY}, packs=True),
+    "emr": Case(emr, 1, {"task": 0}, packs=True, fusion_bench=fusion_bench_emr),
+    "tall_masks": Case(tall, 1, {"task": 0, "selectivity": SELECTIVITY}, True, fusion_bench_tall),
     "consensus_ta": Case(consensus, 1, {"selectivity": SELECTIVITY}),
     "pcb": Case(pcb, 3, {"density": DENSITY, "clip": CLIP}),
 }
@@ -87,17 +112,11 @@ CASES = {
 def ours(name: str, base: Tensor, experts: list[Tensor]) -> Callable[[], Tensor]:
     """Gives the merged model, flat."""
     case, out = CASES[name], torch.empty_like(base)
-    sizes = [math.prod(shape) for shape in SHAPES]
-
-    def parts(flat: Tensor) -> list[Tensor]:
-        return [part.view(shape) for part, shape in zip(flat.split(sizes), SHAPES, strict=True)]
-
-    names = [str(i) for i in range(len(SHAPES))]
     of_experts = [list(of_tensor) for of_tensor in zip(*map(parts, experts), strict=True)]
-    scope = Scope(names, parts(base), of_experts, parts(out), {name: name for name in names})
+    scope = Scope(NAMES, parts(base), of_experts, parts(out), {name: name for name in NAMES})
     method = METHODS[name](**case.options)
     method.check(len(experts))
-    bits = [torch.empty(len(experts), -(-size // 8), dtype=torch.uint8) for size in sizes]
+    bits = [torch.empty(len(experts), -(-math.prod(shape) // 8), dtype=torch.uint8) for shape in SHAPES]
 
     def merge() -> Tensor:
         method.pack(scope, bits) if isinstance(method, Packable) else method.merge(scope)
@@ -106,16 +125,29 @@ def ours(name: str, base: Tensor, experts: list[Tensor]) -> Callable[[], Tensor]
     return merge
 
 
-@pytest.mark.parametrize("contender", ["eager", "compiled", "ours"])
-@pytest.mark.parametrize("name", CASES)
+ROWS = [
+    (name, contender)
+    for name, case in CASES.items()
+    for contender in ("eager", "compiled", "fusion_bench", "ours")
+    if contender != "fusion_bench" or case.fusion_bench
+]
+
+
+@pytest.mark.parametrize(("name", "contender"), ROWS)
 @pytest.mark.benchmark(group="papers")
-def test_paper(measure: Measure, rounds: int, name: str, contender: str) -> None:
+def test_paper(measure: Measure, rounds: int, name: str, contender: str, capsys: pytest.CaptureFixture[str]) -> None:
     base, experts = flat_inputs(SIZE, torch.float32)
     assert base is not None
     case, fused = CASES[name], ours(name, base, experts)
-    torch.compiler.reset()
-    official = torch.compile(case.official, dynamic=False) if contender == "compiled" else case.official
-    call = fused if contender == "ours" else lambda: official(base, experts)[0]
+    theirs = case.official
+    if contender == "compiled":
+        torch.compiler.reset()
+        theirs = torch.compile(case.official, dynamic=False)
+    elif contender == "fusion_bench":
+        pytest.importorskip("fusion_bench", reason="fusion-bench is not installed", exc_type=ImportError)
+        assert case.fusion_bench is not None
+        theirs = case.fusion_bench
+    call = fused if contender == "ours" else lambda: theirs(base, experts)[0]
     expected = case.official(base, experts)[0]
 
     def check(result: Tensor) -> float:
@@ -138,3 +170,4 @@ def test_paper(measure: Measure, rounds: int, name: str, contender: str) -> None
             "least_bytes": (case.reads * (NUM_TASKS + 1) + 1) * base.nbytes + (SIZE * NUM_TASKS // 8) * case.packs,
         },
     )
+    capsys.readouterr()  # FusionBench prints

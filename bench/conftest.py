@@ -14,6 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.utils import get_commit_info
 
+import tests.torchvision_operators  # noqa: F401
 from surgery_kernels import _C, __version__
 
 

@@ -57,6 +57,8 @@ def merging(dtype: torch.dtype, count: int) -> Iterator[Check]:
     # a cut may lie anywhere between two ties
     yield Check("trim_limits", lambda ops, b, e: ops.trim_limits([b], e, density, "mergekit")[0], inputs, True)
     yield Check("mix", lambda _, b, e: sk.mix(b, e, [0.3] * 4), inputs)
+    yield Check("weighted_merge", lambda _, b, e: sk.weighted_merge(b, e, [x.abs() for x in e]), inputs)
+    yield Check("pcb_merge", lambda _, b, e: sk.pcb_merge(b, e, density=0.2), inputs)
     yield Check("masks", lambda ops, b, e: ops.masks([b], e, density), inputs)
     yield Check("gram", lambda _, b, e: sk.gram(b, e), inputs)
     yield Check("steps", stepped, inputs)

@@ -52,12 +52,19 @@ class Section:
 MERGING = Section(
     "merging",
     "8 experts",
-    {"eager": "eager", "compiled": "torch.compile", "peft": "PEFT", "mergekit": "mergekit", "ours": "ours"},
-    ["ties_merge", "trim_thresholds", "mix", "masks", "gram", "steps", "merge_state_dicts"],
+    {
+        "eager": "eager",
+        "compiled": "torch.compile",
+        "peft": "PEFT",
+        "mergekit": "mergekit",
+        "fusion_bench": "FusionBench",
+        "ours": "ours",
+    },
+    ["ties_merge", "trim_thresholds", "mix", "weighted_merge", "masks", "gram", "steps", "merge_state_dicts"],
     f"""\
-{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `gram`, `steps`, `masks random`, DARE and
-MagMax, and TIES of 1 GiB in fp32: once) and the result written once, at the bandwidth of a large copy measured around
-every round; left out where everything fits in the caches.""",
+{RATIOS_NOTE} Bound: base and experts read twice (`trim_thresholds`, `mix`, `weighted_merge`, `gram`, `steps`,
+`masks random`, DARE and MagMax, and TIES of 1 GiB in fp32: once) and the result written once, at the bandwidth of a
+large copy measured around every round; left out where everything fits in the caches.""",
 )
 LEARNING = Section(
     "learning",

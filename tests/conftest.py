@@ -15,11 +15,7 @@ from surgery_kernels import _C
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-try:  # transformers, timm and open_clip look for it; its wheels for CUDA lack two operators where there is no GPU
-    import torchvision  # noqa: F401
-except RuntimeError:
-    for _operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import tests.torchvision_operators  # noqa: F401
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
 hypothesis.settings.load_profile("fixed")

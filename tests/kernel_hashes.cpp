@@ -18,6 +18,7 @@
 #include "cpu/steps_kernel.h"
 #include "cpu/ties_merge_kernel.h"
 #include "cpu/trim_kernel.h"
+#include "cpu/weighted_merge_kernel.h"
 #include "random_bits.h"
 
 namespace {
@@ -138,6 +139,47 @@ void run_combine(const Format& format, const void* base, const void* const* task
   for (const double sum : sums) hash.add(sum);
 }
 
+// Means by magnitudes of other tensors, whatever numbers these are; and by scores of changes that are clipped to any
+// range.
+template <class Key>
+void run_weighted_merge(const Format& format, const void* base, const std::vector<const void*>& experts, int64_t n,
+                        bool drop, Hash& hash) {
+  using C = sk::ComputeOf<Key>;
+  const sk::WeightedMergeKernels& kernels = sk::SK_ISA::weighted_merge_kernels;
+  const std::vector<C> weights{C(0.3), C(1), C(0), C(2), C(0.7)};
+  std::vector<char> out(n * format.bytes);
+  sk::MeanArgs<Key> mean{base, experts.data(), experts.data(), weights.data(), C(0.25), kTasks, n, drop, false};
+  const sk::Amiss amiss = kernels.mean.get<Key>(format.dtype)(mean, out.data());
+  hash.add(uint64_t(amiss.experts * 2 + amiss.importance));
+  hash.add(format, out);
+  std::vector<std::vector<C>> wide(kTasks, std::vector<C>(n));
+  std::vector<const void*> importance;
+  for (int t = 0; t < kTasks; ++t) {
+    for (int64_t i = 0; i < n; ++i) wide[t][i] = C((i * (t + 3)) % 11) / C(4);
+    importance.push_back(wide[t].data());
+  }
+  mean.importance = importance.data();
+  kernels.mean_wide.get<Key>(format.dtype)(mean, out.data());
+  hash.add(format, out);
+  std::vector<sk::Clipping<C>> clipping;
+  std::vector<sk::Live<C>> live;
+  for (int t = 0; t < kTasks; ++t) {
+    clipping.push_back({C(0.125) * t, C(1) + t, C(1) + C(0.875) * t});
+    live.push_back({C(0.001) * t, C(0.5), C(1) - t});
+  }
+  alignas(64) static C scratch[kTasks * sk::kScratch];
+  for (const sk::Inter inter : {sk::Inter::paper, sk::Inter::half, sk::Inter::raw}) {
+    const sk::ScoreArgs<Key> args{base, experts.data(), clipping.data(), inter, kTasks, n, drop, scratch};
+    const sk::ScoreKernel<Key>& scores = kernels.scores.get<Key>(format.dtype);
+    std::vector<Key> keys(kTasks * (n + sk::kKeySlack));
+    scores.keys(args, keys.data(), n + sk::kKeySlack);
+    for (int t = 0; t < kTasks; ++t)
+      for (int64_t i = 0; i < n; ++i) hash.add(uint64_t(keys[t * (n + sk::kKeySlack) + i]));
+    scores.merge(args, live.data(), false, out.data());
+    hash.add(format, out);
+  }
+}
+
 template <class Key>
 void run(const Format& format) {
   using C = typename sk::TiesArgs<Key>::C;
@@ -148,7 +190,7 @@ void run(const Format& format) {
   const sk::GramKernels& gram = sk::SK_ISA::gram_kernels;
   const sk::DotKernel<Key> dot = sk::SK_ISA::dot_kernels.get<Key>(format.dtype);
   const sk::RepresentationLossKernel<Key>& loss = sk::SK_ISA::representation_loss_kernels.get<Key>(format.dtype);
-  Hash trimmed, located, merged[sk::kRules], mixed, multiplied, combined, lost, masked, bounded, stepped;
+  Hash trimmed, located, merged[sk::kRules], mixed, multiplied, combined, lost, masked, bounded, stepped, weighed;
   for (int64_t n : {1, 5, 64, 257, 1003}) {
     const std::vector<char> base = tensor(format, n);
     std::vector<std::vector<char>> experts;
@@ -212,6 +254,7 @@ void run(const Format& format) {
         masks_of_tasks.push_back(of_task.data());
         limits.push_back(ends[1]);
       }
+      run_weighted_merge<Key>(format, from, pointers, n, drop, weighed);
       const std::vector<C> weights{C(0.3), C(1), C(-0.5), C(2), C(0.7)}, rescales{C(1.1), C(1), C(3), C(1.5), C(1.01)};
       std::vector<char> out(n * format.bytes);
       std::vector<C> coefficients(3 * kTasks * n);
@@ -314,6 +357,7 @@ void run(const Format& format) {
   print("ties_merge magmax", merged[7]);
   print("keep", bounded);
   print("mix", mixed);
+  print("weighted_merge", weighed);
   print("gram", multiplied);
   print("steps", stepped);
   print("combine", combined);
