@@ -154,8 +154,9 @@ void differentiate_masked(const Masked& merge, const double* means, const Tensor
   merge.pieces.template parallel_with_room<C>([&](const Piece& piece, int64_t, C* mask) {
     merge.draw<C>(piece, mask);
     const double mean = means[piece.block];
-    logits(mask, C(shifts[size_t(piece.block)]), C(mean < kLeastMean ? kLeastMean : mean), sharpness, piece.count,
-           pull + piece.begin);
+    const bool alone = merge.blocks.size(piece.block) == 1 && mean >= kLeastMean;  // scaled by 1 whatever its logit
+    logits(mask, C(shifts[size_t(piece.block)]), C(mean < kLeastMean ? kLeastMean : mean), alone ? C(0) : sharpness,
+           piece.count, pull + piece.begin);
   });
 }
 

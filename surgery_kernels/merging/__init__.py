@@ -6,10 +6,12 @@ from .loras import merge_loras
 from .low_rank import LowRank
 from .method import Method, Parameter
 from .methods import METHODS
-from .methods.adamerging import AdaMerging, Atlas, Learned, Objective
-from .methods.entropy import entropy_objective
+from .methods.adamerging import AdaMerging, Atlas
+from .methods.concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
 from .methods.fisher import Fisher, diagonal_fisher
+from .methods.learned import Learned, Objective
 from .methods.linear import Average, TaskArithmetic
+from .methods.objectives import cross_entropy_objective, entropy_objective
 from .methods.regmean import RegMean, gram_matrices
 from .methods.ties import Ties
 from .scope import Scope
@@ -21,6 +23,8 @@ __all__ = [
     "Atlas",
     "Average",
     "BySteps",
+    "ConcreteAdaMerging",
+    "ConcreteTaskArithmetic",
     "Fisher",
     "Learned",
     "LowRank",
@@ -31,6 +35,7 @@ __all__ = [
     "Scope",
     "TaskArithmetic",
     "Ties",
+    "cross_entropy_objective",
     "diagonal_fisher",
     "entropy_objective",
     "extrapolate_and_decouple",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..merging.methods.entropy import entropy_objective
+from ..merging.methods.objectives import entropy_objective
 from ..modules.device import device_of
 from ..modules.frozen import frozen
 from ..modules.inputs import to_device

@@ -160,7 +160,8 @@ def _push(
     # a mean that is not the mask's own does not move with it
     shift = tl.where(own < FLOOR, 0.0, tl.load(of_masks + block) / size / own).to(COMPUTE)
     mean = _mean_of(means, block).to(COMPUTE)
-    steepness = tl.load(numbers + STEEPNESS).to(COMPUTE)
+    alone = (size == 1) & (own >= FLOOR)  # scaled by 1 whatever its logit
+    steepness = tl.where(alone, 0.0, tl.load(numbers + STEEPNESS)).to(COMPUTE)
     lanes = tl.arange(0, BLOCK)
     for at in range(0, count, BLOCK):
         left = count - at

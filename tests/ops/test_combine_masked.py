@@ -115,6 +115,9 @@ def test_a_block_of_one_element_is_scaled_by_one() -> None:
     logits = torch.tensor([-5.0, 8.0, -200.0])
     merged = combine(base, task_vectors, torch.ones(1, 3), torch.arange(4), mask_logits=logits)
     assert_same(merged, torch.tensor([3.0, 4.0, 1.0]))
+    logits.requires_grad_()
+    merged = combine(base, task_vectors, torch.ones(1, 3), torch.arange(4), mask_logits=logits)
+    assert not torch.autograd.grad(merged, logits, torch.tensor([0.3, -0.7, 0.1]))[0].any()
 
 
 @pytest.mark.any_isa

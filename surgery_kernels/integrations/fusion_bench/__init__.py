@@ -85,6 +85,9 @@ NAMES: dict[str, str] = {  # of our classes -> module and class of FusionBench's
     "LayerWiseAdaMergingForLlamaSFT": "adamerging.LayerWiseAdaMergingForLlamaSFT",
     "ResNetTaskWiseAdamerging": "adamerging.ResNetTaskWiseAdamerging",
     "ResNetLayerWiseAdamerging": "adamerging.ResNetLayerWiseAdamerging",
+    "ConcreteTaskArithmeticForCLIP": "concrete_subspace.ConcreteTaskArithmeticAlgorithmForCLIP",
+    "ConcreteTaskWiseAdaMergingForCLIP": "concrete_subspace.ConcreteTaskWiseAdaMergingForCLIP",
+    "ConcreteLayerWiseAdaMergingForCLIP": "concrete_subspace.ConcreteLayerWiseAdaMergingForCLIP",
     "SmileUpscaling": "smile_upscaling.SmileUpscalingAlgorithm",
     "CLIPWeightEnsemblingMoE": "we_moe.clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm",
 }

@@ -1,4 +1,4 @@
-"""Methods that look at inputs: Fisher, RegMean and RegMean++ as they merge, AdaMerging as it learns."""
+"""Methods that look at inputs: Fisher, RegMean and RegMean++ as they merge, AdaMerging and Concrete as they learn."""
 
 from __future__ import annotations
 
@@ -92,22 +92,29 @@ for _module in (regmean, regmean_plusplus):
 def merge_by_layer(self: Any, task_vector_mask: Any = None) -> dict[str, Tensor]:
     """One `combine` of all parameters, whose backward gives the coefficients their gradient."""
     names = [name for name, _ in self.task_vectors[0].named_parameters()]
-    if task_vector_mask is not None or self.nromalized_merging_weights or self.merge_weight.shape[1:] != (len(names),):
-        return stock(LayerWiseMergedModel, "merge_weights")(self, task_vector_mask)
-    return _combined(self, names, by_layer=True) or stock(LayerWiseMergedModel, "merge_weights")(self)
+    state = None
+    if not self.nromalized_merging_weights and self.merge_weight.shape[1:] == (len(names),):
+        state = _combined(self, names, task_vector_mask, by_layer=True)
+    return state or stock(LayerWiseMergedModel, "merge_weights")(self, task_vector_mask)
 
 
 @stands_in(TaskWiseMergedModel, "merge_weights")
 def merge_by_task(self: Any, task_vector_mask: Any = None) -> dict[str, Tensor]:
     """The same with one coefficient for each task."""
     names = [name for name, _ in self.task_vectors[0].named_parameters()]
-    if task_vector_mask is not None or self.merge_weight.dim() != 1:
-        return stock(TaskWiseMergedModel, "merge_weights")(self, task_vector_mask)
-    return _combined(self, names, by_layer=False) or stock(TaskWiseMergedModel, "merge_weights")(self)
+    state = _combined(self, names, task_vector_mask, by_layer=False) if self.merge_weight.dim() == 1 else None
+    return state or stock(TaskWiseMergedModel, "merge_weights")(self, task_vector_mask)
 
 
-def _combined(self: Any, names: list[str], *, by_layer: bool) -> dict[str, Tensor] | None:
-    """Fills the merged state dict of a model that is learned; None where the ops do not take it."""
+def _combined(
+    self: Any, names: list[str], mask: Mapping[str, Tensor] | None, *, by_layer: bool
+) -> dict[str, Tensor] | None:
+    """Fills the merged state dict of a model that is learned; None where the ops do not take it.
+
+    Under a mask, which all experts share, their sum is: once, where FusionBench masks each of them.
+    """
+    if mask is not None and any(name not in mask for name in names):
+        return None
     state = self.pretrained_model.state_dict(keep_vars=True)
     vectors = [dict(vector.named_parameters()) for vector in self.task_vectors]
     if not names or any(list(vector) != names for vector in vectors):
@@ -122,7 +129,10 @@ def _combined(self: Any, names: list[str], *, by_layer: bool) -> dict[str, Tenso
     sizes = [x.numel() for x in tensors[0]]
     offsets = torch.tensor([0, *(sizes if by_layer else [sum(sizes)])], device=base.device).cumsum(0)
     weight = self.merge_weight.clamp(0, 1) if self.clamp_weights else self.merge_weight
-    merged = combine(base, flat, weight if by_layer else weight[:, None], offsets)
+    start = base if mask is None else torch.zeros_like(base)
+    merged = combine(start, flat, weight if by_layer else weight[:, None], offsets)
+    if mask is not None:
+        merged = base + torch.cat([mask[name].flatten() for name in names]).to(base.device) * merged
     state |= dict(zip(names, _parts(merged, tensors[0]), strict=True))
     self._merged_state_dict = state
     return state

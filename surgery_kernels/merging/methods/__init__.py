@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..method import Method
 from .adamerging import AdaMerging, Atlas
+from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
 from .fisher import Fisher
 from .linear import Average, Dni, ExPO, Linear, Lines, MetaGpt, Passthrough, TaskArithmetic, WiseFt
 from .localized import LocalizeAndStitch, MagMax
@@ -68,5 +69,7 @@ METHODS: dict[str, type[Method]] = {
         RegMean,
         AdaMerging,
         Atlas,
+        ConcreteTaskArithmetic,
+        ConcreteAdaMerging,
     )
 }

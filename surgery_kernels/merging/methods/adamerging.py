@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,46 +11,15 @@ from torch import Tensor
 
 from ...ops import arguments
 from ...ops.arguments import PerExpert
-from ...ops.combine import combine
+from ...ops.combine import MOST_GROUPS, combine
 from ...ops.ties_merge import ties_split
-from ..method import ABOVE_0, AT_LEAST_0, SHARE_ABOVE_0, Method, per_model, shared
+from ..method import ABOVE_0, AT_LEAST_0, SHARE_ABOVE_0, Method, Range, per_model, shared
 from ..scope import Scope
+from .flat import FlatModels
+from .learned import Learned, Objective, check_callable, gradient_of, loss_of
 
 GRANULARITIES = ("layer", "task")
-NAMES = "surgery_kernels.learned"  # of the metadata
-
-# The merged floating-point tensors by name (of tied ones the first) and the step, to a scalar that is to fall.
-Objective = Callable[[dict[str, Tensor], int], Tensor]
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What was found, and can be merged with again: ``initial=learned, steps=0``."""
-
-    names: list[str]  # of the merged tensors
-    coefficients: Tensor  # [num_tasks, num_tensors], or [num_tasks, 1] for granularity="task"
-    losses: Tensor  # [steps], of the coefficients before each step
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """As a safetensors file."""
-        from safetensors.torch import save_file
-
-        tensors = {"coefficients": self.coefficients.cpu().contiguous(), "losses": self.losses.cpu().contiguous()}
-        save_file(tensors, path, {NAMES: json.dumps(self.names)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Learned:
-        """
-        Raises:
-            ValueError: the file is not one of `save`.
-        """
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            names = (file.metadata() or {}).get(NAMES)
-            if names is None:
-                raise ValueError(f"path must be a file of learned coefficients, got {os.fspath(path)!r}")
-            return cls(json.loads(names), file.get_tensor("coefficients"), file.get_tensor("losses"))
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -95,36 +62,37 @@ class AdaMerging(Method):
         return 2 * self.steps + 1  # forward, backward, and the result
 
     def check(self, num_tasks: int) -> None:
-        if not callable(self.objective):
-            raise TypeError(f"objective must be callable, got {type(self.objective).__name__}")
-        if self.receive is not None and not callable(self.receive):
-            raise TypeError(f"receive must be callable or None, got {type(self.receive).__name__}")
+        check_callable("objective", self.objective)
+        check_callable("receive", self.receive, optional=True)
         super().check(num_tasks)
         if not isinstance(self.initial, (Tensor, Learned)):
             arguments.per_expert("initial", arguments.number("initial", self.initial), num_tasks)
 
     def merge(self, scope: Scope) -> None:
-        sizes = [x.numel() for x in scope.base]
-        num_blocks = 1 if self.granularity == "task" else len(sizes)
         scope.check_finite()
-        blocks = sizes if self.granularity == "layer" else [sum(sizes)]
-        with torch.inference_mode(False):  # its tensors take no part in gradients
-            base, task_vectors = self._flatten(scope)
-            raw = self._start(scope, num_blocks, base.device).requires_grad_()
-            block_offsets = torch.tensor([0, *blocks]).cumsum(0).to(base.device)
+        with torch.inference_mode(False):  # gradients must work wherever the caller is, also through these tensors
+            models = FlatModels(scope)
+            if self.density is not None:
+                models.task_vectors = list(ties_split(None, models.task_vectors, density=self.density))
+            block_offsets = models.block_offsets(self.granularity)
+            raw = self._start(scope, len(block_offsets) - 1, block_offsets.device).requires_grad_()
 
-        def merged() -> dict[str, Tensor]:
-            flat = combine(base, task_vectors, self._used(raw), block_offsets)
-            parts = zip(scope.names, scope.base, flat.split(sizes), strict=True)
-            return {name: part.view(like.shape).to(like.dtype) for name, like, part in parts}
+            def merged() -> Tensor:
+                return combine(models.base, models.task_vectors, self._used(raw), block_offsets, seed=self._seed)
 
-        with torch.inference_mode(False):  # gradients must work wherever the caller is
-            losses = self._learn(raw, merged)
+            losses = self._learn(raw, lambda: models.parts(merged()))
         with torch.no_grad():
-            for out, part in zip(scope.out, merged().values(), strict=True):
-                out.copy_(part)
+            models.store(merged(), scope)
         if self.receive is not None:
-            self.receive(Learned(scope.names, self._used(raw.detach()), losses))
+            self.receive(Learned(scope.names, self._used(raw.detach()), losses, seed=self._seed))
+
+    @property
+    def _seed(self) -> int:
+        """Of groups, where coefficients have some."""
+        return 0
+
+    def _shape(self, num_tasks: int, num_blocks: int) -> tuple[int, ...]:
+        return num_tasks, num_blocks
 
     def _used(self, raw: Tensor) -> Tensor:
         """The coefficients that what is learned stands for."""
@@ -134,11 +102,11 @@ class AdaMerging(Method):
         return torch.optim.Adam([raw], lr=self.lr)
 
     def _start(self, scope: Scope, num_blocks: int, device: torch.device) -> Tensor:
-        shape, given = (scope.num_tasks, num_blocks), self.initial
+        shape, given = self._shape(scope.num_tasks, num_blocks), self.initial
         if isinstance(given, Learned):
-            if given.names != scope.names:
-                other = next(iter(set(given.names) ^ set(scope.names)), "another order")
-                raise ValueError(f"initial must have been learned for the tensors of these models, got {other!r}")
+            given.check_names("initial", scope.names)
+            if len(shape) == 3 and given.seed != self._seed:
+                raise ValueError(f"initial must have been learned with seed {self._seed}, got {given.seed}")
             given = given.coefficients
         if not isinstance(given, Tensor):
             return torch.full(shape, float(given), device=device)
@@ -146,29 +114,22 @@ class AdaMerging(Method):
             raise ValueError(f"initial must be a number or have shape {shape}, got {tuple(given.shape)}")
         return given.detach().to(device, torch.float32, copy=True)
 
-    def _flatten(self, scope: Scope) -> tuple[Tensor, list[Tensor]]:
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in scope.base))
-        base = _side_by_side(scope.base, dtype)
-        task_vectors = [_side_by_side(tensors, dtype).sub_(base) for tensors in zip(*scope.experts, strict=True)]
-        if self.density is not None:
-            task_vectors = list(ties_split(None, task_vectors, density=self.density))
-        return base, task_vectors
-
     def _learn(self, raw: Tensor, merged: Callable[[], dict[str, Tensor]]) -> Tensor:
         assert self.objective is not None
         optimizer = self._optimizer(raw)
         losses = torch.zeros(self.steps, dtype=torch.float64)
         for step in range(self.steps):
-            loss = self.objective(merged(), step)
-            if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
-                raise TypeError(f"objective must return a scalar tensor that depends on the merged ones, got {loss}")
-            if not loss.isfinite():
-                raise RuntimeError(f"objective must return a finite number, got {loss.item()} at step {step}")
-            (raw.grad,) = torch.autograd.grad(loss, raw)
+            loss = loss_of(self.objective, merged(), step)
+            raw.grad = gradient_of(loss, raw)
             self._limit(raw.grad)
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate(step)
             optimizer.step()
             losses[step] = loss.detach()
         return losses
+
+    def _rate(self, step: int) -> float:
+        return self.lr
 
     def _limit(self, gradient: Tensor) -> None:
         """In place, before a step."""
@@ -184,6 +145,11 @@ class Atlas(AdaMerging):
         granularity: "layer": one coefficient per expert and tensor; "task": the isotropic variant, one per expert.
         weight_decay: Of AdamW, 0 or more.
         clip: Longer gradients are shortened to this, above 0.
+        groups: aTLAS x K: so many coefficients, 1 to 256, per expert and tensor, each of about as many of its entries,
+            which are drawn at random by a counter and take no memory. The authors' code leaves every tensor but
+            matrices as in the base then, and gives all matrices of one shape the same groups.
+        seed: Of the groups, any integer of 64 bits.
+        schedule: "constant", or "cosine": the learning rate falls to 0 along a cosine, as for few examples.
 
     Everything else as for AdaMerging. Coefficients start at 0, which is the base.
     """
@@ -197,18 +163,29 @@ class Atlas(AdaMerging):
     weight_decay: float = shared(0.1, range=AT_LEAST_0, meaning="weight decay of AdamW")
     clip: float = shared(1.0, range=ABOVE_0, meaning="length that longer gradients are shortened to")
 
+    groups: int = shared(1, kind=int, range=Range(1, MOST_GROUPS), meaning="coefficients per expert and tensor")
+    seed: int = shared(0, kind=int, meaning="seed of the groups")
+    schedule: str = shared("constant", choices=SCHEDULES, meaning="how the learning rate goes on")
+
+    @property
+    def randomness(self) -> str:
+        return f"groups drawn by counter from seed {self.seed}" if self.groups > 1 else ""
+
+    @property
+    def _seed(self) -> int:
+        return self.seed
+
+    def _shape(self, num_tasks: int, num_blocks: int) -> tuple[int, ...]:
+        return (num_tasks, num_blocks) if self.groups == 1 else (num_tasks, num_blocks, self.groups)
+
     def _used(self, raw: Tensor) -> Tensor:
         return raw
 
     def _optimizer(self, raw: Tensor) -> torch.optim.Optimizer:
         return torch.optim.AdamW([raw], lr=self.lr, weight_decay=self.weight_decay)
 
+    def _rate(self, step: int) -> float:
+        return self.lr if self.schedule == "constant" else self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
+
     def _limit(self, gradient: Tensor) -> None:
         gradient.mul_(self.clip / gradient.norm().clamp(min=self.clip))
-
-
-def _side_by_side(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    flat = torch.empty(sum(x.numel() for x in tensors), dtype=dtype, device=tensors[0].device)
-    for part, tensor in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True):
-        part.view(tensor.shape).copy_(tensor)
-    return flat

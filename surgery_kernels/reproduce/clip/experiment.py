@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ...merging import entropy_objective, merge_state_dicts
-from ...merging.methods.adamerging import Objective
+from ...merging.methods.learned import Objective
 from ...merging.progress import SECONDS_BEFORE_SHOWN
 from ...surgery import SurgeryModel
 from ...surgery.seeds import generator

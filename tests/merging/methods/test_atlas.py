@@ -13,6 +13,7 @@ from torch import Tensor
 
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.merging import Learned
+from surgery_kernels.reference.combine import groups_of
 from tests.cases import assert_same, gaussian, inputs
 
 pytestmark = pytest.mark.any_isa
@@ -106,3 +107,80 @@ def test_coefficients_in_a_file(tmp_path: Path) -> None:
     save_file({"coefficients": torch.ones(3, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"^path must be a file of learned coefficients, got "):
         Learned.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "task"])
+def test_groups_are_one_hot_masks(granularity: str) -> None:
+    """aTLAS x K: the steps of eager PyTorch with as many masks as groups; tensors of one dimension take part."""
+    base, experts = models()
+    options: dict[str, Any] = {"groups": 3, "seed": 5, "granularity": granularity, "schedule": "cosine"}
+    merged, found = learned_by(base, experts, steps=8, lr=0.05, **options)
+    sizes = [x.numel() for x in base.values()]
+    blocks = sizes if granularity == "layer" else [sum(sizes)]
+    offsets = torch.tensor([0, *blocks]).cumsum(0)
+    masks = torch.nn.functional.one_hot(groups_of(offsets, 3, 5), 3).float()  # [num_params, groups]
+    flat = [torch.cat([model[name].flatten() for name in base]) for model in (base, *experts)]
+    task_vectors = torch.stack(flat[1:]) - flat[0]
+    raw = torch.zeros(3, len(blocks), 3, requires_grad=True)
+    optimizer = torch.optim.AdamW([raw], lr=0.05, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+
+    def tensors() -> StateDict:
+        of_param = (raw.repeat_interleave(offsets.diff(), dim=1) * masks).sum(dim=2)
+        parts = (flat[0] + (of_param * task_vectors).sum(dim=0)).split(sizes)
+        return {name: part.view(base[name].shape) for name, part in zip(base, parts, strict=True)}
+
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = objective(tensors(), step)
+        torch.testing.assert_close(found.losses[step].float(), loss.detach(), rtol=1e-4, atol=1e-4)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([raw], 1.0)
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(found.coefficients, raw.detach(), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(merged["b"], base["b"])
+    for name, tensor in tensors().items():
+        torch.testing.assert_close(merged[name], tensor.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_groups_in_a_file(tmp_path: Path) -> None:
+    base, experts = models()
+    merged, found = learned_by(base, experts, steps=3, groups=4, seed=9)
+    assert found.coefficients.shape == (3, 2, 4) and found.seed == 9
+    found.save(tmp_path / "learned.safetensors")
+    loaded = Learned.load(tmp_path / "learned.safetensors")
+    assert loaded.seed == 9 and loaded.mask_logits is None
+    again, _ = learned_by(base, experts, steps=0, groups=4, seed=9, initial=loaded)
+    for name, tensor in merged.items():
+        assert_same(again[name], tensor, name)
+    with pytest.raises(ValueError, match=r"^initial must have been learned with seed 8, got 9$"):
+        learned_by(base, experts, steps=0, groups=4, seed=8, initial=loaded)
+    message = "initial must be a number or have shape (3, 2), got (3, 2, 4)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        learned_by(base, experts, steps=0, initial=loaded)
+
+
+def test_edges_of_groups() -> None:
+    """One model, models that are all the same, and a task vector of zeros."""
+    base, experts = models(1)
+    ones, _ = learned_by(base, experts, groups=5, initial=1.0, steps=0)
+    for name, x in experts[0].items():
+        torch.testing.assert_close(ones[name], x)
+    same, found = learned_by(base, [base, base], groups=5, steps=3, weight_decay=0)
+    assert all(torch.equal(same[name], x) for name, x in base.items()) and not found.coefficients.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 0}, "groups must be in [1, 256], got 0"),
+        ({"groups": 257}, "groups must be in [1, 256], got 257"),
+        ({"schedule": "linear"}, "schedule must be one of 'constant', 'cosine', got 'linear'"),
+    ],
+    ids=str,
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    base, experts = models()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        learned_by(base, experts, **options)
