@@ -15,7 +15,6 @@ from .report import average
 
 StateDict = dict[str, Tensor]
 
-LEARNED = ("fisher", "regmean", "adamerging", "atlas")  # need inputs
 OF_ONE = ("passthrough", "wise_ft")  # nothing is merged, or only with the base
 OF_EACH = ("tall_masks", "emr")  # a model for every task
 
@@ -47,7 +46,7 @@ class Row:
 
 
 def names() -> list[str]:
-    return [name for name in METHODS if name not in (*LEARNED, *OF_ONE)]
+    return [name for name, method in METHODS.items() if not (method.from_inputs or name in OF_ONE)]
 
 
 def row(

@@ -27,7 +27,8 @@ REQUIRED: dict[str, dict[str, Any]] = {  # what has no default, or takes long
     **dict.fromkeys(["dare_linear", "dare_ties", "della_linear", "della"], {"density": 0.5}),
     **dict.fromkeys(["breadcrumbs", "breadcrumbs_ties"], {"density": 0.5}),
 }
-NO_POLICY = ["fisher", "regmean", "adamerging", "atlas"]  # refuse what is not finite
+CONCRETE = ("concrete_task_arithmetic", "concrete_adamerging")
+NO_POLICY = ["fisher", "regmean", "adamerging", "atlas", *CONCRETE]  # refuse what is not finite
 
 
 def options_of(name: str, experts: list[StateDict]) -> dict[str, Any]:
@@ -43,8 +44,14 @@ def options_of(name: str, experts: list[StateDict]) -> dict[str, Any]:
                 {"matrix": torch.eye(expert["matrix"].shape[-1])} if "matrix" in expert else {} for expert in experts
             ]
         }
-    if name in ("adamerging", "atlas"):
-        return {"objective": lambda tensors, step: sum((x.double() ** 2).sum() for x in tensors.values()), "steps": 1}
+    if name in ("adamerging", "atlas", *CONCRETE):
+        options = {
+            "objective": lambda tensors, step: sum((x.double() ** 2).sum() for x in tensors.values()),
+            "steps": 1,
+        }
+        if name in CONCRETE:  # which draw from fewer bits in float32
+            options["mask"] = "probabilities"
+        return options | ({"adamerging_steps": 1} if name == "concrete_adamerging" else {})
     return REQUIRED.get(name, {})
 
 
