@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text.add_argument(
         "--out", type=Path, default=Path(".cache"), help="folder for tables, plots and JSON (default .cache)"
     )
+    matching = commands.add_parser("matching", help="networks of different initialisation on the same digits")
+    matching.add_argument("--seed", default="0", help="seed of split and training (default 0)")
+    matching.add_argument("--out", type=Path, default=Path(".cache"), help="folder for the table (default .cache)")
+    matching.add_argument("--steps", default="300", help="training steps of every network (default 300)")
     options = parser.parse_args(arguments)
     if not options.seed.isdecimal() or int(options.seed) > LARGEST_SEED:
         parser.error(f"--seed must be a whole number from 0 to {LARGEST_SEED}, got {options.seed}")
@@ -56,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pass
     except OSError as error:
         parser.error(f"--out must be a folder that can be written, got {options.out} ({error.strerror})")
-    if options.command == "digits":
+    if options.command in ("digits", "matching"):
         for name in ("seeds", "steps"):
-            value = getattr(options, name)
+            value = getattr(options, name, "1")
             if not value.isdecimal() or int(value) == 0:
                 parser.error(f"--{name} must be a whole number from 1, got {value}")
     if options.command in ("clip", "text"):
@@ -70,10 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from .digits.experiment import run_seeds
         from .digits.experts import Config
+        from .matching.experiment import run
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
         parser.error(f"{error.name} must be installed for the experiments: pip install 'surgery-kernels[demo]'")
+    if options.command == "matching":
+        run(options.out, seed=int(options.seed), steps=int(options.steps))
+        return
     try:
         run_seeds(
             [Config(seed=int(options.seed) + i) for i in range(int(options.seeds))],
