@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -29,7 +30,8 @@ def match_activations(
     """Permutations of the second model's units that make them answer as the first's do, on the same inputs.
 
     A unit's activations are what the layers that read it get, or where no layer reads it (features of queries and keys)
-    what the layers that make it give: all samples, tokens and positions. Both models are run once.
+    what the layers that make it give: all samples, tokens and positions. Both models are run once, or twice where some
+    units lie within others in one order for all of these.
 
     Args:
         symmetries: Of the first model, and of the second.
@@ -55,18 +57,38 @@ def match_activations(
     check_alike(symmetries, state_of(first), state_of(second))
     pool = pool_of("batches", batches, num_workers)
     layers = linear_layers(first)
-    sums = {group.name: sum_ for family in symmetries.families for group, sum_ in _sums(family, layers)}
-    used = {name: layers[name] for of_group in sums.values() for name in of_group.places}
-    with Flows(first, second, used) as flows:
-        for visits in flows(pool, batch_size):
-            for of_group in sums.values():
-                of_group.add(visits, used, (first, second))
     result = Matching()
-    for family in symmetries.families:
-        products = {group.name: sums[group.name].products() for group in family.groups if group.name in sums}
-        orders = best(family, {name: part.similarity(similarity) for name, part in products.items()})
-        result.add(family, products, orders, similarity)
+    for families in _rounds(symmetries):
+        sums = {group.name: sum_ for family in families for group, sum_ in _sums(family, layers)}
+        used = {name: layers[name] for of_group in sums.values() for name in of_group.places}
+        with Flows(first, second, used) as flows:
+            for visits in flows(pool, batch_size):
+                for of_group in sums.values():
+                    of_group.add(visits, used, (first, second))
+        for family in families:
+            products = {group.name: sums[group.name].products() for group in family.groups if group.name in sums}
+            orders = best(family, {name: part.similarity(similarity) for name, part in products.items()})
+            result.add(family, products, orders, similarity)
+        found = {group.name: result.permutations[group.name] for family in families for group in family.groups}
+        second = copy.deepcopy(second)  # in the order found so far
+        second.load_state_dict(symmetries.permuted(state_of(second), found))
     return result
+
+
+def _rounds(symmetries: Symmetries) -> list[list[Family]]:
+    """Those within units of others that have no orders of their own there are seen only when these are in order."""
+    families = symmetries.families
+    dims = {(m.tensor, m.dim, m.before): family for family in families for g in family.groups for m in g.members}
+
+    def is_inside(family: Family) -> bool:
+        return any(
+            (member.tensor, member.dim) == (tensor, dim) and before < member.before and other is not family
+            for _, member in family.members()
+            for (tensor, dim, before), other in dims.items()
+        )
+
+    inside = [family for family in families if is_inside(family)]
+    return [chosen for chosen in ([f for f in families if f not in inside], inside) if chosen]
 
 
 def _sums(family: Family, layers: dict[str, Linear]) -> Iterator[tuple[Group, _Sums]]:

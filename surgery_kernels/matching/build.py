@@ -40,9 +40,10 @@ def _tell_sizes(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, CONVOLUTIONS):
-        if module.groups > 1:  # a channel each: of others none grows
-            module.groups = len(module.weight) // (module.out_channels // module.in_channels)
-        module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+        out = len(module.weight)
+        if module.groups == module.in_channels > 1:  # a channel each: of others none grows
+            module.groups = out * module.in_channels // module.out_channels
+        module.out_channels, module.in_channels = out, module.weight.shape[1] * module.groups
     elif isinstance(module, BatchNorm) and module.weight is not None:
         module.num_features = len(module.weight)
 
@@ -67,7 +68,7 @@ def merged_state(plan: Plan, first: StateDict, second: StateDict) -> dict[str, T
 
 
 def head_state(plan: Plan, state: StateDict, which: int) -> dict[str, Tensor]:
-    """A model's heads, as they read the merged model's units: a half of each that is both's is not theirs to halve."""
+    """A model's heads, as they read the merged model's units."""
     found = {}
     for name, tensor in state.items():
         if plan.symmetries.in_heads(name):
@@ -80,19 +81,15 @@ def _merged(plan: Plan, name: str, a: Tensor, b: Tensor) -> Tensor:
     compute = torch.promote_types(a.dtype, torch.float32)
     axes = _axes(plan, name, a)
     read = {member.dim for _, member in plan.symmetries.of_tensor(name) if member.is_read}
-    share_a, share_b = torch.ones((), dtype=compute), torch.ones((), dtype=compute)
-    of_both = torch.ones((), dtype=torch.bool)
+    of_both = torch.ones((), dtype=torch.bool)  # by what is made, whatever it reads
     for dim, units in enumerate(axes):
         shape = [-1 if other == dim else 1 for other in range(len(axes))]
         if dim not in read:
             of_both = of_both & (units.of_first & units.of_second).view(shape)
-    half = 1 - 0.5 * of_both.to(compute)
-    share_a, share_b = (share * half for share in (share_a, share_b))
-    parts = [
-        _gathered(tensor, [(units.first, units.second)[which] for units in axes]).to(compute) * share.to(tensor.device)
-        for which, (tensor, share) in enumerate(((a, share_a), (b, share_b)))
-    ]
-    return (parts[0] + parts[1]).to(a.dtype)
+    share = (1 - 0.5 * of_both.to(compute)).to(a.device)
+    x = _gathered(a, [units.first for units in axes]).to(compute)
+    y = _gathered(b, [units.second for units in axes]).to(compute)
+    return (share * x + share * y).to(a.dtype)
 
 
 def _axes(plan: Plan, name: str, tensor: Tensor) -> list[Units]:

@@ -56,10 +56,11 @@ class Linear:
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """All that multiply rows by a matrix, by name."""
     found = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, layer in known_layers(model, "").items():
-        if layer.is_norm:
+        if layer.is_norm or not all(part.name in parameters for part in layer.parts):  # a parametrised weight is none
             continue
-        weight = model.get_parameter(layer.weight.name)
+        weight = parameters[layer.weight.name]
         # The number of each row of the weight, in the shape that is multiplied: the same along a row, or a column.
         places = torch.arange(len(weight)).view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
         matrix = layer.weight.view(places)

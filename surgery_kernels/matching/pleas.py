@@ -105,8 +105,9 @@ def pleas(
     symmetries = find_symmetries(first, few, heads=heads)
     states = state_of(first), state_of(second)
     check_alike(symmetries, *states)
-    if find_symmetries(second, few, heads=heads).groups != symmetries.groups:
-        raise ValueError("second must have the symmetries of first, got others: the models differ in their code")
+    others = find_symmetries(second, few, heads=heads)
+    if (others.groups, others.owner_outside_heads) != (symmetries.groups, symmetries.owner_outside_heads):
+        raise ValueError("second must have the symmetries of first, got others: the models differ in code or ties")
     if match == "activations":
         matching = match_activations(symmetries, first, second, pool, similarity=similarity, batch_size=batch_size)
     elif match == "weights":
@@ -129,10 +130,9 @@ def pleas(
     if reset_statistics:
         take_statistics(model, pool, batch_size)
     own = {name: model.get_submodule(name) for name in heads}
-    others = widened(second, of_heads[1])
-    return Merged(
-        model, (own, {name: others.get_submodule(name) for name in heads}), matching, plan.widths, tuple(solved)
-    )
+    wide = widened(second, of_heads[1])
+    theirs = {name: wide.get_submodule(name) for name in heads}
+    return Merged(model, (own, theirs), matching, plan.widths, tuple(solved))
 
 
 def take_statistics(model: nn.Module, pool: Pool, batch_size: int) -> None:

@@ -192,6 +192,18 @@ def _over_the_last(call: Call) -> list[Traced]:
     return [x, *(Traced(tuple(map(call.placed, shape))) for shape in call.shapes[1:])]
 
 
+@rule("_weight_norm", "_weight_norm_interface")
+def _weight_norm(call: Call) -> list[Traced]:
+    """Of a length for each unit, and a direction over all others."""
+    direction, length = call.tensor("v"), call.tensor("g")
+    for mine, its in zip(direction.axes, length.axes, strict=True):
+        if its:
+            call.unify(mine, its)
+        else:
+            call.factors.fix(mine)
+    return [Traced(direction.axes), *(Traced(length.axes) for _ in call.shapes[1:])]
+
+
 @rule("group_norm", "native_group_norm")
 def _group_norm(call: Call) -> list[Traced]:
     x = call.tensor("input")

@@ -103,6 +103,10 @@ class Symmetries:
     def of_tensor(self, name: str) -> list[tuple[Group, Member]]:
         return self._by_tensor().get(self.owner.get(name, name), [])
 
+    @property
+    def owner_outside_heads(self) -> dict[str, str]:
+        return {name: owner for name, owner in self.owner.items() if not self.in_heads(name)}
+
     def in_heads(self, name: str) -> bool:
         return any(name == head or name.startswith(f"{head}.") for head in self.heads)
 

@@ -120,12 +120,12 @@ class _Ascent:
         return result
 
     def _others(self, member: Member, family: Family) -> set[str]:
-        """Families with units in other dimensions of the member's tensor."""
+        """Families with units elsewhere in the member's tensor."""
         places = self._places[member.tensor]
-        return {self._family_of[group.name].outer.name for group, m in places if not _same_place(m, member)} | {
+        return {
             self._family_of[group.name].outer.name
-            for group, m in places
-            if _same_place(m, member) and group not in family.groups
+            for group, place in places
+            if group not in family.groups or not _same_place(place, member)
         }
 
     def _numbers(self, family: Family, members: Sequence[tuple[Group, Member]]) -> int:

@@ -50,6 +50,20 @@ def with_depthwise() -> nn.Module:
     )  # fmt: skip
 
 
+def with_groups() -> nn.Module:
+    """A convolution whose groups change places as wholes."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )  # fmt: skip
+
+
+def with_normed_weight() -> nn.Module:
+    """A weight that is computed: a length and a direction."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(64, 12))
+    return nn.Sequential(nn.Flatten(), normed, nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
 def vit_of_torchvision() -> nn.Module:
     """Attention packed in nn.MultiheadAttention, and a stream that all blocks add to."""
     from torchvision.models import VisionTransformer
@@ -75,7 +89,10 @@ def resnet_of_torchvision() -> nn.Module:
 
 
 IMAGES = {"vit_of_torchvision": (3, 8, 8), "vit_of_digits": (8, 8), "resnet_of_torchvision": (3, 32, 32)}
-SMALL = [ResNet, mlp, with_flattened_channels, with_depthwise, vit_of_torchvision, vit_of_digits]
+SMALL = [
+    ResNet, mlp, with_flattened_channels, with_depthwise, with_groups, with_normed_weight, vit_of_torchvision,
+    vit_of_digits,
+]  # fmt: skip
 
 
 def made(kind: Callable[[], nn.Module], seed: int) -> nn.Module:
