@@ -1,5 +1,7 @@
 #include "inputs.h"
 
+#include <algorithm>
+
 namespace sk {
 namespace cuda {
 namespace {
@@ -54,7 +56,15 @@ void Inputs::deliver() {
     if (!wanted_[p].is_contiguous()) torch::stable::copy_(wanted_[p], filled_[p]);
 }
 
-void Inputs::check_finite(const int* nonfinite, const std::vector<std::string>& names) const {
+void Inputs::check_finite(const int* nonfinite, const std::vector<std::string>& names,
+                          const std::optional<Tensor>& found) const {
+  const bool delivers =
+      std::any_of(wanted_.begin(), wanted_.end(), [](const Tensor& out) { return !out.is_contiguous(); });
+  if (nonfinite && found && !delivers) {
+    require(found->numel() == 1 && found->scalar_type() == ScalarType::Long, "found must be int64 [1], got another");
+    device().add(nonfinite, static_cast<int64_t*>(found->data_ptr()));
+    return;
+  }
   if (!nonfinite || device().fetch(nonfinite, 1)[0] == 0) return;
   const int64_t num_tasks = scope_.num_tasks, columns = 1 + 2 * num_tasks;
   const auto counts = device().fetch(count_nonfinite(device(), scope_), scope_.num_parts * columns);

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,9 +26,10 @@ class Inputs {
   const Scope& scope() const { return scope_; }
   void deliver();
 
-  // Raises when `nonfinite` on the device is not 0, naming the first tensor that holds NaN or infinity. The one time
-  // that the host waits for the device.
-  void check_finite(const int* nonfinite, const std::vector<std::string>& names) const;
+  // Puts `nonfinite` on the device into `found`, int64 [1], where the caller looks later. Without that, or with outputs
+  // to deliver, the host waits for the device: raises unless it is 0, naming the first tensor with NaN or infinity.
+  void check_finite(const int* nonfinite, const std::vector<std::string>& names,
+                    const std::optional<Tensor>& found) const;
   // It cannot wait for a graph that is being captured.
   void check_may_raise() const;
 

@@ -16,7 +16,14 @@ __global__ void deliver(unsigned char* data, const __grid_constant__ Parcel parc
   for (int i = threadIdx.x; i < size; i += kThreads) data[i] = parcel.bytes[i];
 }
 
+__global__ void add_number(const int* number, int64_t* to) { *to += *number; }
+
 }  // namespace
+
+void Device::add(const int* number, int64_t* to) const {
+  SK_LAUNCH(add_number, 1, 1, 0, stream, number, to);
+  check(cudaGetLastError());
+}
 
 void Device::copy(void* data, const void* bytes, size_t count) const {
   for (size_t at = 0; at < count; at += kParcel) {

@@ -96,6 +96,7 @@ struct Device {
     check(cudaStreamSynchronize(stream));
     return values;
   }
+  void add(const int* number, int64_t* to) const;
   bool is_capturing() const {
     cudaStreamCaptureStatus status;
     check(cudaStreamIsCapturing(stream, &status));

@@ -70,7 +70,7 @@ const Limit<Key>* given_limits(const Inputs& inputs, const TiesOptions& options)
 }
 
 void merge_tensors(const std::vector<Tensor>& base, const std::vector<Tensor>& experts, const TiesOptions& options,
-                   const std::vector<Tensor>& out, bool split) {
+                   const std::vector<Tensor>& out, bool split, const std::optional<Tensor>& found) {
   Inputs inputs(base, experts, options.density.size(), out, /*stacked=*/split);
   if (options.nonfinite == NonFinite::error) inputs.check_may_raise();
   const MergeOptions merge = merge_options(inputs, options, split);
@@ -80,7 +80,7 @@ void merge_tensors(const std::vector<Tensor>& base, const std::vector<Tensor>& e
     return ties_merge<Key>(inputs.device(), inputs.tensors(), inputs.scope(), merge, limits);
   };
   const int* const nonfinite = inputs.tensors().is_wide() ? run(int64_t()) : run(int32_t());
-  inputs.check_finite(nonfinite, options.names);
+  inputs.check_finite(nonfinite, options.names, found);
   inputs.deliver();
 }
 
@@ -89,13 +89,13 @@ void merge_tensors(const std::vector<Tensor>& base, const std::vector<Tensor>& e
 Tensor ties_merge(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density, double lam,
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
                   std::string reduce, bool normalize, bool rescale, std::string nonfinite,
-                  std::optional<Tensor> thresholds) {
+                  std::optional<Tensor> thresholds, std::optional<Tensor> found) {
   check_one_tensor(experts, density);
   const Tensor out = torch::stable::new_empty(experts[0], experts[0].sizes());
   merge_tensors(
       as_list(base), experts,
       parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite, thresholds),
-      {out}, /*split=*/false);
+      {out}, /*split=*/false, found);
   return out;
 }
 
@@ -103,22 +103,23 @@ void ties_merge_out(std::vector<Tensor> base, std::vector<Tensor> experts, std::
                     std::optional<std::vector<double>> weights, std::string semantics, std::string elect,
                     std::string reduce, bool normalize, bool rescale, std::string nonfinite,
                     std::optional<Tensor> thresholds, std::optional<std::vector<int64_t>> cuts,
-                    std::optional<std::vector<std::string>> names, std::vector<Tensor> out) {
+                    std::optional<std::vector<std::string>> names, std::vector<Tensor> out,
+                    std::optional<Tensor> found) {
   merge_tensors(base, experts,
                 parse_ties_options(density, lam, weights, semantics, elect, reduce, normalize, rescale, nonfinite,
                                    thresholds, cuts, names),
-                out, /*split=*/false);
+                out, /*split=*/false, found);
 }
 
 Tensor ties_split(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> density,
                   std::optional<std::vector<double>> weights, std::string semantics, std::string elect, bool rescale,
-                  std::string nonfinite, std::optional<Tensor> thresholds) {
+                  std::string nonfinite, std::optional<Tensor> thresholds, std::optional<Tensor> found) {
   check_one_tensor(experts, density);
   const Tensor out = new_stack(experts);
   merge_tensors(
       as_list(base), experts,
       parse_ties_options(density, 1.0, weights, semantics, elect, "sum", true, rescale, nonfinite, thresholds), {out},
-      /*split=*/true);
+      /*split=*/true, found);
   return out;
 }
 

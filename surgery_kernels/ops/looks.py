@@ -72,3 +72,39 @@ def _fetch(found: Sequence[Tensor]) -> list[int]:
         for i, number in zip(here, torch.cat([found[i] for i in here]).tolist(), strict=True):
             numbers[i] = number
     return numbers
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known to hold NaN or infinity; unless `certain` it may."""
+
+    base: Sequence[Tensor]
+    experts: Sequence[Tensor]
+    num_tasks: int
+    compute: torch.dtype
+    names: Sequence[str]
+    task_vectors: bool
+    certain: bool
+
+    def tell(self) -> None:
+        """Raises for the first tensor that does."""
+        for part, first in enumerate(self.experts[:: self.num_tasks]):
+            where = f" in tensor {self.names[part]!r}" if part < len(self.names) else ""
+            base = self.base[part] if self.base else None
+            if base is not None and (count := _nonfinite_in(base)):
+                raise RuntimeError(f"base must be finite, got {count} NaN or infinite values{where}")
+            for t in range(self.num_tasks):
+                expert = self.experts[part * self.num_tasks + t]
+                if count := _nonfinite_in(expert):
+                    raise RuntimeError(f"experts[{t}] must be finite, got {count} NaN or infinite values{where}")
+                if base is None or not self.task_vectors:
+                    continue
+                task_vector = expert.to(self.compute) - base.to(self.compute)
+                if count := _nonfinite_in(task_vector.to(first.dtype)):
+                    raise RuntimeError(f"experts[{t}] - base must be finite, got {count} overflows{where}")
+        if self.certain:
+            raise RuntimeError("experts must stay as they are until they are merged, got some that became finite")
+
+
+def _nonfinite_in(tensor: Tensor) -> int:
+    return int((~tensor.isfinite()).sum())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from .. import _C
+from ..ops import looks
 
 MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the op
     "trim_thresholds": "trim",
@@ -78,11 +79,26 @@ def _where_it_can(cuda: Callable[..., Any], op: str) -> Callable[..., Any]:
         lacking = any(given.get(name, default) != default for name, default in defaults.items())
         if lacking or given.get("semantics") == "exact":
             return _of_triton(op)(**given)
-        if given.get("nonfinite", "error") == "error" and torch.cuda.is_current_stream_capturing():
+        taken = {name: value for name, value in given.items() if name in known}
+        if given.get("nonfinite", "error") != "error":
+            return cuda(**taken)
+        device = _first_tensor((given["experts"],)).device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ValueError("nonfinite must be 'propagate' or 'drop' while a CUDA graph is captured, got 'error'")
-        return cuda(**{name: value for name, value in given.items() if name in known})
+        found = torch.zeros(1, dtype=torch.int64, device=device)
+        result = cuda(**taken, found=found)
+        looks.look(found, _inputs_of(given).tell)
+        return result
 
     return call
+
+
+def _inputs_of(given: dict[str, Any]) -> looks.Inputs:
+    base, experts = given["base"], given["experts"]
+    compute = torch.float64 if experts[0].dtype == torch.float64 else torch.float32
+    bases = [base] if isinstance(base, Tensor) else base or []
+    num_tasks = len(given["density"])
+    return looks.Inputs(bases, experts, num_tasks, compute, given.get("names") or [], task_vectors=True, certain=True)
 
 
 def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -126,43 +125,7 @@ class FiniteCheck:
         """Waits for the device unless looks are put off; never put off where outputs are delivered behind it."""
         if self.found is not None:
             scope = self._scope  # which holds contiguous copies: they need not stay for a look that is put off
-            inputs = Inputs(
+            inputs = looks.Inputs(
                 scope.base, scope.experts, scope.num_tasks, scope.compute, self._names, self._subtract, self._certain
             )
             looks.look(self.found, inputs.tell, at_once=scope.delivers)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is known to hold NaN or infinity; unless `certain` it may."""
-
-    base: Sequence[Tensor]
-    experts: Sequence[Tensor]
-    num_tasks: int
-    compute: torch.dtype
-    names: Sequence[str]
-    task_vectors: bool
-    certain: bool
-
-    def tell(self) -> None:
-        """Raises for the first tensor that does."""
-        for part, first in enumerate(self.experts[:: self.num_tasks]):
-            where = f" in tensor {self.names[part]!r}" if part < len(self.names) else ""
-            base = self.base[part] if self.base else None
-            if base is not None and (count := _nonfinite_in(base)):
-                raise RuntimeError(f"base must be finite, got {count} NaN or infinite values{where}")
-            for t in range(self.num_tasks):
-                expert = self.experts[part * self.num_tasks + t]
-                if count := _nonfinite_in(expert):
-                    raise RuntimeError(f"experts[{t}] must be finite, got {count} NaN or infinite values{where}")
-                if base is None or not self.task_vectors:
-                    continue
-                task_vector = expert.to(self.compute) - base.to(self.compute)
-                if count := _nonfinite_in(task_vector.to(first.dtype)):
-                    raise RuntimeError(f"experts[{t}] - base must be finite, got {count} overflows{where}")
-        if self.certain:
-            raise RuntimeError("experts must stay as they are until they are merged, got some that became finite")
-
-
-def _nonfinite_in(tensor: Tensor) -> int:
-    return int((~tensor.isfinite()).sum())

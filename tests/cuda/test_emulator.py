@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from surgery_kernels import reference
+from surgery_kernels.ops import looks
+from surgery_kernels.triton import _where_it_can
 from tests import cuda_emulator
 from tests.cases import (
     DTYPES,
@@ -85,12 +87,12 @@ def exact_l1_norms(kind: Any, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("op", OPS)
 def test_schemas_are_those_of_the_cpu(ops: Any, op: str) -> None:
-    """Less what Triton alone takes."""
+    """Less what Triton alone takes, and with where they say whether there was NaN or infinity."""
     here, cpu = (getattr(namespace, op).default._schema for namespace in (ops, torch.ops.surgery_kernels))
-    known = {argument.name for argument in here.arguments}
-    assert [described(argument) for argument in here.arguments] == [
-        described(a) for a in cpu.arguments if a.name in known
-    ]
+    assert described(here.arguments[-1]) == ("found", "Optional[Tensor]", None, True, True)
+    arguments = here.arguments[:-1]
+    known = {argument.name for argument in arguments}
+    assert [described(argument) for argument in arguments] == [described(a) for a in cpu.arguments if a.name in known]
     assert all(argument.has_default_value() for argument in cpu.arguments if argument.name not in known)
     assert [str(value.type) for value in here.returns] == [str(value.type) for value in cpu.returns]
 
@@ -256,6 +258,34 @@ def test_nonfinite_is_refused_in_the_words_of_the_cpu(ops: Any) -> None:
     for density in (0.2, 1.0):
         with pytest.raises(RuntimeError, match=r"experts\[1\] must be finite, got 3 NaN or infinite values"):
             ops.trim_thresholds(base, experts, [density] * 3)
+
+
+def test_nonfinite_is_told_at_the_end_of_a_merge(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But before outputs are delivered that are not contiguous."""
+    base, experts = with_nonfinite(grid, torch.float32)
+    waits: list[int] = []
+    fetch = looks._fetch
+    monkeypatch.setattr(looks, "_fetch", lambda found: [waits.append(len(found)), *fetch(found)][1:])
+    merge = _where_it_can(ops.ties_merge_out, "ties_merge_out")
+    message = r"^experts\[1\] must be finite, got 3 NaN or infinite values in tensor 'bad'$"
+    with pytest.raises(RuntimeError, match=message), looks.put_off():
+        for name, others in (("fine", [base] * 3), ("bad", experts)):
+            out = torch.full((5_000,), 7.0)
+            merge([base], others, [0.2] * 3, names=[name], out=[out])
+        assert waits == []
+    assert waits == [2]
+    assert (out == 7).all()
+    strided = torch.full((10_000,), 7.0)
+    with looks.put_off(), pytest.raises(RuntimeError, match=message.replace("$", "")):
+        merge([base], experts, [0.2] * 3, names=["bad"], out=[strided[::2]])
+    assert (strided == 7).all()
+    for op, given in (
+        ("ties_merge", (base, experts)),
+        ("trim_limits", ([base], experts)),
+        ("ties_split", (base, experts)),
+    ):
+        with pytest.raises(RuntimeError, match=r"^experts\[1\] must be finite, got 3 NaN or infinite values$"):
+            _where_it_can(getattr(ops, op), op)(*given, [0.2] * 3)
 
 
 @pytest.mark.parametrize(
