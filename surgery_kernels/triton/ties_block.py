@@ -9,25 +9,50 @@ import triton.language as tl
 from .addresses import BASE, EXPERTS, NUMEL, OUT, divide, load, store
 from .finite import key_of, task_vector
 from .ties_keep import COUNTED, base_unless_enough, narrowed
+from .ties_pairs import above_limit, counted, load_pairs, subtracted, votes_of, widened
 from .trim_rounds import CUT, FIELDS, FIRST, LAST, THRESHOLD, minus_if_negative
 
 
 @triton.jit
-def limits_of(limits, t, flat, lanes, COMPUTE: tl.constexpr, CUTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The magnitudes above which entries are kept: never negative, as 0 adds nothing, and never NaN."""
+def _limit_keys(limits, t, COMPUTE: tl.constexpr):
+    """Of what keeps ties and of what does not: never negative, as 0 adds nothing, and never NaN."""
     threshold = tl.load(limits + t * FIELDS + THRESHOLD)
     infinity = tl.full([], float("inf"), COMPUTE)
     if COMPUTE == tl.float64:  # noqa: SIM300
         infinity = infinity.to(tl.int64, bitcast=True)
     else:
         threshold, infinity = threshold.to(tl.int32), infinity.to(tl.int32, bitcast=True)
-    without = tl.minimum(threshold, infinity)
-    with_ties = tl.maximum(tl.minimum(threshold - 1, infinity), 0)
+    return tl.maximum(tl.minimum(threshold - 1, infinity), 0), tl.minimum(threshold, infinity)
+
+
+@triton.jit
+def _before_cut(limits, t, flat, BLOCK: tl.constexpr):
+    """How many elements of a block."""
+    return tl.minimum(tl.maximum(tl.load(limits + t * FIELDS + CUT) - flat, 0), BLOCK).to(tl.int32)
+
+
+@triton.jit
+def limits_of(limits, t, flat, lanes, COMPUTE: tl.constexpr, CUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The magnitudes above which entries are kept."""
+    with_ties, without = _limit_keys(limits, t, COMPUTE)
     if CUTS:
-        before_cut = tl.minimum(tl.maximum(tl.load(limits + t * FIELDS + CUT) - flat, 0), BLOCK).to(tl.int32)
-        return tl.where(lanes < before_cut, with_ties, without).to(COMPUTE, bitcast=True)
+        is_before = lanes < _before_cut(limits, t, flat, BLOCK)
+        return tl.where(is_before, with_ties, without).to(COMPUTE, bitcast=True)
     else:
         return with_ties.to(COMPUTE, bitcast=True)
+
+
+@triton.jit
+def _limit_pairs(limits, t, flat, CUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same for pairs of bfloat16; what is cut off of a limit lies between two of them."""
+    with_ties, without = _limit_keys(limits, t, tl.float32)
+    low, high = with_ties, with_ties
+    if CUTS:
+        before_cut = _before_cut(limits, t, flat, BLOCK)
+        lanes = 2 * tl.arange(0, BLOCK // 2)
+        low = tl.where(lanes < before_cut, with_ties, without)
+        high = tl.where(lanes + 1 < before_cut, with_ties, without)
+    return (low >> 16) | (high & -0x10000)
 
 
 @triton.jit
@@ -95,6 +120,14 @@ def _elect(total, positives, negatives, RULE: tl.constexpr, ELECT: tl.constexpr)
 
 
 @triton.jit
+def signs_and_draws(elections):
+    """The elected signs' sum and the draws' count, of the sum over some blocks of a chunk: both fit into 16 bits."""
+    both = tl.sum(elections, axis=0)
+    signs = both << 16 >> 16
+    return signs, (both - signs) >> 16
+
+
+@triton.jit
 def _finish(
     total, positive, negative, positives, negatives, positive_weight, negative_weight, plus, minus, base, lam,
     RULE: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
@@ -109,9 +142,10 @@ def _finish(
     if DIVIDE:
         if (RULE == "mergekit" or RULE == "exact") and HAS_WEIGHTS:
             divisor = tl.where(plus, positive_weight, negative_weight).to(ROUNDED).to(COMPUTE)
+            divisor = tl.where(divisor == 0, 1.0, divisor)
         else:
-            divisor = tl.where(plus, positives, negatives).to(COMPUTE)
-        merged = divide(merged, tl.where(divisor == 0, 1.0, divisor))
+            divisor = tl.maximum(tl.where(plus, positives, negatives), 1).to(COMPUTE)
+        merged = divide(merged, divisor)
         if RULE == "mergekit":
             merged = merged.to(ROUNDED).to(COMPUTE)
     merged = merged * lam
@@ -152,69 +186,97 @@ def merge_block(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """Merges, or where SPLIT stores the entries that agree. Gives the elected signs' sum and the draws' count.
+    """Merges, or where SPLIT stores the entries that agree. Gives the elections for `signs_and_draws`.
 
     The elements are at + lanes, of which at and left may be one for each. NEAR: a power of two, as many as there are
     experts or more: gives the experts whose keys lie in the ranges of a guess as bits, the last expert's lowest; how
     many keys of every expert lie above; and the largest key.  # int32 [BLOCK], int32 [NEAR], [BLOCK]
     """
     zeros = tl.zeros([BLOCK], COMPUTE)
+    # What is kept is not 0 unless it was scaled. A kept NaN may count as negative: it elects nobody and is the result.
+    BY_SIGN_BIT: tl.constexpr = ELECT != "count" and not (HAS_RESCALES or (HAS_WEIGHTS and RULE != "peft"))
+    UNSCALED: tl.constexpr = (
+        BY_SIGN_BIT and not HAS_WEIGHTS and (RULE == "paper" or RULE == "mergekit" or RULE == "peft")
+    )
+    PAIRED: tl.constexpr = (
+        PAIRS != "" and UNSCALED and WHOLE and tl.bfloat16 == STORED and KEEP == 0 and NEAR == 0 and not SPLIT
+        and not DROP
+    )  # fmt: skip
     base = zeros.to(STORED)
+    base_pairs = tl.zeros([BLOCK // 2], tl.int32)
     if HAS_BASE:
-        base = load(tl.load(row + BASE), at, lanes, left, STORED, STORED, WHOLE)
+        if PAIRED:
+            base_pairs = load_pairs(tl.load(row + BASE), at, BLOCK)
+            base = widened(base_pairs)
+        else:
+            base = load(tl.load(row + BASE), at, lanes, left, STORED, STORED, WHOLE)
+    votes = tl.zeros([BLOCK // 2], tl.int32)
     total, positive, negative, positive_weight, negative_weight = zeros, zeros, zeros, zeros, zeros
     positives = tl.zeros([BLOCK], tl.int32)
     negatives, kept_count, alone = positives, positives, zeros
     tasks = tl.arange(0, NEAR if NEAR > 0 else 1)
     outside, above, largest = positives - 1, tl.zeros_like(tasks), key_of(zeros)
-    # What is kept is not 0 unless it was scaled. A kept NaN may count as negative: it elects nobody and is the result.
-    BY_SIGN_BIT: tl.constexpr = ELECT != "count" and not (HAS_RESCALES or (HAS_WEIGHTS and RULE != "peft"))
     for t in tl.range(num_tasks, loop_unroll_factor=TOGETHER):
-        elected, summed, kept, key = _entry(
-            row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
-            RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
-        )  # fmt: skip
-        if NEAR > 0:
-            first, last = range_of(limits, t, key)
-            outside = (outside << 1) - minus_if_negative((key - first) | (last - key))
-            above = tl.where(tasks == t, above - tl.sum(minus_if_negative(last - key), axis=0), above)
-            largest = tl.maximum(largest, key)
-        up, down = elected > 0, elected < 0
-        kept_count += kept.to(tl.int32)
-        if RULE == "magmax":  # the last of equal ones; NaN has the largest key
-            total = tl.where(kept & (key_of(total) <= key_of(summed)), summed, total)
-        else:
+        if PAIRED:
+            pairs = load_pairs(tl.load(row + EXPERTS + t), at, BLOCK)
+            if HAS_BASE:
+                pairs = subtracted(pairs, base_pairs, PAIRS)
+            kept_pairs = above_limit(pairs, _limit_pairs(limits, t, flat, CUTS, BLOCK), PAIRS)
+            pairs &= kept_pairs
+            votes += votes_of(pairs, kept_pairs, PAIRS)
+            elected = widened(pairs)
             total = total + elected
-        if HAS_UNIQUE:
-            alone = alone + tl.where(kept, summed * tl.load(unique_scales + t).to(COMPUTE), 0.0)
-        if RULE == "paper_max":
-            positive = tl.where(up & ~(positive > summed), summed, positive)
-            negative = tl.where(down & ~(summed > negative), summed, negative)
-        elif RULE == "peft" and HAS_WEIGHTS:
-            positive = positive + tl.where(up, summed, 0.0)
-            negative = negative + tl.where(down, summed, 0.0)
-        else:  # where the two are one
-            positive = positive + tl.maximum(elected, 0.0)
-            negative = negative + tl.minimum(elected, 0.0)
-        if BY_SIGN_BIT:
-            negatives -= _sign_bit(elected)
+            positive = tl.where(elected > 0, positive + elected, positive)
+            negative = tl.where(elected > 0, negative, negative + elected)
         else:
-            positives += up.to(tl.int32)
-            negatives += down.to(tl.int32)
-        if (RULE == "mergekit" or RULE == "exact") and HAS_WEIGHTS:
-            weight = tl.load(numbers + 2 + t).to(COMPUTE)
-            positive_weight = positive_weight + tl.where(up, weight, 0.0)
-            negative_weight = negative_weight + tl.where(down, weight, 0.0)
-        if RULE == "exact_all" and HAS_WEIGHTS:
-            positive_weight = positive_weight + tl.where(kept, tl.load(numbers + 2 + t).to(COMPUTE), 0.0)
+            elected, summed, kept, key = _entry(
+                row, part, t, num_tasks, base, at, lanes, left, flat, limits, numbers, rescales, keep,
+                RULE, HAS_WEIGHTS, HAS_RESCALES, KEEP, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, WHOLE, BLOCK,
+            )  # fmt: skip
+            if NEAR > 0:
+                first, last = range_of(limits, t, key)
+                outside = (outside << 1) - minus_if_negative((key - first) | (last - key))
+                above = tl.where(tasks == t, above - tl.sum(minus_if_negative(last - key), axis=0), above)
+                largest = tl.maximum(largest, key)
+            up, down = elected > 0, elected < 0
+            kept_count += kept.to(tl.int32)
+            if RULE == "magmax":  # the last of equal ones; NaN has the largest key
+                total = tl.where(kept & (key_of(total) <= key_of(summed)), summed, total)
+            else:
+                total = total + elected
+            if HAS_UNIQUE:
+                alone = alone + tl.where(kept, summed * tl.load(unique_scales + t).to(COMPUTE), 0.0)
+            if RULE == "paper_max":
+                positive = tl.where(up & ~(positive > summed), summed, positive)
+                negative = tl.where(down & ~(summed > negative), summed, negative)
+            elif RULE == "peft" and HAS_WEIGHTS:
+                positive = positive + tl.where(up, summed, 0.0)
+                negative = negative + tl.where(down, summed, 0.0)
+            else:  # where the two are one; a NaN may go where it likes, as it is the result
+                positive = tl.where(up, positive + elected, positive)
+                negative = tl.where(up, negative, negative + elected)
+            if BY_SIGN_BIT:
+                negatives -= _sign_bit(elected)
+            else:
+                positives += up.to(tl.int32)
+                negatives += down.to(tl.int32)
+            if (RULE == "mergekit" or RULE == "exact") and HAS_WEIGHTS:
+                weight = tl.load(numbers + 2 + t).to(COMPUTE)
+                positive_weight = positive_weight + tl.where(up, weight, 0.0)
+                negative_weight = negative_weight + tl.where(down, weight, 0.0)
+            if RULE == "exact_all" and HAS_WEIGHTS:
+                positive_weight = positive_weight + tl.where(kept, tl.load(numbers + 2 + t).to(COMPUTE), 0.0)
+    if PAIRED:
+        kept_count, negatives = counted(votes)
     if BY_SIGN_BIT:
         positives = kept_count - negatives
     plus, minus, drawn = _elect(total, positives, negatives, RULE, ELECT)
-    sign_sum = tl.sum(plus.to(tl.int32) - minus.to(tl.int32))
-    draws = tl.sum((drawn & (positives > 0)).to(tl.int32))
+    sign_or_draw = tl.where(minus, -1, tl.where(drawn & (positives > 0), 1 << 16, 0))
+    VECTOR: tl.constexpr = 128 // STORED.primitive_bitwidth
+    elections = tl.sum(tl.reshape(tl.where(plus, 1, sign_or_draw), [BLOCK // VECTOR, VECTOR]), axis=1)
     if RULE == "paper" or RULE == "paper_max":
         plus, minus = plus | (drawn & (draw_sign > 0)), minus | (drawn & (draw_sign < 0))
     if SPLIT:
@@ -251,4 +313,4 @@ def merge_block(
     near = ~outside
     if not WHOLE:
         near = tl.where(lanes < left, near, 0)
-    return sign_sum, draws, near, above, largest
+    return elections, near, above, largest

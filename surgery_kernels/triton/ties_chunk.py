@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .addresses import OFFSET, locate_chunk, whole_blocks
 from .finite import key_of
-from .ties_block import merge_block
+from .ties_block import merge_block, signs_and_draws
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def merge_chunk(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, NEAR: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """Gives the elected signs' sum and the draws' count.
@@ -32,35 +32,34 @@ def merge_chunk(
         rescales += part * num_tasks
     if HAS_UNIQUE:
         unique_scales += part * num_tasks
-    signs = tl.zeros([], tl.int32)
-    draws, listed = signs, signs
+    listed = tl.zeros([], tl.int32)
+    elections = tl.zeros([BLOCK * STORED.primitive_bitwidth // 128], tl.int32)
     above = tl.zeros([NEAR if NEAR > 0 else 1], tl.int32)
     largest = key_of(tl.zeros([BLOCK], COMPUTE))
     whole = whole_blocks(row, count, BLOCK)
     for at in range(0, whole, BLOCK):
-        signs_of_block, draws_of_block, near, above_of_block, largest_of_block = merge_block(
+        elections_of_block, near, above_of_block, largest_of_block = merge_block(
             row, part, begin + at, BLOCK, flat + at, lanes, num_tasks, limits, numbers, rescales, unique_scales,
             keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, True, BLOCK, TOGETHER, NEAR,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, True, BLOCK, TOGETHER, NEAR,
         )  # fmt: skip
-        signs += signs_of_block
-        draws += draws_of_block
+        elections += elections_of_block
         if NEAR > 0:
             listed = _list(entries, listed, near, at + lanes, ROOM)
             above += above_of_block
             largest = tl.maximum(largest, largest_of_block)
     for at in range(whole, count, BLOCK):
-        signs_of_block, draws_of_block, near, above_of_block, largest_of_block = merge_block(
+        elections_of_block, near, above_of_block, largest_of_block = merge_block(
             row, part, begin + at, count - at, flat + at, lanes, num_tasks, limits, numbers, rescales, unique_scales,
             keep, draw_sign, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, BLOCK, TOGETHER, NEAR,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, False, BLOCK, TOGETHER, NEAR,
         )  # fmt: skip
-        signs += signs_of_block
-        draws += draws_of_block
+        elections += elections_of_block
         if NEAR > 0:
             listed = _list(entries, listed, near, at + lanes, ROOM)
             above += above_of_block
             largest = tl.maximum(largest, largest_of_block)
+    signs, draws = signs_and_draws(elections)
     return signs, draws, listed, above, largest
 
 

@@ -25,6 +25,7 @@ from .finite import FiniteCheck
 from .ties_chunk import merge_chunk
 from .ties_keep import DRAWN, Keep, given_keys
 from .ties_one_read import Launch, OneRead, reads_once
+from .ties_pairs import pairs_for
 from .ties_rescale import rescales_of
 from .trim import check_one_tensor, trim
 from .trim_rounds import CUT, FIELDS, PROGRAMS, THRESHOLD
@@ -39,8 +40,8 @@ def _merge(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr,
+    CHECKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The chunk of this program, its draws as if plus were elected."""
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
@@ -49,7 +50,7 @@ def _merge(
     signs, draws_here, _, _, _ = merge_chunk(
         table, num_parts, columns, tl.program_id(0), num_tasks, limits, numbers, rescales, unique_scales, keep, 1, None,
         RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-        STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER, 0, 0,
+        STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, CHUNK, BLOCK, TOGETHER, 0, 0,
     )  # fmt: skip
     if RULE == "paper" or RULE == "paper_max":
         tl.atomic_add(sign_sum, signs.to(tl.int64), sem="relaxed")
@@ -63,8 +64,8 @@ def _merge_draws(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr,
+    CHECKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The chunks with draws again, by few programs, where `sign_sum` has turned out not to be plus."""
     if CHECKED:  # noqa: SIM102
@@ -79,7 +80,7 @@ def _merge_draws(
             merge_chunk(
                 table, num_parts, columns, chunk, num_tasks, limits, numbers, rescales, unique_scales, keep, draw_sign,
                 None, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-                STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER, 0, 0,
+                STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, CHUNK, BLOCK, TOGETHER, 0, 0,
             )  # fmt: skip
 
 
@@ -211,6 +212,7 @@ class Merger:
             "DROP": self.nonfinite == "drop",
             "CUTS": self.cuts is not None if self.thresholds is not None else self.semantics != "paper",
             "CHECKED": finite.wanted,
+            "PAIRS": pairs_for(scope.num_tasks),
             "TOGETHER": self._together(split),
         }
         sign_sum = torch.zeros(1, dtype=torch.int64, device=scope.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .addresses import BASE, CHUNK, EXPERTS, OFFSET, Group, Scope, load, locate_chunk
 from .finite import FiniteCheck, is_finite_key, key_of, task_vector
-from .ties_block import is_above, limits_of, merge_block, range_of
+from .ties_block import is_above, limits_of, merge_block, range_of, signs_and_draws
 from .ties_chunk import merge_chunk
 from .trim_lists import new_lists, take_lists
 from .trim_rounds import ABOVE, FIELDS, FIRST, LAST, LISTED, THRESHOLD
@@ -37,8 +37,9 @@ def _merge_near(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, NEAR: tl.constexpr, ROOM: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr,
+    CHECKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    NEAR: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """The chunk of this program by a guess; lists its elements near the thresholds and counts keys above the ranges.
 
@@ -49,7 +50,7 @@ def _merge_near(
     signs_here, draws_here, listed, above, largest = merge_chunk(
         table, num_parts, columns, chunk, num_tasks, guess, numbers, rescales, unique_scales, keep, 1, entries,
         RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-        STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER, NEAR, ROOM,
+        STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, CHUNK, BLOCK, TOGETHER, NEAR, ROOM,
     )  # fmt: skip
     if RULE == "paper" or RULE == "paper_max":
         tl.atomic_add(sign_sum, signs_here.to(tl.int64), sem="relaxed")
@@ -144,9 +145,9 @@ def _correct(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, CHECKED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, NEAR: tl.constexpr, ROOM: tl.constexpr,
-    TILE: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr,
+    CHECKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    NEAR: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The elements of this program's chunk that the limits decide otherwise than the guess, merged again."""
     if CHECKED:  # noqa: SIM102  # there is no pointer to load from otherwise
@@ -158,13 +159,13 @@ def _correct(
             table, num_parts, columns, chunk, num_tasks, guess, limits, numbers, rescales, unique_scales, keep,
             entries + chunk.to(tl.int64) * ROOM, tl.load(counts + chunk),
             RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, ROOM, TILE,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, CHUNK, ROOM, TILE,
         )  # fmt: skip
     else:
         more_signs, drawn, _, _, _ = merge_chunk(
             table, num_parts, columns, chunk, num_tasks, limits, numbers, rescales, unique_scales, keep, 1, None,
             RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT, ALIGNED_ROWS,
-            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, CHUNK, BLOCK, TOGETHER, 0, ROOM,
+            STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, CHUNK, BLOCK, TOGETHER, 0, ROOM,
         )  # fmt: skip
         if RULE == "paper" or RULE == "paper_max":
             more_signs -= tl.load(signs + chunk)
@@ -181,7 +182,7 @@ def _correct_chunk(
     RULE: tl.constexpr, ELECT: tl.constexpr, DIVIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_RESCALES: tl.constexpr, HAS_UNIQUE: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     ALIGNED_ROWS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, ROUNDED: tl.constexpr,
-    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr,
+    HAS_BASE: tl.constexpr, DROP: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr,
     CHUNK: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """By how much the sum of the elected signs changes, and how many of the corrected elements are draws."""
@@ -191,8 +192,8 @@ def _correct_chunk(
         rescales += part * num_tasks
     if HAS_UNIQUE:
         unique_scales += part * num_tasks
-    more_signs = tl.zeros([], tl.int32)
-    drawn = more_signs
+    before = tl.zeros([TILE * STORED.primitive_bitwidth // 128], tl.int32)
+    after = before
     for i in range(0, tl.where(listed <= ROOM, listed, count), TILE):
         at, there, experts = _entries_of(entries, listed, count, i, ROOM, TILE)
         base = _base_at(row, begin + at, there.to(tl.int32), STORED, HAS_BASE)
@@ -200,25 +201,26 @@ def _correct_chunk(
         for t in range(num_tasks):
             wanted = _is_near(experts, t, num_tasks)
             tau = _tau_at(row, t, base, begin + at, wanted, STORED, COMPUTE, HAS_BASE, DROP)
-            before = is_above(tau, limits_of(guess, t, flat + at, zeros, COMPUTE, CUTS, TILE))
-            after = is_above(tau, limits_of(limits, t, flat + at, zeros, COMPUTE, CUTS, TILE))
-            differs = differs | (wanted & (before != after).to(tl.int32))
+            guessed = is_above(tau, limits_of(guess, t, flat + at, zeros, COMPUTE, CUTS, TILE))
+            is_kept = is_above(tau, limits_of(limits, t, flat + at, zeros, COMPUTE, CUTS, TILE))
+            differs = differs | (wanted & (guessed != is_kept).to(tl.int32))
         if tl.max(differs, axis=0) > 0:
             if RULE == "paper" or RULE == "paper_max":
-                signs_before, _, _, _, _ = merge_block(
+                elections_before, _, _, _ = merge_block(
                     row, part, begin + at, differs, flat + at, zeros, num_tasks, guess, numbers, rescales,
                     unique_scales, keep, 1, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT,
-                    ALIGNED_ROWS, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, TILE, 1, 0,
+                    ALIGNED_ROWS, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, False, TILE, 1, 0,
                 )  # fmt: skip
-                more_signs -= signs_before
-            signs_after, drawn_after, _, _, _ = merge_block(
+                before += elections_before
+            elections_after, _, _, _ = merge_block(
                 row, part, begin + at, differs, flat + at, zeros, num_tasks, limits, numbers, rescales,
                 unique_scales, keep, 1, RULE, ELECT, DIVIDE, HAS_WEIGHTS, HAS_RESCALES, HAS_UNIQUE, KEEP, SPLIT,
-                ALIGNED_ROWS, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, False, TILE, 1, 0,
+                ALIGNED_ROWS, STORED, COMPUTE, ROUNDED, HAS_BASE, DROP, CUTS, PAIRS, False, TILE, 1, 0,
             )  # fmt: skip
-            more_signs += signs_after
-            drawn += drawn_after
-    return more_signs, drawn
+            after += elections_after
+    signs_before, _ = signs_and_draws(before)
+    signs_after, drawn = signs_and_draws(after)
+    return signs_after - signs_before, drawn
 
 
 def reads_once(scope: Scope) -> bool:
