@@ -64,6 +64,10 @@ def merging(dtype: torch.dtype, count: int) -> Iterator[Check]:
     yield Check("steps", stepped, inputs)
     yield Check("steps_limits", lambda _, b, e: distance(stores=True).limits([b, e[0]], [1, 300, -300])[0], inputs)
     yield Check("combine", combined, inputs)
+    if dtype == torch.float32:  # so large that it is read once
+        base = torch.randn(5 * count)
+        experts = [base + torch.randn(5 * count).mul(0.01) for _ in range(4)]
+        yield Check("one read", lambda ops, b, e: ops.ties_merge(b, e, density), (base, experts), True)
 
 
 def merged_tensors(ops: Any, base: Tensor, experts: list[Tensor]) -> list[Tensor]:
