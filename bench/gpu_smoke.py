@@ -64,6 +64,8 @@ def merging(dtype: torch.dtype, count: int) -> Iterator[Check]:
     yield Check("steps", stepped, inputs)
     yield Check("steps_limits", lambda _, b, e: distance(stores=True).limits([b, e[0]], [1, 300, -300])[0], inputs)
     yield Check("combine", combined, inputs)
+    yield Check("combine, masked", masked, inputs)
+    yield Check("combine, groups", grouped, inputs)
     if dtype == torch.float32:  # so large that it is read once
         base = torch.randn(5 * count)
         experts = [base + torch.randn(5 * count).mul(0.01) for _ in range(4)]
@@ -98,9 +100,23 @@ def stepped(_: Any, base: Tensor, experts: list[Tensor]) -> list[Tensor]:
 
 
 def combined(_: Any, base: Tensor, experts: list[Tensor]) -> list[Tensor]:
-    coefficients = torch.full((4, 1), 0.3, device=base.device, requires_grad=True)
-    merged = sk.combine(base, experts, coefficients, torch.tensor([0, len(base)], device=base.device))
-    return [merged.detach(), *torch.autograd.grad(merged.float().sum(), [coefficients])]
+    return with_gradients(base, experts, torch.full((4, 1), 0.3))
+
+
+def masked(_: Any, base: Tensor, experts: list[Tensor]) -> list[Tensor]:
+    logits = torch.zeros(len(base), device=base.device, requires_grad=True)
+    return with_gradients(base, experts, torch.full((4, 1), 0.3), mask_logits=logits, seed=1)
+
+
+def grouped(_: Any, base: Tensor, experts: list[Tensor]) -> list[Tensor]:
+    return with_gradients(base, experts, torch.full((4, 1, 3), 0.3))
+
+
+def with_gradients(base: Tensor, experts: list[Tensor], coefficients: Tensor, **options: Any) -> list[Tensor]:
+    coefficients = coefficients.to(base.device).requires_grad_()
+    merged = sk.combine(base, experts, coefficients, torch.tensor([0, len(base)], device=base.device), **options)
+    leaves = [coefficients, *(x for x in options.values() if isinstance(x, Tensor))]
+    return [merged.detach(), *torch.autograd.grad(merged.float().sum(), leaves)]
 
 
 def surgery(dtype: torch.dtype) -> Iterator[Check]:
