@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import accumulate
 from typing import Any
@@ -33,6 +33,8 @@ from .writing.output import OutputFolder
 from .writing.writer import Writer
 
 DRAWS_AT_ONCE = 1 << 20
+
+Told = Callable[[Step, Scope, Tensor], None]
 
 
 def merge(
@@ -111,12 +113,17 @@ def run(
     device: str = "cpu",
     threads: int | None = None,
     progress: bool | None = None,
+    told: Told | None = None,
 ) -> None:
-    """Carries out a plan; arguments and errors as in `merge`."""
+    """Carries out a plan; arguments and errors as in `merge`.
+
+    told: Is called with every tensor that was merged: its step, its inputs with the merged tensor, and the same in the
+        dtype of the file; a resumed merge goes through all tensors for it.
+    """
     folder, where = check(plan, out, resume=resume, device=device)
     with limited_threads(threads), many_files_open(), folder.begun(plan.identity) as journal:
         if not folder.is_published(journal):
-            _write_model(plan, folder, journal, where, progress)
+            _write_model(plan, folder, journal, where, progress, told)
             folder.publish()
         folder.discard()
 
@@ -132,9 +139,15 @@ def check(
 
 
 def _write_model(
-    plan: Plan, folder: OutputFolder, journal: Journal, device: torch.device, progress: bool | None
+    plan: Plan,
+    folder: OutputFolder,
+    journal: Journal,
+    device: torch.device,
+    progress: bool | None,
+    told: Told | None,
 ) -> None:
-    steps = [step for step in plan.ordered if step.name not in journal.done]
+    before = set(journal.done)
+    steps = [step for step in plan.ordered if told or step.name not in before]
     scratch = Scratch(folder.partial)
     hashes = Hashes()
     loader = Loader(scratch, device, hashes.see)
@@ -143,7 +156,7 @@ def _write_model(
     try:
         releases = [source.release for source in plan.sources.values()]
         with Releasing([*releases, scratch.release]), progress_bar(_nbytes_through_ops(steps), progress):
-            once = plan.reads_once and device.type == "cpu" and journal.decided is None
+            once = plan.reads_once and device.type == "cpu" and journal.decided is None and told is None
             if once and OneRead(plan, loader, scratch, writer, journal).run():
                 steps = [step for step in steps if step.method is None]
             decided = _decided(plan, Loader(scratch), journal) if plan.recipe.scope == "model" else None
@@ -155,7 +168,11 @@ def _write_model(
                     facts = {"decided": decided, "offset": offsets[step.name], "generator": draws.before(step)}
                     scope = _scope(step, loader, **facts)
                     look = Produced(step).check if plan.nonfinite == "error" and not step.is_exact else None
-                    writer.write(step.name, _merged(plan, step, scope, loader), look)
+                    written = _merged(plan, step, scope, loader)
+                    if step.name not in before:
+                        writer.write(step.name, written, look)
+                    if told and scope:
+                        told(step, scope, written)
         complete = True
     finally:
         try:

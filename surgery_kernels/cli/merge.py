@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..checkpoint.differences import ALLOWABLE
 from ..checkpoint.estimate import estimate_seconds
 from ..checkpoint.experts import DECISIONS, LAYOUTS
-from ..checkpoint.plan import plan_merge
+from ..checkpoint.plan import Plan, plan_merge
 from ..checkpoint.run import check as check_run
 from ..checkpoint.run import run
 from ..checkpoint.stages import stages
@@ -23,6 +24,9 @@ from ..recipes import load_recipes
 from ..recipes.recipe import DTYPES
 from .exits import EXIT_CODES, errors_as_exit_codes
 from .options import as_json, print_json, running
+
+if TYPE_CHECKING:
+    from ..inspect.reporting import Reporting
 
 EXAMPLE = """
 \b
@@ -61,6 +65,7 @@ An example that works as typed:
 @click.option("--strict", is_flag=True, help="Refuse what RECIPE says without effect, which is only noticed else.")
 @click.option("--intermediate-dir", type=click.Path(), help="Keep the results of named documents in this folder.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial, which a stopped merge leaves behind.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page and its numbers into this new folder.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
 @as_json
 @running
@@ -79,6 +84,7 @@ def merge(
     strict: bool,
     intermediate_dir: str | None,
     resume: bool,
+    report: Path | None,
     dry_run: bool,
     as_json: bool,
     device: str,
@@ -137,12 +143,22 @@ def merge(
                     if not as_json:
                         click.echo(f"would take about {f'{seconds:.0f} s' if seconds >= 1 else 'a second'}")
                 else:
+                    reporting = _reporting(plan, report) if report and stage.is_last else None
                     stage.begin(plan)
                     check_run(plan, stage.out, resume=stage.resume, device=device)
                     started = time.perf_counter()
                     with errors_as_exit_codes(writing=True):
                         shown = not quiet and sys.stderr.isatty()
-                        run(plan, stage.out, resume=stage.resume, device=device, threads=threads, progress=shown)
+                        how: dict[str, Any] = {"device": device, "threads": threads, "progress": shown}
+                        run(
+                            plan,
+                            stage.out,
+                            resume=stage.resume,
+                            told=reporting.see_merged if reporting else None,
+                            **how,
+                        )
+                        if reporting:
+                            say(f"report   {reporting.write()}")
                     where = out if stage.is_last and out else str(stage.out)
                     seconds = time.perf_counter() - started
                     say(result_line(plan, where, seconds))
@@ -150,3 +166,9 @@ def merge(
                     written = True
     if as_json:
         print_json({"merges": facts})
+
+
+def _reporting(plan: Plan, folder: Path) -> Reporting:
+    from ..inspect.reporting import Reporting
+
+    return Reporting(plan, folder)

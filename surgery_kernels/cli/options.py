@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 from ..checkpoint.sizes import parse_size
+from ..json_numbers import finite
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, and nothing else.")
 
 
 def print_json(facts: dict[str, Any]) -> None:
     """Numbers that JSON does not have, infinity and NaN, are null."""
-    click.echo(json.dumps(_finite(facts), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(of_key) for key, of_key in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(json.dumps(finite(facts), indent=2))
 
 
 class Size(click.ParamType):

@@ -16,6 +16,7 @@ def as_json(of: Inspection) -> dict[str, Any]:
         "density": of.density,
         "findings": [{"rule": found.rule, "sentence": found.sentence} for found in findings(of)],
         "model": of.whole.as_json(),
+        "result": of.result.as_json() if of.result else None,
         "kinds": {kind: numbers.as_json() for kind, numbers in of.by_kind.items()},
         "layers": {str(layer): numbers.as_json() for layer, numbers in of.by_layer.items()},
         "tensors": [
@@ -27,6 +28,7 @@ def as_json(of: Inspection) -> dict[str, Any]:
                 "kind": tensor.kind,
                 "quantiles": tensor.quantiles,
                 "spectra": [vars(spectrum) for spectrum in tensor.spectra],
+                "result": tensor.result.as_json() if tensor.result else None,
                 **tensor.numbers.as_json(),
             }
             for tensor in of.tensors

@@ -19,11 +19,13 @@ from ..checkpoint.plan import Plan, plan_merge
 from ..checkpoint.reading.mapped_file import many_files_open
 from ..checkpoint.reading.read_ahead import ReadAhead
 from ..checkpoint.steps import Step
+from ..merging.scope import Scope
 from ..ops import arguments
 from ..recipes import load_recipe
 from ..surgery.progress import progress_bar
 from .numbers import Numbers, Spectrum, measure, spectrum, total
 from .places import kind_of, layer_of
+from .result import ResultNumbers, measure_result
 
 Place = TypeVar("Place", bound=Hashable)
 
@@ -38,6 +40,7 @@ class TensorNumbers:
     numbers: Numbers
     quantiles: list[list[float]]  # [num_tasks][QUANTILES]
     spectra: list[Spectrum] = field(default_factory=list)  # of the experts, where asked for and it is a matrix
+    result: ResultNumbers | None = None  # of a merge
 
     @property
     def layer(self) -> int | None:
@@ -62,6 +65,12 @@ class Inspection:
     @cached_property
     def whole(self) -> Numbers:
         return total(tensor.numbers for tensor in self.tensors)
+
+    @cached_property
+    def result(self) -> ResultNumbers | None:
+        """Of a merge, all that was merged."""
+        found = [tensor.result for tensor in self.tensors if tensor.result is not None]
+        return sum(found[1:], found[0]) if found else None
 
     @cached_property
     def by_layer(self) -> dict[int, Numbers]:
@@ -138,12 +147,18 @@ class Observer:
             list(plan.notices),
         )
 
-    def see(self, step: Step, base: Tensor, experts: Sequence[Tensor]) -> None:
+    def see(self, step: Step, base: Tensor, experts: Sequence[Tensor], result: ResultNumbers | None = None) -> None:
         numbers, quantiles = measure(base, experts, self._density)
         matrices = self._spectra and base.dim() > 1 and base.numel() > 0
         found = [spectrum(base, expert) for expert in experts] if matrices else []
         dtype = str(step.dtype).removeprefix("torch.")
-        self.inspection.tensors.append(TensorNumbers(step.name, step.shape, dtype, numbers, quantiles, found))
+        self.inspection.tensors.append(TensorNumbers(step.name, step.shape, dtype, numbers, quantiles, found, result))
+
+    def see_merged(self, step: Step, scope: Scope, written: Tensor) -> None:
+        """A tensor that was merged, as `checkpoint.run` tells of it; one without a base is passed over."""
+        if scope.base:
+            base, experts = scope.base[0], scope.experts[0]
+            self.see(step, base, experts, measure_result(base, experts, scope.out[0], written))
 
 
 def read(plan: Plan, observer: Observer, progress: bool | None) -> None:

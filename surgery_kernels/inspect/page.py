@@ -12,7 +12,8 @@ from string import Template
 from . import svg
 from .findings import conflicting_layers, findings
 from .inspection import Inspection
-from .numbers import Numbers
+from .numbers import Numbers, share
+from .result import ResultNumbers
 from .terminal import LAYERS_SHOWN, in_few, short
 
 BINS = 20
@@ -46,6 +47,8 @@ def sections(of: Inspection) -> Iterable[str]:
     size = f"{len(of.tensors)} tensors, {of.whole.numel / 1e6:.1f} million parameters"
     yield f'<p class="note">{size}. Base: {escape(of.base)}</p>'
     yield "<h2>Experts</h2>" + _experts(of)
+    if of.result:
+        yield "<h2>Result</h2>" + _result(of, of.result)
     if len(of.experts) > 1:
         yield _figure(
             "Directions",
@@ -120,6 +123,24 @@ def _experts(of: Inspection) -> str:
         for t, name in enumerate(of.experts)
     ]
     return table(["expert", "change", "of the base", "entries changed", "NaN, infinite", "saturated"], rows)
+
+
+def _result(of: Inspection, result: ResultNumbers) -> str:
+    kept = zip(of.whole.census.kept.tolist(), of.whole.census.changed.tolist(), strict=True)
+    rows = [
+        [f"{t + 1} {short(name)}", f"{distance:.4g}", f"{cosine:.3f}", f"{1 - share(*counts):.1%}"]
+        for t, (name, distance, cosine, counts) in enumerate(
+            zip(of.experts, result.distances, result.cosines, kept, strict=True)
+        )
+    ]
+    facts = [
+        f"change of the result: {result.length:.4g}",
+        f"lost to the dtype of the files: {result.rounded:.3%} of it",
+        f"NaN or infinite: {result.census.nonfinite[1].item()}",
+        f"at the limit of their dtype: {result.census.saturated[1].item()}",
+    ]
+    trimmed = f"below the limit of TIES at density {of.density:g}"
+    return table(["expert", "distance to the result", "cosine", trimmed], rows) + f"<p>{'; '.join(facts)}.</p>"
 
 
 def _places(what: str, places: Sequence[tuple[str, Numbers]]) -> str:
