@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -311,3 +312,41 @@ def test_refused_by_the_op_itself(message: str, changes: dict[str, Any]) -> None
         arguments = [torch.zeros(4), *list(GOOD.values())[1:]]
         with pytest.raises(RuntimeError, match=r"^means must be float64 \[3\] on the CPU, got another dtype, shape or"):
             torch.ops.surgery_kernels.combine_masked_backward(*arguments, torch.ones(3), 0.5, 0)
+
+
+@pytest.mark.any_isa
+def test_what_is_drawn_is_not_stored(run_python: Callable[..., str]) -> None:
+    """Beside result and gradients less than a hundredth of what one-hot masks of 10 groups take in half precision."""
+    masked, grouped = map(int, run_python("-c", PEAK).split())
+    masks = 20 * (4 << 20)
+    assert masked < 2 * (16 << 20) + masks // 100  # of float32, the result and the gradient of the logits
+    assert grouped < (16 << 20) + masks // 100
+
+
+PEAK = """
+import torch
+from tests.peak_memory import resident
+from surgery_kernels import combine
+
+torch.set_num_threads(2)
+
+def step(drawn, base, grad, *task_vectors):
+    offsets = torch.tensor([0, 768, base.numel()])
+    coefficients = torch.ones(2, 2) if "mask_logits" in drawn else torch.ones(2, 2, 10)
+    leaves = [coefficients.requires_grad_(), *drawn.values()]
+    torch.autograd.grad(combine(base, task_vectors, coefficients, offsets, **drawn), leaves, grad)
+
+def peak(drawn, tensors):
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is of now
+    step(drawn, *tensors)
+    return resident("VmHWM") - before
+
+logits = torch.zeros(4 << 20, requires_grad=True)
+tensors = [torch.randn(4 << 20) for _ in range(4)]
+small = [x[:4000] for x in tensors]
+for drawn in ({}, {"mask_logits": logits[:4000].detach().requires_grad_()}):
+    step(drawn, *small)  # what is imported at the first call is no memory of the op
+print(peak({"mask_logits": logits}, tensors), peak({}, tensors))
+"""
