@@ -37,6 +37,11 @@ def test_linear_methods(run_python: RunPython, method: str) -> None:
     assert int(run_python("-m", "tests.peak_memory", "state_dict", "bfloat16", options)) < INPUT_BYTES // 4
 
 
+def test_scores_lie_nowhere(run_python: RunPython) -> None:
+    options = json.dumps({"method": "pcb"})
+    assert int(run_python("-m", "tests.peak_memory", "state_dict", "bfloat16", options)) < INPUT_BYTES // 4
+
+
 @pytest.mark.parametrize("options", [{}, {"rule": "della", "epsilon": 0.2}], ids=str)
 def test_masks(run_python: RunPython, options: dict[str, Any]) -> None:
     beside_what_is_subtracted = int(run_python("-m", "tests.peak_memory", "masks", "bfloat16", json.dumps(options)))

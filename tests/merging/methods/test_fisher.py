@@ -67,6 +67,17 @@ def test_fishers_of_other_dtypes(dtype: torch.dtype) -> None:
             assert_same(merged[name], expected[name])
 
 
+def test_the_robust_fine_tuning_of_wise_ft() -> None:
+    """Its option of that name: the base is a model like the other, and tensors without information are averaged."""
+    base, (expert, *_) = models(torch.float64)
+    certainty = [{name: f[name] for name in ("weight", "scale")} for f in fishers(2)]
+    merged = merge_state_dicts(None, [base, expert], method="fisher", fishers=certainty, weights=[0.3, 0.7], floor=1e-8)
+    for name in SHAPES:
+        f0, f1 = (f[name].double().clamp(min=1e-8) if name in f else 1.0 for f in certainty)
+        mass = 0.3 * f0 + 0.7 * f1
+        torch.testing.assert_close(merged[name], (0.3 * f0 * base[name] + 0.7 * f1 * expert[name]) / mass)
+
+
 def test_equal_certainty_is_the_average() -> None:
     base, experts = models()
     average = merge_state_dicts(base, experts, method="average")
