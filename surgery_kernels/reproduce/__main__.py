@@ -31,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digits.add_argument(
         "--full", action="store_true", help="also SurgeryV2 by gradient, and what rank, steps and images do"
     )
+    digits.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="instead of the merges and their repairs: these methods by task, beside the published order; or all",
+    )
     digits.add_argument("--retrain", action="store_true", help="train again even where a checkpoint is there")
     clip = commands.add_parser("clip", help="CLIP ViT-B/32, B/16 or L/14 and the images you have")
     clip_command.add_options(clip)
@@ -72,8 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from safetensors import SafetensorError
 
+        from .digits import methods
         from .digits.experiment import run_seeds
         from .digits.experts import Config
+        from .jobs import processes
         from .matching.experiment import run
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
@@ -82,14 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "matching":
         run(options.out, seed=int(options.seed), steps=int(options.steps))
         return
+    configs = [Config(seed=int(options.seed) + i) for i in range(int(options.seeds))]
+    wanted = methods.names() if options.methods == ["all"] else options.methods
+    for name in wanted or ():
+        if name not in methods.names():
+            parser.error(f"--methods must be all, or of {', '.join(methods.names())}, got {name}")
     try:
-        run_seeds(
-            [Config(seed=int(options.seed) + i) for i in range(int(options.seeds))],
-            options.out,
-            retrain=options.retrain,
-            steps=int(options.steps),
-            full=options.full,
-        )
+        if wanted:
+            for config in configs:
+                with processes() as pool:
+                    methods.run(config, options.out, pool, wanted, steps=int(options.steps))
+            return
+        run_seeds(configs, options.out, retrain=options.retrain, steps=int(options.steps), full=options.full)
     except SafetensorError as error:
         parser.error(f"every checkpoint must be readable, got {error}: run again with --retrain")
 

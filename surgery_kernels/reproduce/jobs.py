@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -49,6 +50,7 @@ def progress_bar(name: str, total: int, unit: str = "step") -> tqdm:
 
 def processes() -> ProcessPoolExecutor:
     """As many as torch has threads, each with one."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler, by which memory is measured, writes between lines
     # spawned: a fork of a process whose thread pools run may hang
     return ProcessPoolExecutor(
         torch.get_num_threads(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)

@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from ...surgery import plot_bias, plot_features
-from .. import training_free
+from ..declared import rows, settings
 from ..jobs import Job, one_thread, processes
 from ..methods import DENSITY, LAM, MERGES
 from ..repair import STEPS, Setting
 from ..report import average, plot_averages, say, short, table
 from . import ablations
 from .experts import Config, Experts, load_experts
-from .measure import Outcome, measure, measure_jobs, training_free_row
+from .measure import Outcome, measure, measure_jobs
+from .methods import row_of
 from .plots import plot_tasks
 from .tasks import TASKS
 from .timing import SurgeryTiming, Timing, time_surgery, time_ties
@@ -68,14 +69,14 @@ def run(config: Config, out: Path, *, retrain: bool = False, steps: int = STEPS,
         if full:
             jobs += [job for job in ablations.jobs(SHOWN) if job not in jobs]
         repaired = measure_jobs(pool, config, folder, jobs, adamerging_steps=steps // 2)
-        methods = list(pool.map(partial(training_free_row, config, folder), training_free.names()))
+        free = list(pool.map(partial(row_of, config, folder, steps // 2), settings.names(from_inputs=False)))
         with one_thread():
             outcomes = evaluate(experts, repaired, repairs)
             timing = time_ties(experts.pretrained, experts.experts, density=DENSITY, lam=LAM)
             fits = time_fits(experts, repairs, repaired)
     text = [
         f"{table_of(outcomes)}\n\n{in_words(outcomes)}",
-        training_free.text(methods),
+        rows.short_text(free),
         str(timing),
         timing_text(fits),
     ]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ...surgery import SurgeryModel, collect_features
-from .. import training_free
 from ..jobs import Job, run_jobs
 from ..repair import Setting, repair
 from .experts import Config, Experts, StateDict, load_experts
@@ -49,17 +48,17 @@ def measure_jobs(
 
 
 @lru_cache(maxsize=1)
-def _experts(config: Config, folder: Path) -> Experts:
+def experts_at(config: Config, folder: Path) -> Experts:
     return load_experts(config, folder)
 
 
 def run_merge(config: Config, folder: Path, name: str, adamerging_steps: int) -> StateDict:
-    return merge(_experts(config, folder), name, adamerging_steps=adamerging_steps)
+    return merge(experts_at(config, folder), name, adamerging_steps=adamerging_steps)
 
 
 def run_job(config: Config, folder: Path, job: Job, state: StateDict) -> Outcome:
     """Repairs and measures a merged model; a function of its arguments alone."""
-    experts = _experts(config, folder)
+    experts = experts_at(config, folder)
     merged = config.encoder(state)
     if job.setting is None:
         return measure(experts, [merged] * len(TASKS))
@@ -94,11 +93,6 @@ def measure(experts: Experts, models: Sequence[nn.Module]) -> Outcome:
         of_first = final if task == 0 else of_first
     bias = {site: sum(values[site] for values in biases) / len(biases) for site in biases[0]}
     return Outcome(accuracies, bias, of_first)
-
-
-def training_free_row(config: Config, folder: Path, name: str) -> training_free.Row:
-    experts = _experts(config, folder)
-    return training_free.row(experts.pretrained, experts.experts, partial(accuracies, experts), name)
 
 
 @torch.no_grad()

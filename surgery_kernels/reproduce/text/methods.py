@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..declared.settings import usual
 from ..jobs import Job
 from ..methods import MERGES as PAPERS
 from ..repair import Setting
-from ..training_free import options
 
 # Merges that are repaired, then those that stand in the table for themselves.
 TRAINING_FREE = ("breadcrumbs", "dare_ties", "della", "model_stock", "sce", "karcher", "multislerp")
@@ -24,8 +24,8 @@ def merges(num_tasks: int, *, quick: bool) -> dict[str, dict[str, Any]]:
     """Options of `merge_state_dicts` by the name of the row."""
     found = {name: dict(given) for name, given in PAPERS.items() if not (quick and name == LEARNED)}
     found["TIES"]["lam"] = 1.0  # the TIES paper's
-    usual = options(num_tasks)
-    return found | {name: {"method": name, **usual.get(name, {})} for name in TRAINING_FREE}
+    given = usual(num_tasks)
+    return found | {name: {"method": name, **given.get(name, {})} for name in TRAINING_FREE}
 
 
 def surgery(texts: int) -> Setting:

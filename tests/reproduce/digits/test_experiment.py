@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from surgery_kernels.reproduce.__main__ import main
-from surgery_kernels.reproduce.digits import ablations, eager
+from surgery_kernels.reproduce.digits import ablations, eager, methods
 from surgery_kernels.reproduce.digits import experiment as digits
 from surgery_kernels.reproduce.digits.experts import Config, load_experts
 from surgery_kernels.reproduce.digits.measure import Outcome, accuracies, measure, measure_jobs, run_job
@@ -246,6 +246,34 @@ def test_run_prints_the_tables_and_writes_every_file(
     digits.forget(folder)
     load_experts(TINY, folder)
     assert saved(folder) == first
+
+
+def test_methods_alone(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By task, those that look at images and repairs among them, and how far the published order holds."""
+    copied = tmp_path / f"digits-{TINY.fingerprint()}"
+    copied.mkdir()
+    for name, content in saved(tiny_folder).items():
+        (copied / f"{name}.safetensors").write_bytes(content)
+    wanted = ["average", "adamerging", "regmean", "fisher", "emr", "slerp", "calibrate", "closed_form", "surgery"]
+    with ThreadPoolExecutor(1) as pool:
+        found = methods.run(TINY, tmp_path, pool, wanted, steps=4)
+    printed = capsys.readouterr().out
+    assert [row.method for row in found] == wanted and set(wanted) <= set(methods.names())
+    made = load_experts(TINY, tiny_folder)
+    average_of = accuracies(made, [merge(made, "weight averaging")] * len(TASKS))
+    assert found[0].accuracy == pytest.approx(average_of)
+    assert all(row.seconds > 0 and row.nbytes_held > 0 for row in found)
+    assert [row.method for row in found if row.nbytes == 0] == wanted[-3:]
+    assert (copied / "methods.txt").read_text().strip() in printed and "The published order holds in" in printed
+    assert [row["method"] for row in json.loads((copied / "methods.json").read_text())] == wanted
+    assert (copied / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_methods_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["digits", f"--out={tmp_path}", "--methods", "ties", "sleep"])
+    error = capsys.readouterr().err
+    assert error.startswith("--methods must be all, or of linear, ") and error.endswith(", got sleep\n")
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "one", str(2**32)])

@@ -1,0 +1,1 @@
+"""Every declared method on the experts of an experiment, beside what the papers report."""
