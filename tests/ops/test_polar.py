@@ -83,3 +83,15 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
 def test_errors(positional: Any, named: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         polar(*positional, **named)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 90)], ids=str)
+def test_rounding_moves_small_directions_as_a_decomposition_does(shape: tuple[int, int]) -> None:
+    """Singular values down to 1e-4: an error of about eps / 1e-4, where Gram matrices of float32 would leave nothing."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(side, 40, dtype=torch.float64, generator=generator)).Q for side in shape)
+    matrix = ((left * torch.logspace(0, -4, 40, dtype=torch.float64)) @ right.mT).float()
+    wanted, _ = expected(matrix)
+    assert (polar(matrix)[0].double() - wanted).norm() < 1e-3 * wanted.norm()
+    residual = polar(matrix)[0] @ polar(matrix)[0].mT - torch.eye(40)
+    assert residual.norm() < 1e-3 * 40**0.5

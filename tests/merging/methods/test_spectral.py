@@ -171,3 +171,23 @@ def test_against_fusion_bench(
     expected = base + theirs([{"w": expert - base} for expert in experts], accelerator="cpu", **options)["w"].detach()
     torch.testing.assert_close(merged(base, experts, method), expected, rtol=1e-7, atol=1e-8)
     capsys.readouterr()  # it prints
+
+
+def test_the_rate_bounds_how_far_wudi_goes() -> None:
+    base, experts = models((12, 20), 3)
+    total = sum(experts) - 2 * base
+    for steps, lr in ((10, 1e-5), (10, 1e-3)):
+        moved = (merged(base, experts, "wudi", steps=steps, lr=lr) - total).abs().max()
+        assert 0.5 * steps * lr < moved < 1.01 * steps * lr
+
+
+@pytest.mark.parametrize("method", ["iso_c", "wudi"])
+def test_16_bits_are_summed_as_wide_ones(method: str) -> None:
+    """And what is not finite is dropped from the sum in both."""
+    base, experts = models((12, 20), 3)
+    narrow = [tensor.bfloat16() for tensor in (base, *experts)]
+    narrow[2][3, 4] = torch.inf
+    wide = [tensor.float() for tensor in narrow]
+    options = {"nonfinite": "drop"}
+    expected = merged(wide[0], wide[1:], method, **options).bfloat16()
+    assert_same(merged(narrow[0], narrow[1:], method, **options), expected)

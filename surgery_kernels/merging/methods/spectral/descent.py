@@ -20,7 +20,10 @@ from .family import Leading, Spectral, TaskVectors
 class Wudi(Spectral):
     """Moves the sum of the task vectors towards what interferes least with each of them, by steps of Adam.
 
-    The steps are few on purpose: their limit is another point. An expert that changed nothing takes no part.
+    The steps are few on purpose: their limit is another point. Together they move no entry further than about
+    ``steps * lr``: choose `lr` so that this is as much as task vectors have. The default is the authors', for models
+    that were fine-tuned with rates of 1e-5; with too small a one the result is near the plain sum. An expert that
+    changed nothing takes no part.
     """
 
     name = "wudi"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -99,8 +99,13 @@ class TaskVectors:
         return min(self.origin.shape)
 
     def sum(self) -> Tensor:
-        """In the order of the experts."""
+        """In the order of the experts, in one read where they lie in what is computed in."""
         total = torch.zeros_like(self.origin)
+        if {tensor.dtype for tensor in self.part.inputs} == {self.part.compute}:
+            known = "drop" if self.finite_only else "propagate"
+            into = replace(self.part, out=[total.view(self.part.out[0].shape)])
+            into.mix([1.0] * len(self), of_base=0.0, nonfinite=known)
+            return total
         for vector in self:
             total += vector
         return total
