@@ -27,6 +27,8 @@ TIES rounds once, where FusionBench rounds after every operation. What differs o
   models of the pool as they are, and leaves alone what ``nn.MultiheadAttention`` would not call; `average_experts`
   works for models with activations too, where 0.2.33 fails.
 - CLIPWeightEnsemblingMoE weighs every sample after its training, as FusionBench means to, and runs without a GPU too.
+- The Concrete algorithms mask the sum of the task vectors once, where FusionBench masks each of them; masks are its own
+  draws. Our methods `concrete_task_arithmetic` and `concrete_adamerging` draw theirs from a counter and store none.
 - RegMean and RegMean++ are solved in float64 and have a solution where the inputs are few; FusionBench inverts.
 
 All models of the pool are in memory at once, of lazy ones a tensor of each where the method allows it. What the ops do
@@ -38,11 +40,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from ..extras import missing
 
 try:
+    from omegaconf import DictConfig
+
     from . import inputs, linear, masks, routed, spherical  # noqa: F401  # they register what stands in
     from .declared import class_of, lacking
     from .drawn import draw_exactly
@@ -139,7 +144,18 @@ def _named(name: str) -> Any:
             return theirs.run(self, *args, **kwargs)
 
     members = {"__module__": __name__, "__doc__": theirs.__doc__, "run": run, **routed.MEMBERS.get(name, {})}
+    if "algorithm_config" in signature(theirs.__init__).parameters:
+        members["__init__"] = _from_options(theirs)
     return type(name, (theirs,), members)
+
+
+def _from_options(theirs: Any) -> Any:
+    """FusionBench's older algorithms take a configuration, from `method.name`; by `_target_` there are options."""
+
+    def __init__(self: Any, algorithm_config: Any = None, **options: Any) -> None:
+        theirs.__init__(self, DictConfig(options) if algorithm_config is None else algorithm_config)
+
+    return __init__
 
 
 def main() -> None:

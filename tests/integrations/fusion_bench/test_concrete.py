@@ -48,6 +48,19 @@ def test_on_our_ops(integration: ModuleType, name: str) -> None:
         torch.testing.assert_close(states[1][key], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [*ALGORITHMS, "CLIPLayerWiseAdaMerging", "CLIPTaskWiseAdaMerging"])
+def test_options_of_a_target(integration: ModuleType, name: str) -> None:
+    """FusionBench's classes take a configuration as one argument, which `_target_` cannot give."""
+    from fusion_bench.utils import instantiate
+    from omegaconf import DictConfig
+
+    target = f"surgery_kernels.integrations.fusion_bench.{name}"
+    algorithm = instantiate({"_target_": target, "name": "any", **OPTIONS})
+    assert type(algorithm) is getattr(integration, name)
+    assert OPTIONS.items() <= dict(algorithm.config).items()
+    assert getattr(integration, name)(DictConfig({"lr": 3})).config.lr == 3
+
+
 def test_a_mask_that_lacks_a_tensor_is_theirs(integration: ModuleType) -> None:
     from fusion_bench.models.wrappers.task_wise_fusion import TaskWiseMergedModel, get_task_wise_weights
 
