@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from textwrap import indent
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from ..merging import METHODS, Method, Parameter
 from ..merging.method import NONE_GIVEN, count_in_words
 from ..ops.arguments import check_one_of
+from ..recipes.examples import as_yaml, example_of
 from .exits import errors_as_exit_codes
 from .options import as_json, print_json
 
@@ -25,8 +27,9 @@ DECIDES = {
 @click.command()
 @click.argument("name", required=False)
 @click.option("--markdown", is_flag=True, help="The list as a table.")
+@click.option("--examples", is_flag=True, help="A recipe for each, as a page.")
 @as_json
-def methods(name: str | None, markdown: bool, as_json: bool) -> None:
+def methods(name: str | None, markdown: bool, examples: bool, as_json: bool) -> None:
     """List the merging methods, or explain the one called NAME."""
     with errors_as_exit_codes():
         if name is not None:
@@ -34,8 +37,8 @@ def methods(name: str | None, markdown: bool, as_json: bool) -> None:
         if as_json:
             print_json({"methods": [_facts(method) for method in METHODS.values() if name in (None, method.name)]})
             return
-        if markdown:
-            click.echo(methods_table())
+        if markdown or examples:
+            click.echo(methods_table() if markdown else recipes_by_example())
             return
         if name is None:
             width = max(map(len, METHODS))
@@ -54,6 +57,16 @@ def methods_table() -> str:
         number = count_in_words(method).replace("exactly ", "").replace("at least ", "\u2265 ")
         rows.append(f"| {name} | {method.summary()} | {base}{number} | {method.source} |")
     return "\n".join(rows)
+
+
+def recipes_by_example() -> str:
+    """For every method of recipes what it does and the least that a recipe of it says."""
+    parts = []
+    for method in METHODS.values():
+        if method.in_recipes:
+            recipe = as_yaml(example_of(method)).rstrip()
+            parts.append(f"## {method.name}\n\n{method.summary()}\n\n```yaml\n{recipe}\n```\n")
+    return "\n".join(parts).rstrip()
 
 
 def _facts(method: type[Method]) -> dict[str, Any]:
@@ -101,6 +114,8 @@ def _explain(method: type[Method]) -> None:
             click.echo(f"\nparameters {title}:")
         for parameter in parameters:
             click.echo(f"  {_in_both(parameter):24} {parameter.meaning}: {parameter.values}{_default(parameter)}")
+    if method.in_recipes:
+        click.echo("\na recipe:\n" + indent(as_yaml(example_of(method)).rstrip(), "  "))
 
 
 def _in_both(parameter: Parameter) -> str:

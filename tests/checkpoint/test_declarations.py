@@ -11,8 +11,8 @@ import torch
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.checkpoint import merge
 from surgery_kernels.merging import METHODS, Method
-from surgery_kernels.merging.method import NONE_GIVEN
 from surgery_kernels.recipes import load_recipe
+from surgery_kernels.recipes.examples import example_of
 from tests.cases import assert_same
 from tests.llama_checkpoints import loaded, models, save
 from tests.untied import untied
@@ -20,20 +20,12 @@ from tests.untied import untied
 pytestmark = pytest.mark.any_isa
 
 TRAINING_FREE = [name for name, method in METHODS.items() if not method.from_inputs]
-GIVEN: dict[str, Any] = {"t": 0.3, "first": 0.2, "last": 0.9, "task": 1}  # where recipes must say something; else 0.25
-LISTS_ITS_BASE = ("slerp", "nearswap", "arcee_fusion")  # as mergekit has it
 
 
 def recipe_of(method: type[Method], folders: list[str]) -> tuple[dict[str, Any], int]:
     """The least that a recipe says, and of how many experts."""
     least, most = method.num_experts
-    count = most or max(least, 3)
-    required = [p for p in method.parameters() if p.key and p.recipe_default is NONE_GIVEN]
-    numbers = {p.key: 1 / count if method.name == "dni" else GIVEN.get(p.name, 0.25) for p in required}
-    listed = folders[0 if method.name in LISTS_ITS_BASE else 1 : 1 + count]
-    has_base = {} if method.base == "none" else {"base_model": folders[0]}
-    named = [{"model": folder} for folder in listed]
-    return {"merge_method": method.name, **has_base, "models": named, "parameters": numbers}, count
+    return {"parameters": {}, **example_of(method, folders)}, most or max(least, 3)
 
 
 @pytest.fixture(scope="module")

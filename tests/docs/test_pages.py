@@ -12,7 +12,7 @@ import torch
 from click import Context
 
 from surgery_kernels import cli
-from surgery_kernels.cli.methods import methods_table
+from surgery_kernels.cli.methods import methods_table, recipes_by_example
 from surgery_kernels.recipes import parse_recipes
 from tests.checkpoints import save_safetensors, state_dict
 from tests.encoders import Encoder
@@ -95,6 +95,11 @@ def test_commands(page: str, command: str) -> None:
 
 def test_the_table_of_methods_is_what_they_declare() -> None:
     assert f"<!-- methods -->\n{methods_table()}\n<!-- /methods -->" in text_of("docs/methods.md")
+
+
+def test_recipes_by_example() -> None:
+    """They are those of the declarations, which tests/checkpoint/test_declarations.py merges by."""
+    assert f"<!-- examples -->\n{recipes_by_example()}\n<!-- /examples -->" in text_of("docs/recipes.md")
 
 
 def test_the_front_page_shows_rows_of_the_benchmarks() -> None:
