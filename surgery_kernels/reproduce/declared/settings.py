@@ -77,5 +77,6 @@ def options(name: str, num_tasks: int, inputs: Any) -> dict[str, Any]:
     asked = {p.name for p in method.parameters() if p.name in GIVEN} if method.from_inputs else set()
     given = usual(num_tasks).get(name, {}) | {what: getattr(inputs, what)() for what in asked}
     if "objective" in asked:
-        given["steps"] = inputs.steps
+        steps = ("steps", "adamerging_steps")  # of Concrete, which learns a mask first
+        given |= {parameter.name: inputs.steps for parameter in method.parameters() if parameter.name in steps}
     return given | ({"task": 0} if of_each(method) else {})
