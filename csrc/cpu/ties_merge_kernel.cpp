@@ -1,8 +1,5 @@
 #include "ties_merge_kernel.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "ties_arithmetic.h"
 
 namespace sk {
@@ -172,7 +169,7 @@ bool keeps_normal(const TiesArgs<typename Compute<S>::Key>& args) {
     float least;
     memcpy(&least, &args.limits[t], sizeof least);
     for (const float* factors : {args.rescales, args.weights})
-      if (factors && factors[t] != 0) least *= std::min(std::abs(factors[t]), 1.0f);
+      if (factors && factors[t] != 0 && factors[t] > -1 && factors[t] < 1) least *= __builtin_fabsf(factors[t]);
     if (!(least >= 2 * kLeastNormal<S>) || args.limits[t] > kLargestNormal<S>) return false;
   }
   return true;

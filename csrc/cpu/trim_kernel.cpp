@@ -1,6 +1,7 @@
 #include "trim_kernel.h"
 
 #include "simd/vec.h"
+#include "trim_values.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -35,8 +36,6 @@ inline auto block_keys(const S* base, const S* expert, int64_t i, bool drop, Cou
   if (base) b = load_block(base + i, count...);
   return BlockKeys<C>{key_of<S, rounded>(e.v[0], b.v[0], drop), key_of<S, rounded>(e.v[1], b.v[1], drop)};
 }
-
-constexpr size_t kPrefetchBytes = 3072;
 
 // The indices of a block's elements, lane by lane.
 template <class S>
@@ -76,9 +75,7 @@ Counts<typename Compute<S>::Key> count(const S* base, const S* expert, int64_t n
   };
   int64_t i = 0;
   for (; i + N <= n; i += N) {
-    // Every chunk starts a new stream, before the hardware's own prefetching has caught on.
-    for (size_t line = 0; line < N * sizeof(S); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(expert + i) + kPrefetchBytes + line);
+    prefetch_expert(expert + i);
     const auto key = block_keys<S, rounded>(base, expert, i, drop);
     add(key.v[0], index.v[0], V::all());
     add(key.v[1], index.v[1], V::all());
@@ -107,6 +104,9 @@ Counts<typename Compute<S>::Key> count_or_locate(const void* base_, const void* 
   const S* base = static_cast<const S*>(base_);
   const S* expert = static_cast<const S*>(expert_);
   const bool counts_ends = bracket.top != bracket.hi || bracket.bottom != bracket.lo;
+  if constexpr (sizeof(S) == 2 && !located)
+    if (const Values<S> values(bracket); values.count > 0 && !rounded && !drop && n <= kMostShort)
+      return count_values<S>(base, expert, n, values, inside);
   if constexpr (sizeof(S) == 2)
     if (rounded)
       return counts_ends ? count<S, true, true, located>(base, expert, n, bracket, drop, inside, at)

@@ -74,6 +74,29 @@ def test_sampled_bracket(kind: Any, dtype: torch.dtype) -> None:
         check(base, experts, density=density)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=option_id)
+@pytest.mark.parametrize("num_values", [1, 3, 9, 30])
+def test_few_values_near_the_threshold(num_values: int, dtype: torch.dtype) -> None:
+    """Neighbouring numbers of 16 bits, and differences that are rounded to them, ties to even among these."""
+    g = torch.Generator().manual_seed(num_values)
+    one = torch.ones((), dtype=dtype).view(torch.int16)
+    steps = torch.randint(0, num_values, (2, 10_000), generator=g)
+    magnitudes = (one + steps.to(torch.int16)).view(dtype)
+    experts = magnitudes * (torch.randint(0, 2, steps.shape, generator=g) * 2 - 1).to(dtype)
+    base = (torch.randint(-8, 9, steps.shape[1:], generator=g) * torch.finfo(dtype).eps / 4).to(dtype)
+    for density in (0.2, [0.5, 0.9999]):
+        for semantics in SEMANTICS:
+            check(None, list(experts), density=density, semantics=semantics)
+            check(base, list(experts), density=density, semantics=semantics)
+    for nonfinite, number in (("propagate", math.nan), ("drop", math.inf), ("propagate", torch.finfo(dtype).max)):
+        experts[0][:100] = number
+        check(base, list(experts), density=0.2, nonfinite=nonfinite)
+    for semantics in ("mergekit", "peft"):  # where the ties end
+        merged = ties_merge(base, list(experts), density=0.2, semantics=semantics, nonfinite="propagate")
+        expected = reference.ties_merge(base, list(experts), density=0.2, semantics=semantics, nonfinite="propagate")
+        assert_same(merged, expected, semantics)
+
+
 @pytest.mark.parametrize("count", [32_767, 32_768, 32_769, 65_536, 300_001])
 def test_around_the_sizes_where_the_method_changes(count: int) -> None:
     base, experts = inputs(gaussian, count, 1, torch.float32)

@@ -31,6 +31,12 @@ inline Vec<float> load(const Half* p) {
 inline void store(Vec<float> x, Half* p) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline Shorts magnitudes(Block<float> x, Half) {
+  const auto stored = [&](int h) {
+    return _mm256_cvtps_ph((__m256)x.v[h].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  };
+  return {(Shorts::Lanes)_mm256_setr_m128i(stored(0), stored(1)) & 0x7FFF};
+}
 inline Vec<float> round_to(Vec<float> x, Half) {
   const __m128i h = _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return {(Vec<float>::Lanes)_mm256_cvtph_ps(h)};

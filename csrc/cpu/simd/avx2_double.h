@@ -8,7 +8,8 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-constexpr bool kFuses = true;  // multiply_add rounds once
+constexpr bool kConvertsHalf = true;  // in few instructions
+constexpr bool kFuses = true;         // multiply_add rounds once
 
 template <>
 inline Vec<double> multiply_add<double>(Vec<double> a, Vec<double> b, Vec<double> c) {

@@ -176,6 +176,29 @@ inline void store_block(Block<float> x, BFloat16* p) {
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, even, bf16_bits(x.v[1])));
 }
 
+// The magnitudes of a block in a dtype of 16 bits, as integers; in any order.
+struct Shorts {
+  static constexpr int N = Block<float>::N;
+
+  __m512i v;
+
+  static Shorts set(int16_t x) { return {_mm512_set1_epi16(x)}; }
+};
+inline Shorts larger(Shorts a, Shorts b) { return {_mm512_max_epi16(a.v, b.v)}; }
+inline Shorts tally_above(Shorts acc, Shorts a, Shorts bound) {
+  return {_mm512_mask_sub_epi16(acc.v, _mm512_cmpgt_epi16_mask(a.v, bound.v), acc.v, _mm512_set1_epi16(-1))};
+}
+inline Shorts without_signs(__m512i x) { return {_mm512_and_si512(x, _mm512_set1_epi16(0x7FFF))}; }
+// Of numbers that bfloat16 holds.
+inline Shorts magnitudes(Block<float> x, BFloat16) {
+  const __m512i even = _mm512_srli_epi32(bits(x.v[0]), 16);
+  return without_signs(_mm512_mask_blend_epi16(0xAAAAAAAA, even, bits(x.v[1])));
+}
+inline Shorts magnitudes(Block<float> x, Half) {
+  const auto stored = [&](int h) { return _mm512_cvtps_ph(x.v[h].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); };
+  return without_signs(_mm512_inserti64x4(_mm512_castsi256_si512(stored(0)), stored(1), 1));
+}
+
 template <size_t bytes>
 inline void stream_lines(const void* lines, void* p) {
   for (size_t i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)p + i / 64, ((const __m512i*)lines)[i / 64]);

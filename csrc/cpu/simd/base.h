@@ -10,7 +10,8 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-constexpr bool kFuses = false;  // multiply_add rounds twice
+constexpr bool kConvertsHalf = false;  // in few instructions
+constexpr bool kFuses = false;         // multiply_add rounds twice
 
 #if defined(__x86_64__)
 template <>
@@ -40,6 +41,13 @@ inline Word float_to_half(Vec<float> x) {
 }
 inline Vec<float> load(const Half* p) { return half_to_float(widen(p)); }
 inline void store(Vec<float> x, Half* p) { narrow(float_to_half(x), p); }
+inline Shorts magnitudes(Block<float> x, Half) {
+  Half stored[Shorts::N];
+  Shorts shorts;
+  for (int h = 0; h < 2; ++h) store(x.v[h], stored + h * Vec<float>::N);
+  memcpy(&shorts, stored, sizeof shorts);
+  return {shorts.v & 0x7FFF};
+}
 inline Vec<float> round_to(Vec<float> x, Half) { return half_to_float(float_to_half(x)); }
 
 template <size_t bytes>

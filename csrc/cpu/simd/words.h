@@ -39,6 +39,23 @@ inline void store_block(Block<float> x, BFloat16* p) {
   memcpy(p, &both, sizeof both);
 }
 
+// The magnitudes of a block in a dtype of 16 bits, as integers; in any order.
+struct Shorts {
+  typedef int16_t Lanes __attribute__((vector_size(kVectorBytes<float>)));
+  static constexpr int N = Block<float>::N;
+
+  Lanes v;
+
+  static Shorts set(int16_t x) { return {Lanes{} + x}; }
+};
+inline Shorts larger(Shorts a, Shorts b) { return {a.v > b.v ? a.v : b.v}; }
+inline Shorts tally_above(Shorts acc, Shorts a, Shorts bound) { return {acc.v - (a.v > bound.v)}; }
+// Of numbers that bfloat16 holds.
+inline Shorts magnitudes(Block<float> x, BFloat16) {
+  const Word both = ((Word)x.v[0].v >> 16) | ((Word)x.v[1].v & 0xFFFF0000);
+  return {(Shorts::Lanes)both & 0x7FFF};
+}
+
 }  // namespace
 }  // namespace SK_ISA
 }  // namespace sk
