@@ -19,10 +19,10 @@ from ..checkpoint.plan import Plan, plan_merge
 from ..checkpoint.reading.mapped_file import many_files_open
 from ..checkpoint.reading.read_ahead import ReadAhead
 from ..checkpoint.steps import Step
+from ..merging.progress import counting_bar
 from ..merging.scope import Scope
 from ..ops import arguments
 from ..recipes import load_recipe
-from ..surgery.progress import progress_bar
 from .numbers import Numbers, Spectrum, measure, spectrum, total
 from .places import kind_of, layer_of
 from .result import ResultNumbers, measure_result
@@ -171,7 +171,7 @@ def read(plan: Plan, observer: Observer, progress: bool | None) -> None:
         releases = [source.release for source in plan.sources.values()]
         with (
             Releasing([*releases, scratch.release]),
-            progress_bar(total_bytes, "inspecting", "B", progress) as bar,
+            counting_bar(total_bytes, "inspecting", "B", progress) as bar,
             ReadAhead(step.spans for step in steps) as ahead,
         ):
             for number, step in enumerate(steps):

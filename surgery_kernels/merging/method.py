@@ -247,6 +247,11 @@ class Method(ABC):
         """How often `merge` reads the tensors, about, for the progress bar."""
         return 2
 
+    @property
+    def asks(self) -> int:
+        """How often `merge` asks its `objective`: where it learns, that is what the progress bar counts."""
+        return 0
+
     def check(self, num_tasks: int) -> None:
         """Raises ValueError or TypeError for a number of experts or a parameter out of range."""
         if not self.takes(num_tasks):

@@ -1,4 +1,4 @@
-"""A bar that follows the native ops from outside."""
+"""Bars: one that follows the native ops from outside, and one that counts steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from .. import _C
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BEFORE_SHOWN = 2.0
+
+
+def counting_bar(total: int, what: str, unit: str, shown: bool | None) -> tqdm:
+    """On stderr: always, never, or (None) once it has taken two seconds."""
+    delay = SECONDS_BEFORE_SHOWN if shown is None else 0.0
+    return tqdm(total=total, desc=what, unit=unit, delay=delay, disable=shown is False)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from ..ops import arguments, looks, mix
 from .method import Method
 from .methods import METHODS
 from .methods.linear import WiseFt
-from .progress import progress_bar
+from .progress import counting_bar, progress_bar
 from .scope import Scope
 
 SCOPES = ("model", "tensor")
@@ -80,7 +82,7 @@ def merge_state_dicts(
     groups = [merged] if whole else _side_by_side({name: first[name] for name in merged}, merging)
     size = sum(first[name].nbytes for name in merged)
     has_base = base is not None and merging.base != "none"
-    with progress_bar(merging.reads * (len(experts) + has_base) * size, progress), looks.put_off():
+    with _followed(merging, merging.reads * (len(experts) + has_base) * size, progress) as merging, looks.put_off():
         for names in filter(None, groups):
             merging.merge(
                 Scope(
@@ -93,6 +95,24 @@ def merge_state_dicts(
                 )
             )
     return {name: result[owner[name]] for name in first}
+
+
+@contextmanager
+def _followed(merging: Method, total_bytes: int, shown: bool | None) -> Iterator[Method]:
+    """The method under a bar of the bytes it reads, or of the steps it learns in."""
+    if not merging.asks:
+        with progress_bar(total_bytes, shown):
+            yield merging
+        return
+    with counting_bar(merging.asks, "learning", "step", shown) as bar:
+        objective = getattr(merging, "objective")  # noqa: B009, which what asks declares
+
+        def counted(*arguments: Any) -> Any:
+            loss = objective(*arguments)
+            bar.update()
+            return loss
+
+        yield replace(merging, **{"objective": counted})
 
 
 def wise_ft_curve(

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..merging.methods.objectives import entropy_objective
+from ..merging.progress import counting_bar
 from ..modules.device import device_of
 from ..modules.frozen import frozen
 from ..modules.inputs import to_device
 from ..modules.outputs import logits_of
 from ..modules.pools import Batches, batches_of
 from ..ops import arguments
-from ..surgery.progress import progress_bar
 from .twin import TwinMerging
 from .wemoe import WEMoE
 
@@ -65,7 +65,7 @@ def fit_by_entropy(
     optimizer = torch.optim.Adam(parameters, lr=lr)
     losses = torch.zeros(steps, dtype=torch.float64)
     merged_once = nullcontext() if per_sample else model.one_merge_a_batch()
-    with torch.enable_grad(), merged_once, progress_bar(steps, "routers", "step", progress) as bar:
+    with torch.enable_grad(), merged_once, counting_bar(steps, "routers", "step", progress) as bar:
         for step in range(steps):
             loss = objective({}, step)
             if not loss.isfinite():
@@ -137,7 +137,7 @@ def fit_router(
         router = model.put_router(rows.shape[1], hidden).train()
         rows = rows.to(next(router.parameters()).dtype)
         optimizer = torch.optim.Adam(router.parameters(), lr=lr)
-        with progress_bar(steps, "router", "step", progress) as bar:
+        with counting_bar(steps, "router", "step", progress) as bar:
             for step in range(steps):
                 drawn = torch.randperm(len(rows), device=device)[:batch_size]
                 loss = torch.nn.functional.cross_entropy(router(rows[drawn]), truth[drawn])

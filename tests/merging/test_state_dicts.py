@@ -341,6 +341,32 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
         assert bool(captured.err) == shown
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "steps"),
+    [
+        ("adamerging", {"steps": 3}, 3),
+        ("atlas", {"steps": 2}, 2),
+        ("concrete_task_arithmetic", {"steps": 2}, 2),
+        ("concrete_adamerging", {"steps": 2, "adamerging_steps": 3}, 7),
+    ],
+)
+def test_progress_in_steps(
+    capsys: pytest.CaptureFixture[str], method: str, options: dict[str, int], steps: int
+) -> None:
+    """Of what learns, as often as it asks; it is the same with and without."""
+    base, experts = models(gaussian, 2, torch.float32)
+
+    def objective(merged: dict[str, Tensor], step: int) -> Tensor:
+        return sum(((x - 1) ** 2).sum() for x in merged.values())
+
+    given = {"method": method, "objective": objective, **options}
+    shown = merge_state_dicts(base, experts, progress=True, **given)
+    assert f"| {steps}/{steps} [" in capsys.readouterr().err
+    hidden = merge_state_dicts(base, experts, progress=False, **given)
+    assert capsys.readouterr().err == ""
+    assert_same_models(shown, hidden)
+
+
 def test_any_mapping() -> None:
     base, experts = models(grid, 2, torch.float32)
     merged = merge_state_dicts(OrderedDict(base), tuple(OrderedDict(expert) for expert in experts))

@@ -61,6 +61,10 @@ class AdaMerging(Method):
     def reads(self) -> int:
         return 2 * self.steps + 1  # forward, backward, and the result
 
+    @property
+    def asks(self) -> int:
+        return self.steps
+
     def check(self, num_tasks: int) -> None:
         check_callable("objective", self.objective)
         check_callable("receive", self.receive, optional=True)

@@ -70,6 +70,10 @@ class ConcreteTaskArithmetic(Method):
     def reads(self) -> int:
         return 2 * self.steps + 1
 
+    @property
+    def asks(self) -> int:
+        return self.steps
+
     def check(self, num_tasks: int) -> None:
         check_callable("objective", self.objective)
         check_callable("receive", self.receive, optional=True)
@@ -151,6 +155,10 @@ class ConcreteAdaMerging(ConcreteTaskArithmetic):
     @property
     def reads(self) -> int:
         return 4 * self.steps + 2 * self.adamerging_steps + 1
+
+    @property
+    def asks(self) -> int:
+        return 2 * self.steps + self.adamerging_steps
 
     def merge(self, scope: Scope) -> None:
         scope.check_finite()

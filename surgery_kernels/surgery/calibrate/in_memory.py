@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ...merging.progress import counting_bar
 from ...modules.inputs import batch_size as size_of
 from ...modules.pools import Batches, Pool, pool_of
 from ...modules.runner import BlockRunner, Started
@@ -18,7 +19,6 @@ from ...modules.sites import Sites, check_sites, find_sites
 from ...modules.ties import check_ties
 from ...ops import arguments
 from ..experts import Expert, load_expert
-from ..progress import progress_bar
 from ..storage.streams import Streams
 from .calibration import Calibration, StateDict
 from .settings import Settings
@@ -108,7 +108,7 @@ def calibrate(
         calibration = Calibration(model, runner, _state(base, how), sites, how)
         pools = {task: pool_of(f"batches[{task!r}]", batches[task], num_workers) for task in experts}
         total = (len(sites.blocks) + 2) * sum(map(len, pools.values()))
-        bar = stack.enter_context(progress_bar(total, "calibration", "sample", progress))
+        bar = stack.enter_context(counting_bar(total, "calibration", "sample", progress))
         ways = []
         for task, pool in pools.items():
             expert = load_expert(task, experts[task], merged, sites)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...merging import merge_state_dicts
+from ...merging.progress import counting_bar
 from ...modules.layer_visits import LayerVisits
 from ...modules.layers import Layer, flat, known_layers
 from ...modules.pools import Batches, pool_of
@@ -17,7 +18,6 @@ from ...modules.runner import BlockRunner
 from ...modules.sites import Sites
 from ...ops import arguments, gram_cross
 from ..experts import Expert, load_expert
-from ..progress import progress_bar
 from .in_memory import checked_sites, way_of
 from .row_weights import RowWeights
 from .ways import Way
@@ -62,7 +62,7 @@ def regmean_plus_plus(
         runner = stack.enter_context(BlockRunner("merged", model, sites, autocast))
         pools = {task: pool_of(f"batches[{task!r}]", batches[task], num_workers) for task in experts}
         total = (len(sites.blocks) + 1) * sum(map(len, pools.values()))
-        bar = stack.enter_context(progress_bar(total, "RegMean++", "sample", progress))
+        bar = stack.enter_context(counting_bar(total, "RegMean++", "sample", progress))
         ways = []
         for task, pool in pools.items():
             expert = load_expert(task, experts[task], merged, sites)

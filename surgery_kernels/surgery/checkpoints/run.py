@@ -25,12 +25,12 @@ from ...checkpoint.writing.journal import Journal
 from ...checkpoint.writing.layout import lay_out
 from ...checkpoint.writing.output import OutputFolder
 from ...checkpoint.writing.writer import Writer
+from ...merging.progress import counting_bar
 from ...modules.runner import BlockRunner, Started
 from ...recipes import Recipe
 from ..calibrate.calibration import Calibration
 from ..calibrate.settings import Settings
 from ..calibrate.ways import Side, Way
-from ..progress import progress_bar
 from ..storage.streams import Streams
 from .companions import write_companions
 from .data import Inputs
@@ -175,7 +175,7 @@ class _Run:
         try:
             with ExitStack() as stack:
                 left = self._num_blocks - self._stations.passed + 1
-                bar = stack.enter_context(progress_bar(left * samples, "calibration", "text", self._progress))
+                bar = stack.enter_context(counting_bar(left * samples, "calibration", "text", self._progress))
                 runner = self._runner(stack)
                 ways = [self._way(stack, runner, number, name) for number, name in enumerate(self._plan.batches)]
                 base = _Base(self._plan.base, self._plan.base_names)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...merging.progress import counting_bar
 from ...modules.device import device_of
 from ..adapters import SurgeryAdapters
 from ..features import Recorder
 from ..measure import Measure
-from ..progress import progress_bar
 from ..run import Run
 from ..storage.store import FeatureStore
 from .options import ClosedForm
@@ -34,7 +34,7 @@ def solve_closed_form(how: ClosedForm, run: Run, measure: Measure | None = None)
     adapters = SurgeryAdapters(
         len(run.pools), widths, run.rank, tasks=run.tasks, dtype=probe[-1].dtype, kind="linear", seed=0
     ).to(device_of(run.merged))
-    with progress_bar(2 * sum(map(len, run.pools.values())), "surgery", "sample", run.progress) as bar:
+    with counting_bar(2 * sum(map(len, run.pools.values())), "surgery", "sample", run.progress) as bar:
         walk, features = Walk(how, run, adapters, bar), Targets(run, store, bar)
         walk.resume()
         for tasks in _groups(run, store):

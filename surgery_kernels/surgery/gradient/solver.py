@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ...merging.progress import counting_bar
 from ...modules.device import device_of
 from ...modules.frozen import frozen
 from ...modules.inputs import sample_shape
 from ..adapters import SurgeryAdapters
 from ..batches import TaskData, sample_order, task_data
 from ..features import Recorder
-from ..progress import progress_bar
 from ..run import Run
 from ..storage.store import FeatureStore
 from .train import Adam, Trainer, train
@@ -100,7 +100,7 @@ def _features_and_targets(
         return store.features("targets", expert, identity, of_task, bar)
 
     passes = 2 if run.mode == "v1" else 1
-    with progress_bar(passes * sum(len(of_task.used) for of_task in data), "features", "sample", run.progress) as bar:
+    with counting_bar(passes * sum(len(of_task.used) for of_task in data), "features", "sample", run.progress) as bar:
         features = [
             store.features("features", run.merged, identities["merged"], of_task, bar)
             for of_task in data

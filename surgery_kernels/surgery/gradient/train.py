@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...merging.progress import counting_bar
 from ..adapters import SurgeryAdapters
 from ..features import check_finite
-from ..progress import progress_bar
 from ..storage.resume import Checkpoint
 
 
@@ -78,7 +78,7 @@ def train(
         bias[:start] = state["bias"]
         adapters.load_state_dict(state["adapters"])
         trainer.load(state["trainer"])
-    with progress_bar(steps, "surgery", "step", progress) as bar:
+    with counting_bar(steps, "surgery", "step", progress) as bar:
         bar.update(start)
         while start < steps:
             stop = min(start + trainer.stride, steps)
