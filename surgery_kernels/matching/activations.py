@@ -13,7 +13,7 @@ from ..modules.pools import Batches, pool_of
 from ..modules.visits import Visit
 from ..ops import arguments, gram_cross
 from .assignment import SIMILARITIES, Matching, Products, best, check_alike, state_of
-from .flows import Flows, Linear, Pair, linear_layers
+from .flows import Flows, Linear, Visits, linear_layers
 from .symmetries import Family, Group, Member, Symmetries
 
 
@@ -61,7 +61,7 @@ def match_activations(
     for families in _rounds(symmetries):
         sums = {group.name: sum_ for family in families for group, sum_ in _sums(family, layers)}
         used = {name: layers[name] for of_group in sums.values() for name in of_group.places}
-        with Flows(first, second, used) as flows:
+        with Flows((first, second), used) as flows:
             for visits in flows(pool, batch_size):
                 for of_group in sums.values():
                     of_group.add(visits, used, (first, second))
@@ -125,7 +125,7 @@ class _Sums:
     is_read: bool
     _totals: list[Tensor] = field(default_factory=list)
 
-    def add(self, visits: list[Pair], layers: dict[str, Linear], models: tuple[nn.Module, nn.Module]) -> None:
+    def add(self, visits: list[Visits], layers: dict[str, Linear], models: tuple[nn.Module, nn.Module]) -> None:
         seen: set[tuple[int, int]] = set()
         for pair in visits:
             name = pair[0].name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -71,36 +71,38 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     return found
 
 
-Pair = tuple[Visit, Visit]
+Visits = tuple[Visit, ...]  # of one layer, by each of the models
 
 
 class Flows(ExitStack):
-    """Passes of two models on the same batches; its `with` freezes both."""
+    """Passes of some models on the same batches; its `with` freezes them."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, layers: Mapping[str, Linear]) -> None:
+    def __init__(self, models: Sequence[nn.Module], layers: Mapping[str, Linear]) -> None:
         super().__init__()
-        self._models = (first, second)
+        self._models = models
         watched = {name: linear.layer for name, linear in layers.items()}
         for model in self._models:
             self.enter_context(frozen(model))
         self._visits = [self.enter_context(LayerVisits(model, watched)) for model in self._models]
 
-    def __call__(self, pool: Pool, batch_size: int) -> Iterator[list[Pair]]:
-        """The visits of both models' layers, batch after batch.
+    def __call__(self, pool: Pool, batch_size: int) -> Iterator[list[Visits]]:
+        """The visits of the models' layers, batch after batch.
 
         Raises:
-            ValueError: a layer is called by one of the models only, or more often.
+            ValueError: a layer is called by some of the models only, or more often.
         """
-        with torch.no_grad():
-            for inputs in batches(pool, batch_size):
-                seen = []
-                for model, visits in zip(self._models, self._visits, strict=True):
-                    with visits.recording() as recorded:
-                        run(model, to_device(inputs, device_of(model)))
-                    seen.append(recorded)
-                if [visit.name for visit in seen[0]] != [visit.name for visit in seen[1]]:
-                    raise ValueError("second must call the layers that first calls, in its order, got others")
-                yield list(zip(*seen, strict=True))
+        for inputs in batches(pool, batch_size):
+            seen = []
+            for model, visits in zip(self._models, self._visits, strict=True):
+                with (
+                    visits.recording() as recorded,
+                    torch.no_grad(),
+                ):  # not around a yield: it would be the caller's too
+                    run(model, to_device(inputs, device_of(model)))
+                seen.append(recorded)
+            if any([visit.name for visit in of_one] != [visit.name for visit in seen[0]] for of_one in seen):
+                raise ValueError("second must call the layers that first calls, in its order, got others")
+            yield list(zip(*seen, strict=True))
 
 
 def batches(pool: Pool, batch_size: int) -> Iterator:

@@ -12,9 +12,12 @@ from ..modules.layers import flat
 from ..modules.pools import Pool
 from ..modules.ties import first_of_tied
 from ..ops import gram_cross
-from .flows import Flows, Linear, Pair, linear_layers
+from .build import widened
+from .flows import Flows, Linear, Visits, linear_layers
 from .partial import Plan, Units
+from .statistics import take_statistics
 
+ORDERS = ("model", "layer")
 RIDGE = 1e-6  # of the mean square of what a weight multiplies
 MOST_BYTES = 1 << 30  # of sums that are held at a time
 
@@ -24,15 +27,27 @@ Tensors = dict[str, Tensor]
 
 @torch.no_grad()
 def solve_layers(
-    plan: Plan, models: Models, merged: Tensors, heads: tuple[Tensors, Tensors], pool: Pool, batch_size: int
+    plan: Plan,
+    models: Models,
+    merged: Tensors,
+    heads: tuple[Tensors, Tensors],
+    pool: Pool,
+    batch_size: int,
+    *,
+    order: str = "model",
+    statistics: bool = True,
 ) -> list[str]:
     """``min |X W^T + b - Y|^2 + ridge |W - W_0|^2``, in place: X are both models' inputs of a layer, merged as their
     units are, Y their layers' answers alike, and W_0 is what the layer is in the merged model.
 
     Answers that are one model's read only the inputs that are its own or both's.
 
+    Args:
+        order: "layer": one after the other, and X is what goes into a layer in the merged model so far.
+        statistics: In that: whether its batch norms take theirs from the pool.
+
     Returns:
-        The names of the layers.
+        The names of the layers that are called.
     """
     layers = linear_layers(models[0])
     owners = first_of_tied(models[0], {name: linear.layer for name, linear in layers.items()})
@@ -41,17 +56,24 @@ def solve_layers(
         linear = layers[name]
         holders = enumerate(heads) if plan.symmetries.in_heads(linear.weight) else [(None, merged)]
         of_layer += [_Regression(plan, linear, models, tensors, which) for which, tensors in holders]
-    for together in _parts(regressions):
+    solved: list[str] = []
+    parts = _parts(regressions) if order == "model" else _in_order(models[0], layers, owners, pool)
+    for together in parts:
+        running: list[nn.Module] = list(models)
+        if order == "layer":
+            running.append(widened(models[0], {**merged, **heads[0]}))
+            if statistics:
+                take_statistics(running[-1], pool, batch_size)
         called = {name: layers[name] for name, owner in owners.items() if owner in together}
-        with Flows(*models, called) as flows:
-            for visits in flows(pool, batch_size):
-                for pair in visits:
-                    for regression in regressions[owners[pair[0].name]]:
-                        regression.add(layers[pair[0].name], pair, models)
+        with Flows(running, called) as flows:
+            for batch in flows(pool, batch_size):
+                for visits in batch:
+                    for regression in regressions[owners[visits[0].name]]:
+                        regression.add(layers[visits[0].name], visits, models)
         for name in together:
-            for regression in regressions[name]:
-                regression.solve()
-    return list(regressions)
+            called_once = [regression.solve() for regression in regressions[name]]
+            solved += [name] if any(called_once) else []
+    return solved
 
 
 def _parts(regressions: Mapping[str, Sequence[_Regression]]) -> Iterator[list[str]]:
@@ -67,6 +89,27 @@ def _parts(regressions: Mapping[str, Sequence[_Regression]]) -> Iterator[list[st
         held += size
     if together:
         yield together
+
+
+def _in_order(
+    model: nn.Module, layers: Mapping[str, Linear], owners: Mapping[str, str], pool: Pool
+) -> Iterator[list[str]]:
+    """Layers as they are called, those together that are given the same."""
+    with Flows([model], {name: layers[name] for name in owners}) as flows:
+        seen = [visits[0] for visits in next(flows(pool, 1))]
+    known: set[str] = set()
+    groups: list[list[str]] = []
+    before = None
+    for visit in seen:
+        if (owner := owners[visit.name]) in known:
+            continue
+        known.add(owner)
+        if visit.inputs.data_ptr() == before:
+            groups[-1].append(owner)
+        else:
+            groups.append([owner])
+        before = visit.inputs.data_ptr()
+    yield from groups
 
 
 class _Regression:
@@ -89,11 +132,11 @@ class _Regression:
         out, columns = self._weight.shape
         return 8 * columns * (columns + out)
 
-    def add(self, linear: Linear, pair: Pair, models: Models) -> None:
-        """`linear`: this layer, or one that shares its weight."""
-        features = [linear.features(visit.inputs) for visit in pair]
-        answers = [linear.answers(visit, model) for visit, model in zip(pair, models, strict=True)]
-        x = flat(linear.columns(_combined(self._inputs, features)))
+    def add(self, linear: Linear, visits: Visits, models: Models) -> None:
+        """`linear`: this layer, or one that shares its weight; a third visit is of the merged model."""
+        features = [linear.features(visit.inputs) for visit in visits]
+        answers = [linear.answers(visit, model) for visit, model in zip(visits, models, strict=False)]
+        x = flat(linear.columns(features[2] if len(features) > 2 else _combined(self._inputs, features)))
         error = flat(_combined(self._outputs, answers)) - x @ self._weight.to(x).T
         if self._bias is not None:
             error -= self._bias.to(x)
@@ -102,9 +145,10 @@ class _Regression:
         self._sums = [a.add_(b) for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self._count += len(x)
 
-    def solve(self) -> None:
+    def solve(self) -> bool:
+        """Whether anything went through the layer."""
         if not self._count:
-            return
+            return False
         if not all(part.isfinite().all() for part in self._sums):
             raise ValueError(f"models must be finite at layer {self._name!r}, got NaN or infinity")
         kernel = self._weight.shape[1] // len(self._inputs.first)
@@ -119,6 +163,7 @@ class _Regression:
                 device = self._weight.device
                 self._solve(rows.nonzero()[:, 0].to(device), columns.nonzero()[:, 0].to(device))
         self._sums = []
+        return True
 
     def _solve(self, rows: Tensor, columns: Tensor) -> None:
         gram, cross, x_sum, e_sum = self._sums

@@ -11,14 +11,14 @@ from torch import nn
 from ..modules.device import device_of
 from ..modules.frozen import frozen
 from ..modules.inputs import Inputs, run, to_device
-from ..modules.pools import Batches, Pool, pool_of
+from ..modules.pools import Batches, pool_of
 from ..ops import arguments
 from .activations import match_activations
 from .assignment import Matching, check_alike, state_of
-from .build import BatchNorm, head_state, merged_state, widened
-from .flows import batches as batches_of
-from .least_squares import solve_layers
+from .build import head_state, merged_state, widened
+from .least_squares import ORDERS, solve_layers
 from .partial import Ratio, plan_of
+from .statistics import take_statistics
 from .symmetries import SAMPLES, find_symmetries, outputs_of
 from .weights import match_weights
 
@@ -54,6 +54,7 @@ def pleas(
     similarity: str = "distance",
     heads: Sequence[str] = (),
     least_squares: bool = True,
+    order: str = "model",
     reset_statistics: bool = True,
     seed: int = 0,
     batch_size: int = 64,
@@ -80,6 +81,9 @@ def pleas(
         similarity: As of `match_activations`.
         heads: Names of modules that each model keeps: classifiers of other classes. They are solved for too.
         least_squares: False: nothing is solved for.
+        order: "model": X are both models' own inputs for all layers at once, as in the paper. "layer": one layer after
+            the other, X what goes into it in the merged model so far, which makes up for what the layers before it
+            lack; a pass through three models for each (two where batch norms take statistics).
         reset_statistics: Of batch norms; False: they are merged as biases are.
         seed: Of "weights".
         batch_size: Samples in one pass.
@@ -96,8 +100,10 @@ def pleas(
 
     Source: PLeaS (arXiv 2407.02447). Its ratios follow from a quadratic program, ours are given or follow from the
         budget; it takes steps of Adam towards the solution; and with ratio 1 its code merges one pair of each group.
+        The order "layer" is ours.
     """
     arguments.check_count("batch_size", batch_size)
+    arguments.check_one_of("order", order, ORDERS)
     if isinstance(match, str):
         arguments.check_one_of("match", match, MATCHES)
     pool = pool_of("batches", batches, num_workers)
@@ -125,7 +131,9 @@ def pleas(
         _check_runs(widened(first, {**merged, **of_heads[0]}), first, few)
     solved: list[str] = []
     if least_squares:
-        solved = solve_layers(plan, (first, second), merged, of_heads, pool, batch_size)
+        solved = solve_layers(
+            plan, (first, second), merged, of_heads, pool, batch_size, order=order, statistics=reset_statistics
+        )
     model = widened(first, {**merged, **of_heads[0]})
     if reset_statistics:
         take_statistics(model, pool, batch_size)
@@ -133,22 +141,6 @@ def pleas(
     wide = widened(second, of_heads[1])
     theirs = {name: wide.get_submodule(name) for name in heads}
     return Merged(model, (own, theirs), matching, plan.widths, tuple(solved))
-
-
-def take_statistics(model: nn.Module, pool: Pool, batch_size: int) -> None:
-    """Means and variances of all batch norms are those of these samples."""
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    with frozen(model), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True  # the mean over batches
-        for inputs in batches_of(pool, batch_size):
-            run(model, to_device(inputs, device_of(model)))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 def _check_runs(wide: nn.Module, first: nn.Module, inputs: Inputs) -> None:

@@ -21,6 +21,7 @@ from tests.matching.models import (
     resnet_of_torchvision,
     shuffled,
     vit_of_digits,
+    vit_of_torchvision,
     with_depthwise,
     with_flattened_channels,
     with_normed_weight,
@@ -120,6 +121,32 @@ def test_layers_are_the_solutions(ratio: float, monkeypatch: pytest.MonkeyPatch)
     assert merged.solved == ("1", "3", "5")
     for found, wanted in zip(merged.model.parameters(), expected, strict=True):
         torch.testing.assert_close(found.detach(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [ResNet, vit_of_digits, vit_of_torchvision], ids=lambda kind: kind.__name__)
+def test_layer_after_layer_is_nearer_to_both(kind: Callable[[], nn.Module]) -> None:
+    first, second, x = made(kind, 0), made(kind, 1), images(kind, 200)
+    mean = ((first(x) + second(x)) / 2).detach()
+    whole, layered = (pleas(first, second, x, order=order) for order in ("model", "layer"))
+    assert set(layered.solved) == set(whole.solved)
+    assert error(layered.model, mean, x) < 0.8 * error(whole.model, mean, x)
+
+
+def test_a_layer_reads_what_the_merged_model_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each solution of "layer" once more, from the inputs that the merged model has at last."""
+    monkeypatch.setattr(solving, "RIDGE", 1e-13)
+    first, second, x = made(mlp, 0).double(), made(mlp, 1).double(), images(mlp, 300).double()
+    merged = pleas(first, second, x, order="layer")
+    p, q = merged.matching.permutations.values()
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    for end, order in ((1, p), (3, q), (5, torch.arange(5))):
+        inputs = merged.model[:end](x)  # type: ignore[index]
+        answers = (first[: end + 1](x) + second[: end + 1](x)[:, order]) / 2  # type: ignore[index]
+        found = torch.linalg.lstsq(torch.cat([inputs, ones], 1), answers, driver="gelsd").solution.T
+        layer = merged.model[end]  # type: ignore[index]
+        # by what they answer: of units that are always 0 nothing follows
+        expected = inputs @ found[:, :-1].T + found[:, -1]
+        torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_number() -> None:
@@ -276,6 +303,7 @@ def test_arguments_are_checked() -> None:
     refused("^budget must be finite and 1 or greater, got 0.5$", budget=0.5)
     refused("^ratio must be 0 where a budget is given, got 0.5$", budget=2.0, ratio=0.5)
     refused("^match must be one of 'activations', 'weights', got 'luck'$", match="luck")
+    refused("^order must be one of 'model', 'layer', got 'block'$", order="block")
     refused("^batch_size must be 1 or greater, got 0$", batch_size=0)
     refused("^batches must hold at least one sample, got none$", inputs=x[:0])
     refused("^match must have permutations of all groups, got none of '1.weight", match=Matching())
