@@ -68,11 +68,10 @@ def merges(first: nn.Module, second: nn.Module, images: Tensor, heads: tuple[str
         ("matched by activations", by_activations),
     ):
         yield name, pleas(first, second, images, match=matching, heads=heads, least_squares=False)
-    for budget in BUDGETS:
-        yield (
-            f"PLeaS, {budget:g} x the parameters",
-            pleas(first, second, images, match=by_activations, budget=budget, heads=heads),
-        )
+    for order, title in (("model", "PLeaS"), ("layer", "PLeaS by layers")):
+        for budget in BUDGETS:
+            merged = pleas(first, second, images, match=by_activations, budget=budget, heads=heads, order=order)
+            yield f"{title}, {budget:g} x the parameters", merged
 
 
 @torch.no_grad()
