@@ -50,7 +50,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "<task>.safetensors or <task>.pt (default: from the pretrained text encoder)",
     )
     add("--templates", type=Path, help="JSON file: task -> sentences with {} for the class (default: CLIP's own)")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    add(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)} (default: these), whose merges are repaired, and of all that `surgery-kernels "
+        "methods` lists, which are not; or all",
+    )
     add(
         "--surgery",
         nargs="*",
@@ -94,12 +101,14 @@ def run(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     try:
         from safetensors import SafetensorError
 
+        from .declared import chosen
         from .experiment import run as run_experiment
     except ModuleNotFoundError as missing:
         if missing.name not in PACKAGES:
             raise
         error(f"{missing.name} must be installed for this experiment: pip install 'surgery-kernels[clip]'")
     try:
+        settings["methods"] = chosen(settings["methods"])
         run_experiment(Settings(**{**settings, "seed": int(options.seed)}), options.out)
     except InputError as wrong:
         error(str(wrong))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from ...merging import entropy_objective, merge_state_dicts
+from ...merging import METHODS, entropy_objective, merge_state_dicts
 from ...merging.methods.learned import Objective
 from ...merging.progress import SECONDS_BEFORE_SHOWN
 from ...surgery import SurgeryModel
@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..repair import Setting, repair
 from ..report import average, plot_averages, say, table
 from ..zero_shot import cosines
+from . import declared
 from .folders import Task, find_tasks
 from .heads import TextHeads, check_head, read_head
 from .images import Decoder, Images, Pixels, class_names, open_images
@@ -136,6 +137,30 @@ class Experiment:
                     if mode in self.settings.surgery:
                         outcome = self.evaluate_repaired(f"{options['method']}-{mode}", self.setting(mode))
                         yield f"{name} + {repaired}", outcome
+        for method in declared.names():
+            if method in methods:
+                yield method, self.evaluate_declared(method)
+
+    def evaluate_declared(self, method: str) -> Outcome:
+        experts = [self.expert(task) for task in self.tasks]
+        states = declared.models(self.base, experts, method, self.inputs())
+        right: dict[str, Tensor] = {}
+        for task, state in zip(self.tasks, states, strict=True):
+            right[task.name] = self.test(task, self.plain(state))
+        return outcome_of(right)
+
+    def inputs(self) -> declared.ClipInputs:
+        pixels, drawn = self.splits[self.settings.adapt_split], self.drawn(self.settings.images)
+        return declared.ClipInputs(
+            encoder=self.encoder,
+            experts=lambda: ((task.name, self.expert(task)) for task in self.tasks),
+            images={task: torch.stack([pixels[task][int(i)] for i in rows]) for task, rows in drawn.items()},
+            heads=self.heads,
+            logit_scale=self.logit_scale,
+            entropy=self.entropy,
+            autocast=self.autocast,
+            steps=self.settings.adamerging_steps,
+        )
 
     def expert(self, task: Task) -> StateDict:
         return load_vision(task.expert, self.base)
@@ -301,5 +326,6 @@ def check_device(settings: Settings) -> None:
         device = torch.empty(0, device=settings.device).device
     except (AssertionError, RuntimeError):  # what builds without CUDA, and drivers without it, raise
         raise InputError(f"--device must be one that torch can use, got {settings.device}") from None
-    if device.type != "cpu" and (settings.surgery or "adamerging" in settings.methods):
+    learned = [name for name in settings.methods if name in METHODS and METHODS[name].from_inputs]
+    if device.type != "cpu" and (settings.surgery or learned):
         raise InputError(f"--device must be cpu for surgery and adamerging, whose ops run there, got {settings.device}")

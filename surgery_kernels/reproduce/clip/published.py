@@ -12,7 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..declared.published import PUBLISHED
+from .methods import MERGES
+
 TASKS = ("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
+
+
+OTHERWISE = {"surgery", "calibrate", *(options["method"] for options in MERGES.values())}  # rows of another name
+DECLARED = {name: value for name, value in PUBLISHED.items() if name not in OTHERWISE}
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,12 @@ ARCHITECTURES = (
             "AdaMerging + Surgery": 86.1,
             "Iso-C": 83.1,
             "TSV-M": 84.0,
+            **DECLARED,
         },
         others={
             "task arithmetic + Surgery, 256 images": 77.0,
             "task arithmetic + ProbSurgery, 256 images": 78.8,
             "task arithmetic + FeatCal, 8 images": 82.9,
-            "EMR": 88.7,
             "WEMoE": 89.5,
         },
     ),

@@ -7,6 +7,7 @@ Concrete's abstract; the papers of EMR, FeatCal and Representation Surgery.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 PUBLISHED = {
@@ -57,23 +58,29 @@ def order_text(averages: Mapping[str, float], reasons: Mapping[str, str]) -> str
     lines = [
         f"The published order holds in {count - len(pairs)} of {count} pairs that are {APART:g} points apart there."
     ]
-    for name in blamed(pairs):
-        below = [low for low, high in pairs if high == name]
-        above = [high for low, high in pairs if low == name]
+    for name, out_of_order in explained(pairs).items():
+        below = [low for low, high in out_of_order if high == name]
+        above = [high for low, high in out_of_order if low == name]
         places = [f"below {', '.join(below)}"] if below else []
         places += [f"above {', '.join(above)}"] if above else []
-        lines.append(f"  {name}: here {' and '.join(places)}")
+        lines.append(f"  {name} is {' and '.join(places)}")
         if name in reasons:
             lines.append(f"    {reasons[name]}")
-    return "\n".join(lines)
+    return "\n".join(part for line in lines for part in wrapped(line))
 
 
-def blamed(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """As few methods as explain all pairs, those in most of them first."""
-    found, left = [], list(pairs)
+def wrapped(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, 110, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def explained(pairs: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """All pairs by as few methods as may be: those in most of them first, each with what those before leave."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    left = list(pairs)
     while left:
         counts = {name: sum(name in pair for pair in left) for pair in left for name in pair}
         worst = max(counts, key=lambda name: counts[name])
-        found.append(worst)
+        found[worst] = [pair for pair in left if worst in pair]
         left = [pair for pair in left if worst not in pair]
     return found

@@ -41,6 +41,11 @@ REPAIRS = {
 # Why methods come out of the published order here, where the tasks conflict by construction.
 REASONS = {
     "wudi": "it stays near the sum of all task vectors, which is too long where they are almost orthogonal",
+    "consensus_ta": "two experts or more need five of six entries here: the mask spares little, and what is left is "
+    "task arithmetic at another scale",
+    "regmean": "it looks at inputs, and one matrix that answers all tasks' inputs is nearer to conflicting experts "
+    "than a mean of theirs",
+    "surgery": "it is told the task, and where tasks conflict that is worth more than any single model",
 }
 
 

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from surgery_kernels import merge_state_dicts
 from surgery_kernels.merging import Learned
+from surgery_kernels.reproduce.clip.declared import chosen, names
 from surgery_kernels.reproduce.clip.folders import find_tasks
 from surgery_kernels.reproduce.clip.heads import TextHeads
 from surgery_kernels.reproduce.clip.images import Decoder, class_names, open_images
-from surgery_kernels.reproduce.clip.methods import MERGES
+from surgery_kernels.reproduce.clip.methods import MERGES, METHODS
 from surgery_kernels.reproduce.clip.models import (
     VisionEncoder,
     image_processor,
@@ -23,6 +24,7 @@ from surgery_kernels.reproduce.clip.models import (
     logit_scale,
     vision_config,
 )
+from surgery_kernels.reproduce.errors import InputError
 from tests.clip_models import CLASSES
 
 pytestmark = pytest.mark.any_isa
@@ -80,3 +82,29 @@ def test_adamerging_lowers_the_entropy_of_predictions(
         predicted = torch.distributions.Categorical(logits=scale * F.normalize(features, dim=1) @ head.T)
         entropies.append(predicted.entropy().mean())
     assert found.losses[0].item() == pytest.approx(sum(entropies).item(), rel=1e-4)
+
+
+def test_declared_methods_are_rows(
+    run: Callable[..., dict[str, Any]], model_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    wanted = ["slerp", "pcb", "emr", "fisher", "regmean", "atlas"]  # of each kind one
+    results = run("--methods", *wanted, "--surgery", "--adamerging-steps=2", "--batch-size=4", "--images=4")
+    assert list(results["accuracy"]) == wanted and set(wanted) <= set(names())
+    base = load_vision(model_dir / "pretrained")
+    experts = [load_vision(task.expert, base) for task in find_tasks(model_dir, data_dir).tasks]
+    encoder = VisionEncoder(vision_config(model_dir / "pretrained")).eval()
+    decoder = Decoder(image_processor(model_dir / "pretrained"), tmp_path / "pixels")
+    pixels = decoder.pixels("mnist-test", open_images(data_dir / "mnist" / "test"), at_most=None, seed=0)
+    head = TextHeads(model_dir / "pretrained", tmp_path / "heads").head("mnist", CLASSES["mnist"])
+    for name, options in (("pcb", {}), ("emr", {"task": 1})):  # the model of its own task, the second
+        encoder.load_state_dict(merge_state_dicts(base, experts, method=name, **options))
+        with torch.no_grad():
+            predicted = (F.normalize(encoder(pixels[:]), dim=1) @ head.T).argmax(1)
+        expected = 100 * (predicted == pixels.labels).double().mean().item()
+        assert results["accuracy"][name]["mnist"] == pytest.approx(expected)
+
+
+def test_methods_are_checked(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    assert chosen(["all"]) == (*METHODS, *names()) and chosen(["ties", "pcb"]) == ("ties", "pcb")
+    with pytest.raises(InputError, match=r"^--methods must be all, or of pretrained, .*, got sleep$"):
+        chosen(["ties", "sleep"])

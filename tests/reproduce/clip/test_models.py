@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
+from surgery_kernels.reproduce.clip.declared import names
 from surgery_kernels.reproduce.clip.folders import InputError
 from surgery_kernels.reproduce.clip.models import (
     VisionEncoder,
@@ -75,11 +76,11 @@ def test_logit_scale_of_a_tower_is_that_of_the_released_models(clip: CLIPModel, 
 
 
 def test_architectures_are_recognised() -> None:
-    names = [recognise(768, 12, 32), recognise(768, 12, 16), recognise(1024, 24, 14)]
-    assert names == list(ARCHITECTURES) and [name.v2_rank for name in names if name] == [16, 16, 4]
+    found = [recognise(768, 12, 32), recognise(768, 12, 16), recognise(1024, 24, 14)]
+    assert found == list(ARCHITECTURES) and [one.v2_rank for one in found if one] == [16, 16, 4]
     assert recognise(32, 2, 16) is None
     for architecture in ARCHITECTURES:
-        assert set(architecture.averages) <= set(ROWS)
+        assert set(architecture.averages) <= {*ROWS, *names()}
         assert all(40 < value < 95 for value in architecture.averages.values())
 
 

@@ -121,7 +121,10 @@ def test_order_is_held_against_the_published_one() -> None:
     lines = order_text(averages, {"wudi": "because"}).splitlines()
     assert lines == [
         "The published order holds in 3 of 5 pairs that are 2 points apart there.",
-        "  wudi: here below ties, regmean",
+        "  wudi is below ties, regmean",
         "    because",
     ]
+    averages |= {"pcb": 71.0}  # what one method explains is not told of another
+    assert order_text(averages, {}).splitlines()[1:] == ["  wudi is below ties, regmean, pcb", "  regmean is above pcb"]
+    assert max(map(len, order_text(averages, {"wudi": "long " * 50}).splitlines())) <= 110
     assert "holds in 1 of 1 pairs" in order_text({"ties": 1.0, "emr": 2.0}, {})
