@@ -39,7 +39,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MOST_SPILLS = 12  # Triton 3.6 to 3.9 spill in different kernels, a few of some thousand instructions
+MOST_SPILLS = 16  # Triton 3.6 to 3.9 spill in different kernels, a few of some thousand instructions
 SHARED = {"cuda": 99 << 10, "hip": 64 << 10}  # bytes that one program may take: of sm_86, sm_89 and sm_120 too
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 STEMS = [path.stem for path in sorted(Path(__file__).with_name("launches").glob("[a-z]*.py"))]
