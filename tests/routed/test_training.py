@@ -74,7 +74,7 @@ def test_a_router_sees_every_form_of_samples() -> None:
         fit_router(model, inputs, steps=3, hidden=7)
         results.append(features(one, model))
         assert model.configuration["router"] == [16, 7]
-    assert torch.equal(*results)
+    torch.testing.assert_close(*results)  # products of other batches may be rounded otherwise
 
 
 @pytest.mark.parametrize(
