@@ -11,10 +11,10 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...merging import METHODS, Objective, diagonal_fisher, gram_matrices, merge_state_dicts
-from ...surgery import SurgeryModel
+from ...surgery import SurgeryModel, regmean_plus_plus
 from ..declared import rows, settings
 from ..declared.published import order_text
 from ..declared.rows import Row
@@ -31,6 +31,7 @@ NUM_IMAGES = 64  # unlabeled, of each task, for what looks at inputs once
 STEPS = 500  # of what learns, a batch of each task in each
 START = "task arithmetic"  # of the repairs
 
+REGMEAN_PLUS_PLUS = "regmean_plus_plus"  # starts from the experts' mean
 REPAIRS = {
     "calibrate": Setting("calibrate", num_samples=NUM_IMAGES),
     "calibrate_residual": Setting("calibrate", num_samples=NUM_IMAGES, residual=True),
@@ -77,30 +78,35 @@ class DigitsInputs:
 
 
 def names() -> list[str]:
-    return [*settings.names(from_inputs=True), *REPAIRS]
+    return [*settings.names(from_inputs=True), REGMEAN_PLUS_PLUS, *REPAIRS]
 
 
 def row_of(config: Config, folder: Path, steps: int, name: str) -> Row:
     """A function of its arguments alone."""
     experts = experts_at(config, folder)
-    if name in REPAIRS:
+    if name not in METHODS:
         return row_of_repair(experts, name, steps)
     of_models = partial(accuracies, experts)
     return rows.row(experts.pretrained, experts.experts, of_models, name, DigitsInputs(experts, steps))
 
 
 def row_of_repair(experts: Experts, name: str, steps: int) -> Row:
-    setting = replace(REPAIRS[name], steps=2 * steps)
-    state = merge(experts, START)
     start = time.process_time()
-    model = repaired_by(experts, experts.config.encoder(state), setting)
+    model = repaired(experts, name, 2 * steps)
     seconds = time.process_time() - start
     found = measure(experts, [model] * len(TASKS)).accuracy
     if isinstance(model, SurgeryModel):
         model.detach()
-    few = replace(setting, steps=rows.FEW_STEPS)
-    held = rows.nbytes_held(lambda: repaired_by(experts, experts.config.encoder(state), few))
-    return Row(name, found, seconds, held, 0)
+    return Row(name, found, seconds, rows.nbytes_held(lambda: repaired(experts, name, rows.FEW_STEPS)), 0)
+
+
+def repaired(experts: Experts, name: str, steps: int) -> nn.Module:
+    config = experts.config
+    if name == REGMEAN_PLUS_PLUS:
+        mean = config.encoder(merge(experts, "weight averaging"))
+        images = dict(zip(TASKS, experts.test.images[:, :NUM_IMAGES], strict=True))
+        return config.encoder(regmean_plus_plus(mean, dict(zip(TASKS, experts.experts, strict=True)), images))
+    return repaired_by(experts, config.encoder(merge(experts, START)), replace(REPAIRS[name], steps=steps))
 
 
 def run(config: Config, out: Path, pool: Executor, wanted: Sequence[str], *, steps: int = 2 * STEPS) -> list[Row]:

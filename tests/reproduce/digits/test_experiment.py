@@ -254,7 +254,18 @@ def test_methods_alone(tiny_folder: Path, tmp_path: Path, capsys: pytest.Capture
     copied.mkdir()
     for name, content in saved(tiny_folder).items():
         (copied / f"{name}.safetensors").write_bytes(content)
-    wanted = ["average", "adamerging", "regmean", "fisher", "emr", "slerp", "calibrate", "closed_form", "surgery"]
+    wanted = [
+        "average",
+        "adamerging",
+        "regmean",
+        "fisher",
+        "emr",
+        "slerp",
+        "regmean_plus_plus",
+        "calibrate",
+        "closed_form",
+    ]
+    wanted.append("surgery")
     with ThreadPoolExecutor(1) as pool:
         found = methods.run(TINY, tmp_path, pool, wanted, steps=4)
     printed = capsys.readouterr().out
@@ -263,7 +274,7 @@ def test_methods_alone(tiny_folder: Path, tmp_path: Path, capsys: pytest.Capture
     average_of = accuracies(made, [merge(made, "weight averaging")] * len(TASKS))
     assert found[0].accuracy == pytest.approx(average_of)
     assert all(row.seconds > 0 and row.nbytes_held > 0 for row in found)
-    assert [row.method for row in found if row.nbytes == 0] == wanted[-3:]
+    assert [row.method for row in found if row.nbytes == 0] == wanted[-4:]
     assert (copied / "methods.txt").read_text().strip() in printed and "The published order holds in" in printed
     assert [row["method"] for row in json.loads((copied / "methods.json").read_text())] == wanted
     assert (copied / "methods.png").read_bytes().startswith(b"\x89PNG")
