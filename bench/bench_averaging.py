@@ -57,12 +57,17 @@ def eager_mean(lists: list[list[Tensor]]) -> None:
         torch._foreach_lerp_(own, mean, SHARE * NUM_EXPERTS / (NUM_EXPERTS - 1))
 
 
-EAGER: dict[str, Callable[[list[list[Tensor]]], None]] = {"eager": eager_formula, "eager, by the mean": eager_mean}
+EAGER: dict[str, Callable[[list[list[Tensor]]], None]] = {"averaging": eager_formula, "averaging by a mean": eager_mean}
 
 
-def describe(dtype: str, contender: str) -> dict[str, Any]:
+def contender_of(kind: str, contender: str) -> Callable[[list[list[Tensor]]], None]:
+    torch.compiler.reset()
+    return torch.compile(EAGER[kind], dynamic=False) if contender == "compiled" else EAGER[kind]
+
+
+def describe(kind: str, dtype: str, contender: str) -> dict[str, Any]:
     return {
-        "op": "mix experts averaging",
+        "op": f"mix {kind}",
         "num_params": NUM_PARAMS,
         "num_tasks": NUM_EXPERTS,
         "dtype": dtype,
@@ -72,12 +77,12 @@ def describe(dtype: str, contender: str) -> dict[str, Any]:
     }
 
 
-def differing_share(name: str, dtype: str) -> float:
+def differing_share(call: Callable[[list[list[Tensor]]], None], dtype: str) -> float:
     """One step of both from the same parameters: they differ by roundings alone."""
     theirs, ours = experts(DTYPES[dtype]), experts(DTYPES[dtype])
-    EAGER[name](lists_of(theirs))
+    call(lists_of(theirs))
     ExpertsAveraging(ours, SHARE).step()
-    slack = NUM_EXPERTS * torch.finfo(DTYPES[dtype]).eps * 0.1  # parameters are below 0.1
+    slack = NUM_EXPERTS * torch.finfo(DTYPES[dtype]).eps * 0.1  # nearly all parameters are below 0.1
     pairs = list(zip(theirs.parameters(), ours.parameters(), strict=True))
     for x, y in pairs:
         torch.testing.assert_close(x, y, rtol=0, atol=slack)
@@ -85,27 +90,29 @@ def differing_share(name: str, dtype: str) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("contender", EAGER)
+@pytest.mark.parametrize("contender", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", EAGER)
 @pytest.mark.benchmark(group="mix")
-def test_baseline(measure: Measure, rounds: int, contender: str, dtype: str) -> None:
-    theirs = lists_of(experts(DTYPES[dtype]))
+def test_baseline(measure: Measure, rounds: int, kind: str, contender: str, dtype: str) -> None:
+    theirs, call = lists_of(experts(DTYPES[dtype])), contender_of(kind, contender)
     averaging = ExpertsAveraging(experts(DTYPES[dtype]), SHARE)
     measure(
-        lambda: EAGER[contender](theirs),
+        lambda: call(theirs),
         ours=averaging.step,
-        check=lambda _: differing_share(contender, dtype),
+        check=lambda _: differing_share(call, dtype),
         rounds=2 * rounds,
-        extra=describe(dtype, contender),
+        extra=describe(kind, dtype, contender),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", EAGER)
 @pytest.mark.benchmark(group="mix")
-def test_ours(measure: Measure, rounds: int, dtype: str) -> None:
+def test_ours(measure: Measure, rounds: int, kind: str, dtype: str) -> None:
     averaging = ExpertsAveraging(experts(DTYPES[dtype]), SHARE)
     measure(
         averaging.step,
-        check=lambda _: differing_share("eager", dtype),
+        check=lambda _: differing_share(eager_formula, dtype),
         rounds=8 * rounds,
-        extra=describe(dtype, "ours"),
+        extra=describe(kind, dtype, "ours"),
     )

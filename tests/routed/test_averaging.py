@@ -15,6 +15,8 @@ from surgery_kernels.reproduce.jobs import one_thread
 from surgery_kernels.routed import ExpertsAveraging, RandomExperts, collapse, upcycle
 from tests.encoders import clip, made, own, timm
 
+pytestmark = pytest.mark.any_isa
+
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 6)).to(dtype)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from surgery_kernels.routed import RoutedModel, Smile, TwinMerging, WEMoE, smile, twin_merging, wemoe
 from tests.encoders import BATCH, Case, clip, made, open_clip, open_clip_token_major, perturbed, timm, vit
 
+pytestmark = pytest.mark.any_isa
+
 Build = Callable[..., RoutedModel]
 
 

@@ -15,6 +15,8 @@ from surgery_kernels.routed.smile import SmileLinear
 from tests.encoders import clip, made, perturbed, timm
 from tests.routed.test_models import case_of, features
 
+pytestmark = pytest.mark.any_isa
+
 WIDTH, OUT, NUM_TASKS = 9, 7, 4
 
 

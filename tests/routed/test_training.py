@@ -13,6 +13,8 @@ from surgery_kernels.routed import WEMoE, fit_by_entropy, fit_router, twin_mergi
 from tests.encoders import samples
 from tests.routed.test_models import case_of, features
 
+pytestmark = pytest.mark.any_isa
+
 INPUTS = {"task0": samples(10, 3, 8, 8, seed=1), "task1": samples(12, 3, 8, 8, seed=2) + 1}
 
 

@@ -15,6 +15,8 @@ from surgery_kernels.routed import fit_router, twin_merging
 from tests.encoders import BATCH, clip, open_clip, timm, vit
 from tests.routed.test_models import case_of, features
 
+pytestmark = pytest.mark.any_isa
+
 LAM = 0.3
 
 

@@ -19,6 +19,8 @@ from surgery_kernels.routed.wemoe import MergedLinear
 from tests.encoders import BATCH, made, perturbed, timm
 from tests.routed.test_models import apart, case_of, features
 
+pytestmark = pytest.mark.any_isa
+
 LAM = 0.3
 
 
