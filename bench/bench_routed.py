@@ -7,6 +7,7 @@ once, tokens read and results written once, or, which takes longer, the products
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -47,6 +48,7 @@ def models() -> list[nn.Module]:
     return [base, *experts]
 
 
+@functools.cache  # FusionBench takes the experts apart for a while
 def both(name: str) -> tuple[Model, Model]:
     """FusionBench's, and ours with the same routers."""
     base, *experts = models()
