@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...merging import merge_state_dicts
 from ...routed import fit_by_entropy, fit_router, smile, twin_merging, wemoe
 from ..jobs import one_thread
+from ..methods import LAM
 from ..report import say, table
 from .experts import Config, Experts, load_experts
 from .tasks import TASKS
@@ -36,13 +37,13 @@ def accuracies(
     def logits(features: Tensor, task: str) -> Tensor:
         return classify(features, experts.heads[TASKS.index(task)][None])
 
-    merged = experts.config.encoder(merge_state_dicts(experts.pretrained, experts.experts, method="task_arithmetic"))
-    twin, mixture = twin_merging(base, states), wemoe(base, states)
+    merged = merge_state_dicts(experts.pretrained, experts.experts, method="task_arithmetic", lam=LAM)
+    twin, mixture = twin_merging(base, states, lam=LAM), wemoe(base, states, lam=LAM)
     fit_router(twin, few, steps=router_steps, seed=experts.config.seed)
     fit_by_entropy(mixture, unlabeled, logits, steps=entropy_steps, seed=experts.config.seed)
     models: dict[str, nn.Module] = {
         "pretrained": base,
-        "task arithmetic": merged,
+        "task arithmetic": experts.config.encoder(merged),
         "SMILE, rank 16": smile(base, states, rank=16, gate_rank=16),
         "Twin-Merging, rank 20 %": twin,
         f"WEMoE, {entropy_steps} steps": mixture,
