@@ -87,7 +87,7 @@ def test_errors(positional: Any, named: Any, error: type[Exception], message: st
 
 @pytest.mark.parametrize("shape", [(40, 40), (40, 90)], ids=str)
 def test_rounding_moves_small_directions_as_a_decomposition_does(shape: tuple[int, int]) -> None:
-    """Singular values down to 1e-4: an error of about eps / 1e-4, where Gram matrices of float32 would leave nothing."""
+    """Singular values down to 1e-4: an error of about eps / 1e-4; Gram matrices of float32 would leave nothing."""
     generator = torch.Generator().manual_seed(3)
     left, right = (torch.linalg.qr(torch.randn(side, 40, dtype=torch.float64, generator=generator)).Q for side in shape)
     matrix = ((left * torch.logspace(0, -4, 40, dtype=torch.float64)) @ right.mT).float()
