@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgery_kernels.checkpoint import merge, merge_adapters
+from surgery_kernels.checkpoint.loader import Loader
 from surgery_kernels.checkpoint.reading.lora import LoraExpert
+from surgery_kernels.checkpoint.steps import Input, Step
 from surgery_kernels.merging import LowRank, merge_loras
 from tests.checkpoints import save_lora, save_safetensors
 
@@ -51,15 +53,15 @@ def recipe(folders: list[str], method: str, **keys: Any) -> dict[str, Any]:
 def test_recipes_merge_the_factors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, scope: str, dtype: torch.dtype
 ) -> None:
-    """No expert's weights are made."""
+    """No expert's weights are made for it."""
     base, folders, loras = saved(tmp_path, dtype)
-    tensor = LoraExpert.tensor
+    load = Loader.load
 
-    def unchanged(self: LoraExpert, name: str) -> Tensor:
-        assert name not in self.changed
-        return tensor(self, name)
+    def unchanged(self: Loader, wanted: Input, step: Step) -> Tensor:
+        assert not isinstance(wanted.source, LoraExpert) or wanted.name not in wanted.source.changed
+        return load(self, wanted, step)
 
-    monkeypatch.setattr(LoraExpert, "tensor", unchanged)
+    monkeypatch.setattr(Loader, "load", unchanged)
     parameters = {"density": 0.5, "lambda": 0.8}
     merge(recipe(folders, method, parameters=parameters, scope=scope), tmp_path / "out", progress=False)
     merged = load_file(tmp_path / "out" / "model.safetensors")
