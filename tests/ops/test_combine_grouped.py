@@ -14,6 +14,8 @@ from surgery_kernels.reference.combine import groups_of
 from tests.cases import DTYPES, NUM_TASKS, assert_same, bits, gaussian, generator, inputs, option_id
 from tests.ops.test_combine import compute_type, offsets_of, problem, uneven_blocks
 
+pytestmark = pytest.mark.any_isa  # test_determinism compares them all
+
 
 def coefficients_of(num_tasks: int, block_offsets: Tensor, groups: int, dtype: torch.dtype = torch.float32) -> Tensor:
     shape = (num_tasks, block_offsets.numel() - 1, groups)
@@ -57,7 +59,6 @@ def test_every_number_of_task_vectors(num_tasks: int) -> None:
     assert_same(merged, reference.combine(base, task_vectors, coefficients, block_offsets))
 
 
-@pytest.mark.any_isa
 def test_one_group_is_no_group() -> None:
     base, task_vectors = problem(5_000, 3, torch.float32)
     block_offsets = uneven_blocks(5_000)
@@ -67,7 +68,6 @@ def test_one_group_is_no_group() -> None:
         assert_same(combine(base, task_vectors, coefficients, block_offsets, seed=seed), expected)
 
 
-@pytest.mark.any_isa
 def test_groups_are_of_about_equal_size_and_of_their_block_alone() -> None:
     block_offsets = offsets_of(90_000, 30_000, 60_000)
     first, second, third = groups_of(block_offsets, 6, 11).split(30_000)
@@ -78,7 +78,6 @@ def test_groups_are_of_about_equal_size_and_of_their_block_alone() -> None:
     assert not torch.equal(groups_of(offsets_of(30_000), 6, 12), first)
 
 
-@pytest.mark.any_isa
 @pytest.mark.usefixtures("restored_isa", "restored_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
 def test_determinism(dtype: torch.dtype) -> None:
@@ -115,7 +114,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(lambda coefficients: merge(coefficients).sin(), coefficients)
 
 
-@pytest.mark.any_isa
 def test_opcheck() -> None:
     base, task_vectors, coefficients, block_offsets = double_problem()
     ops = torch.ops.surgery_kernels
@@ -124,7 +122,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.combine_grouped_backward, (grad, task_vectors, block_offsets, 4, 3))
 
 
-@pytest.mark.any_isa
 def test_compiled() -> None:
     def loss(base: Tensor, task_vectors: Tensor, coefficients: Tensor, block_offsets: Tensor) -> Tensor:
         return combine(base, task_vectors, coefficients, block_offsets, seed=6).float().square().sum()
@@ -150,7 +147,6 @@ GOOD: dict[str, Any] = {
 }
 
 
-@pytest.mark.any_isa
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
@@ -165,7 +161,6 @@ def test_refused(message: str, changes: dict[str, Any]) -> None:
         combine(**{**GOOD, **changes})
 
 
-@pytest.mark.any_isa
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
@@ -183,7 +178,6 @@ def test_refused_by_the_op_itself(message: str, changes: dict[str, Any]) -> None
         torch.ops.surgery_kernels.combine_grouped(**{**GOOD, **changes}, seed=0)
 
 
-@pytest.mark.any_isa
 def test_the_number_of_groups_of_a_gradient() -> None:
     with pytest.raises(RuntimeError, match=r"^coefficients must be of 1 to 256 groups of every block, got 0$"):
         torch.ops.surgery_kernels.combine_grouped_backward(torch.zeros(4), [torch.ones(4)], torch.tensor([0, 4]), 0, 1)

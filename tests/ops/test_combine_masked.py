@@ -16,6 +16,8 @@ from surgery_kernels.reference.combine import mask_of, means_of
 from tests.cases import DTYPES, NUM_TASKS, assert_same, bits, gaussian, generator, inputs, option_id
 from tests.ops.test_combine import coefficients_of, compute_type, offsets_of, problem, uneven_blocks
 
+pytestmark = pytest.mark.any_isa  # test_determinism compares them all
+
 # both kinds of noise at the temperatures that need no logarithm, and at others; none; 0 is a step
 DRAWS: list[tuple[float, int | None]] = [(0.5, 7), (1.0, -3), (0.7, 2**63), (0.0, 1), (1.0, None), (0.0, None)]
 
@@ -78,7 +80,6 @@ def test_every_number_of_task_vectors(num_tasks: int) -> None:
     assert_same(merged, expected)
 
 
-@pytest.mark.any_isa
 def test_by_hand() -> None:
     """Without noise at temperature 1/2 the mask of logits (0, ln 3) is (.5, .9), over its mean (5/7, 9/7)."""
     logits = torch.tensor([0.0, math.log(3)])
@@ -90,7 +91,6 @@ def test_by_hand() -> None:
     assert_same(hard, torch.tensor([0.0, 2.0]))
 
 
-@pytest.mark.any_isa
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 0.3, 2.0])
 def test_masks_are_relaxed_bernoulli(temperature: float) -> None:
     """As torch draws them, by quantiles; at temperature 0 ones with probability sigmoid(logit)."""
@@ -109,7 +109,6 @@ def test_masks_are_relaxed_bernoulli(temperature: float) -> None:
     assert torch.equal(ones == 1, mask > 0.5)  # the same noise
 
 
-@pytest.mark.any_isa
 def test_a_block_of_one_element_is_scaled_by_one() -> None:
     """Whatever its logit, unless the mask is as good as nothing."""
     base, task_vectors = torch.ones(3), torch.tensor([[2.0, 3.0, 4.0]])
@@ -121,7 +120,6 @@ def test_a_block_of_one_element_is_scaled_by_one() -> None:
     assert not torch.autograd.grad(merged, logits, torch.tensor([0.3, -0.7, 0.1]))[0].any()
 
 
-@pytest.mark.any_isa
 def test_what_a_mask_depends_on() -> None:
     """The seed, the block and the place in it: not where the block lies."""
 
@@ -140,7 +138,6 @@ def test_what_a_mask_depends_on() -> None:
     assert not torch.equal(mask([20, 20], 4)[0], mask([20, 20], 4)[1])
 
 
-@pytest.mark.any_isa
 @pytest.mark.usefixtures("restored_isa", "restored_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
 def test_determinism(dtype: torch.dtype) -> None:
@@ -188,7 +185,6 @@ def test_gradcheck(temperature: float, seed: int | None) -> None:
     assert torch.autograd.gradcheck(merge, (coefficients, logits))
 
 
-@pytest.mark.any_isa
 def test_a_step_is_flat_and_a_collapsed_mask_has_no_mean() -> None:
     base, task_vectors, coefficients, block_offsets, logits = double_problem()
     merged = combine(base, task_vectors, coefficients, block_offsets, mask_logits=logits, temperature=0)
@@ -203,7 +199,6 @@ def test_a_step_is_flat_and_a_collapsed_mask_has_no_mean() -> None:
     assert torch.autograd.gradcheck(merge, collapsed, atol=1e-9)
 
 
-@pytest.mark.any_isa
 def test_it_is_differentiated_once() -> None:
     base, task_vectors, coefficients, block_offsets, logits = double_problem()
     merged = combine(base, task_vectors, coefficients, block_offsets, mask_logits=logits)
@@ -212,7 +207,6 @@ def test_it_is_differentiated_once() -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.any_isa
 def test_opcheck() -> None:
     base, task_vectors, coefficients, block_offsets, logits = double_problem()
     ops = torch.ops.surgery_kernels
@@ -224,7 +218,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.combine_masked_backward, (*arguments, means, 0.5, 3), test_utils=without)
 
 
-@pytest.mark.any_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=option_id)
 def test_compiled(dtype: torch.dtype) -> None:
     def loss(base: Tensor, task_vectors: Tensor, coefficients: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -244,7 +237,6 @@ def test_compiled(dtype: torch.dtype) -> None:
         assert_same(actual, expected)
 
 
-@pytest.mark.any_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=option_id)
 def test_what_is_not_finite_stays_in_its_block(dtype: torch.dtype) -> None:
     base, task_vectors = problem(300, 2, dtype)
@@ -267,7 +259,6 @@ GOOD: dict[str, Any] = {
 }
 
 
-@pytest.mark.any_isa
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
@@ -293,7 +284,6 @@ def test_refused(message: str, changes: dict[str, Any]) -> None:
         combine(**{**GOOD, **changes})
 
 
-@pytest.mark.any_isa
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
@@ -314,7 +304,6 @@ def test_refused_by_the_op_itself(message: str, changes: dict[str, Any]) -> None
             torch.ops.surgery_kernels.combine_masked_backward(*arguments, torch.ones(3), 0.5, 0)
 
 
-@pytest.mark.any_isa
 def test_what_is_drawn_is_not_stored(run_python: Callable[..., str]) -> None:
     """Beside result and gradients less than a hundredth of what one-hot masks of 10 groups take in half precision."""
     masked, grouped = map(int, run_python("-c", PEAK).split())
