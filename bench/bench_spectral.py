@@ -3,7 +3,7 @@ PyTorch, compiled, FusionBench's, and ours by its declaration.
 
 Bound: the products of the way that ours goes, at the rate of one of torch's in float32 (those of Gram matrices are in
 float64 for polar factors, at half of it), a symmetric one counted half, and 9 r^3 FLOPs for the eigenvectors of a
-matrix [r, r], which LAPACK does at a tenth of that rate.
+matrix [r, r].
 """
 
 from __future__ import annotations
