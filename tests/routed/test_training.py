@@ -73,10 +73,9 @@ def test_a_router_sees_every_form_of_samples() -> None:
     results = []
     for inputs in (pixels, as_batches):
         model = twin_merging(one.model, experts)
-        fit_router(model, inputs, steps=3, hidden=7)
-        results.append(features(one, model))
+        results.append(fit_router(model, inputs, steps=3, hidden=7))
         assert model.configuration["router"] == [16, 7]
-    torch.testing.assert_close(*results)  # products of other batches may be rounded otherwise
+    torch.testing.assert_close(*results, rtol=1e-3, atol=0)  # products of other batches may be rounded otherwise
 
 
 @pytest.mark.parametrize(
