@@ -41,8 +41,9 @@ class Hashes:
         """What was seen; waits for it."""
         return {key: future.result() for key, future in self._inputs.items()}
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, complete: bool) -> None:
+        """Ends the thread: after all that was seen is hashed, or (not complete) as soon as may be."""
+        self._pool.shutdown(wait=True, cancel_futures=not complete)
 
 
 def hash_of(tensor: Tensor) -> str:

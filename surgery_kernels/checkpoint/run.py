@@ -178,7 +178,7 @@ def _write_model(
         try:
             writer.close(complete=complete)
         finally:
-            hashes.close()
+            hashes.close(complete=complete)
     write_companions(folder.model, plan, folder.out.name)
     write_record(folder.model, plan, hashes)
 

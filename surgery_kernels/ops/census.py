@@ -41,7 +41,7 @@ class Census:
 def census(base: Tensor, experts: Experts, *, thresholds: PerExpert | None = None) -> Census:
     """Counts changes, conflicts of sign and odd numbers of one tensor of several models.
 
-    Reads every model once. The counts and sums are the same on every instruction set and thread count. CPU only.
+    Reads every model once. The counts and sums are the same on every instruction set, thread count and device.
 
     Args:
         base: Pretrained tensor of any shape, float64, float32, float16 or bfloat16.

@@ -26,6 +26,7 @@ MODULES = {  # of every op in csrc/ops.cpp; the function there is named like the
     "weighted_merge_out": "weighted_merge",
     "weighted_merge_scored_out": "weighted_merge",
     "weighted_merge_limits": "weighted_merge",
+    "census": "census",
     "gram": "gram",
     "gram_cross": "gram_cross",
     "steps_out": "steps",

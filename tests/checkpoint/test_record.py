@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surgery_kernels import _C
+from surgery_kernels.checkpoint import hashes as hashes_module
 from surgery_kernels.checkpoint import merge, record
+from surgery_kernels.checkpoint.hashes import hash_of
 from surgery_kernels.checkpoint.writing import writer
 from surgery_kernels.cli import main
 from tests.checkpoints import files_in, save_lora, save_models, state_dict, ties_recipe
@@ -131,3 +134,16 @@ def test_of_several_files(folders: list[str], out: Path, tmp_path: Path) -> None
     merge(ties_recipe(folders), tmp_path / "parts", max_shard_bytes=100)
     assert (tmp_path / "parts" / RECORD).read_bytes() == (out / RECORD).read_bytes()
     assert len([name for name in files_in(tmp_path / "parts") if name.endswith(".safetensors")]) > 1
+
+
+def test_what_is_hashed_last_is_waited_for(folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow it is."""
+
+    def slowly(tensor: Tensor) -> str:
+        time.sleep(0.05)
+        return hash_of(tensor)
+
+    monkeypatch.setattr(hashes_module, "hash_of", slowly)
+    merge(ties_recipe(folders), tmp_path / "out")
+    told = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert told["inputs"][folders[0]]["tensors"] == hashes(state_dict(0))

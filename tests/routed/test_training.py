@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery_kernels.routed import WEMoE, fit_by_entropy, fit_router, twin_merging, wemoe
 from tests.encoders import samples
-from tests.routed.test_models import case_of, features
+from tests.routed.test_models import case_of
 
 pytestmark = pytest.mark.any_isa
 
