@@ -61,6 +61,7 @@ def merging(dtype: torch.dtype, count: int) -> Iterator[Check]:
     yield Check("pcb_merge", lambda _, b, e: sk.pcb_merge(b, e, density=0.2), inputs)
     yield Check("masks", lambda ops, b, e: ops.masks([b], e, density), inputs)
     yield Check("gram", lambda _, b, e: sk.gram(b, e), inputs)
+    yield Check("census", lambda ops, b, e: ops.census([b], e, len(e)), inputs)
     yield Check("steps", stepped, inputs)
     yield Check("steps_limits", lambda _, b, e: distance(stores=True).limits([b, e[0]], [1, 300, -300])[0], inputs)
     yield Check("combine", combined, inputs)
