@@ -23,12 +23,13 @@ demo: build $(VENV)/demo.txt
 	$(RUN) -m surgery_kernels.reproduce digits $(ARGS)
 
 # One pass per instruction set of this machine, the widest first; what does not depend on it runs in that pass only.
-# ARGS may leave a later pass without tests: pytest's status 5.
+# WORKERS processes share the files of tests. ARGS may leave a later pass without tests: pytest's status 5.
+WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 test: build $(VENV)/test.txt
 	@isas=$$($(RUN) -c 'from surgery_kernels import _C; print(*reversed(_C.isas()))') && marked= && \
 	for isa in $$isas; do \
 		echo "SURGERY_KERNELS_ISA=$$isa"; \
-		SURGERY_KERNELS_ISA=$$isa $(RUN) -m pytest -q $${marked:+-m "$$marked"} $(ARGS) || [ "$$? $$marked" = "5 not any_isa" ] || exit 1; \
+		SURGERY_KERNELS_ISA=$$isa $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile $${marked:+-m "$$marked"} $(ARGS) || [ "$$? $$marked" = "5 not any_isa" ] || exit 1; \
 		marked="not any_isa"; \
 	done
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery_kernels import reference
 from surgery_kernels.surgery import SurgeryAdapters, attach, fit
 from surgery_kernels.surgery.batches import sample_order
-from surgery_kernels.surgery.progress import progress_bar
+from surgery_kernels.merging.progress import counting_bar
 from tests.cases import assert_same
 from tests.encoders import CASES, NUM_FEATURES, WIDTH, Case, Encoder, made, perturbed, samples
 from tests.fits import BATCH, POOLS, RANK, TASKS, VARIANTS, Samples, fitted
@@ -250,5 +250,5 @@ def test_progress(
     shown_text = capsys.readouterr().err
     assert re.search(r"surgery: 100%.* 6/6 .*loss=\d", shown_text)
     assert "features: 100%" in shown_text
-    with progress_bar(6, "surgery", "step", shown=None) as bar:
+    with counting_bar(6, "surgery", "step", shown=None) as bar:
         assert bar.delay == 2
