@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery_kernels import reference
+from surgery_kernels.merging.progress import counting_bar
 from surgery_kernels.surgery import SurgeryAdapters, attach, fit
 from surgery_kernels.surgery.batches import sample_order
-from surgery_kernels.merging.progress import counting_bar
 from tests.cases import assert_same
 from tests.encoders import CASES, NUM_FEATURES, WIDTH, Case, Encoder, made, perturbed, samples
 from tests.fits import BATCH, POOLS, RANK, TASKS, VARIANTS, Samples, fitted
