@@ -11,7 +11,7 @@ from .exits import EXIT_CODES
 
 COMMANDS = (
     *("merge", "inspect", "calibrate", "check", "diff", "verify", "explain"),
-    *("methods", "info", "example"),
+    *("methods", "info", "example", "demo"),
 )  # each in the file of its name
 
 

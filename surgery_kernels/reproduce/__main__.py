@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digits.add_argument(
         "--full", action="store_true", help="also SurgeryV2 by gradient, and what rank, steps and images do"
     )
+    digits.add_argument("--quick", action="store_true", help="experts of fewer steps, three merges, one repair")
     digits.add_argument(
         "--methods",
         nargs="+",
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from safetensors import SafetensorError
 
-        from .digits import methods
+        from .digits import methods, quick
         from .digits.experiment import run_seeds
         from .digits.experts import Config
         from .jobs import processes
@@ -95,7 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in wanted or ():
         if name not in methods.names():
             parser.error(f"--methods must be all, or of {', '.join(methods.names())}, got {name}")
+    if options.quick and (options.full or wanted or len(configs) > 1):
+        parser.error("--quick must be alone, got --full, --methods or --seeds beside it")
     try:
+        if options.quick:
+            quick.run(int(options.seed), options.out)
+            return
         if wanted:
             for config in configs:
                 with processes() as pool:
