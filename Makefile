@@ -77,7 +77,7 @@ NUMPY ?= 2.2.6
 OTHER_TRITON = $(CURDIR)/build/triton-$(TRITON)
 
 test-triton: build $(VENV)/test.txt build/triton-$(TRITON)/installed
-	PYTHONPATH="$(OTHER_TRITON)" $(RUN) -m pytest -q tests/triton --deselect tests/triton/test_compile.py $(ARGS)
+	PYTHONPATH="$(OTHER_TRITON)" $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile tests/triton --deselect tests/triton/test_compile.py $(ARGS)
 	PYTHONPATH="$(OTHER_TRITON):$(CURDIR)" $(RUN) bench/compile_kernels.py --targets sm_90 >$(OTHER_TRITON)/kernels.md
 
 build/triton-%/installed:
