@@ -21,6 +21,11 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("fixed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first: processes that share the files end together then."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_memory() -> Iterator[None]:
     """Memory from torch.empty holds NaN, so that an element nobody wrote cannot pass for a result."""
