@@ -362,7 +362,7 @@ def test_with_sanitizers(tmp_path: Path) -> None:
         pytest.skip("the compiler has no shared sanitizers")
     library = cuda_emulator.build(tmp_path, *flags)
     said = cuda_emulator.run(
-        [sys.executable, cuda_emulator.__file__, str(library)],
+        [sys.executable, "-m", "tests.cuda_emulator", str(library)],  # as a file it would find tests/inspect first
         LD_PRELOAD=" ".join(runtimes),
         ASAN_OPTIONS="detect_leaks=0",
         PYTHONPATH=str(cuda_emulator.ROOT),
