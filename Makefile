@@ -23,13 +23,13 @@ demo: build $(VENV)/demo.txt
 	$(RUN) -m surgery_kernels.reproduce digits $(ARGS)
 
 # One pass per instruction set of this machine, the widest first; what does not depend on it runs in that pass only.
-# WORKERS processes share the files of tests. ARGS may leave a later pass without tests: pytest's status 5.
+# WORKERS processes share the files of tests; their threads wait without turning, which the others' would pay for. ARGS may leave a later pass without tests: pytest's status 5.
 WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 test: build $(VENV)/test.txt
 	@isas=$$($(RUN) -c 'from surgery_kernels import _C; print(*reversed(_C.isas()))') && marked= && \
 	for isa in $$isas; do \
 		echo "SURGERY_KERNELS_ISA=$$isa"; \
-		SURGERY_KERNELS_ISA=$$isa $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile $${marked:+-m "$$marked"} $(ARGS) || [ "$$? $$marked" = "5 not any_isa" ] || exit 1; \
+		OMP_WAIT_POLICY=PASSIVE SURGERY_KERNELS_ISA=$$isa $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile $${marked:+-m "$$marked"} $(ARGS) || [ "$$? $$marked" = "5 not any_isa" ] || exit 1; \
 		marked="not any_isa"; \
 	done
 
@@ -77,7 +77,7 @@ NUMPY ?= 2.2.6
 OTHER_TRITON = $(CURDIR)/build/triton-$(TRITON)
 
 test-triton: build $(VENV)/test.txt build/triton-$(TRITON)/installed
-	PYTHONPATH="$(OTHER_TRITON)" $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile tests/triton --deselect tests/triton/test_compile.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE PYTHONPATH="$(OTHER_TRITON)" $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile tests/triton --deselect tests/triton/test_compile.py $(ARGS)
 	PYTHONPATH="$(OTHER_TRITON):$(CURDIR)" $(RUN) bench/compile_kernels.py --targets sm_90 >$(OTHER_TRITON)/kernels.md
 
 build/triton-%/installed:
