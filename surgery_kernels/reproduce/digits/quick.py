@@ -13,7 +13,7 @@ from .measure import measure, measure_jobs
 from .tasks import TASKS
 
 CHOSEN = ("weight averaging", "task arithmetic", "TIES")
-STEPS = {"pretrain_steps": 200, "expert_steps": 40, "multi_task_steps": 100}
+STEPS = {"pretrain_steps": 360, "expert_steps": 70, "multi_task_steps": 1}
 
 
 def run(seed: int, out: Path) -> Outcomes:
