@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from .. import _C
 from .hashes import Hashes, hash_of
@@ -74,7 +75,7 @@ def _outputs(folder: Path, seen: Mapping[str, str]) -> dict[str, str]:
 
 
 def _digest(tensors: Mapping[str, str]) -> str:
-    return hash_of(torch.frombuffer(bytearray(json.dumps(sorted(tensors.items())).encode()), dtype=torch.uint8))
+    return xxhash.xxh3_64_hexdigest(json.dumps(sorted(tensors.items())).encode())
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -95,6 +96,18 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return record
 
 
+def record_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record in the folder of a result.
+
+    Raises:
+        ValueError: there is none.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(f"out must hold {RECORD}, got none in {os.fspath(folder)}")
+    return record
+
+
 @dataclass(frozen=True)
 class Changed:
     """A tensor that is not as it was written."""
@@ -109,9 +122,7 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Changed]:
     Raises:
         ValueError, FileNotFoundError: the folder is no result, or cannot be read.
     """
-    record = read_record(folder)
-    if record is None:
-        raise ValueError(f"out must hold {RECORD}, got none in {os.fspath(folder)}")
+    record = record_of(folder)
     written: dict[str, str] = record["tensors"]
     with many_files_open(), closing(open_checkpoint(folder)) as result, Releasing([result.release]):
         for name in dict.fromkeys([*written, *result.tensors]):
@@ -123,19 +134,8 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Changed]:
                 yield Changed(name, "changed")
 
 
-def explain(folder: str | os.PathLike[str]) -> list[str]:
-    """Where a result comes from, recursively, a line for each model and each merge.
-
-    Raises:
-        ValueError: the folder is no result.
-    """
-    record = read_record(folder)
-    if record is None:
-        raise ValueError(f"out must hold {RECORD}, got none in {os.fspath(folder)}")
-    return [str(folder), *_lines(record, "  ")]
-
-
-def _lines(record: Mapping[str, Any], indent: str) -> Iterator[str]:
+def explained(record: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
+    """Where a result comes from, recursively, a line for each model and each merge."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     yield f"{indent}merged by {versions}"
     for method, count in record["methods"].items():
@@ -145,4 +145,4 @@ def _lines(record: Mapping[str, Any], indent: str) -> Iterator[str]:
     for model, of_model in record["inputs"].items():
         yield f"{indent}from {model}: {len(of_model['tensors'])} tensors, {_digest(of_model['tensors'])}"
         if of_model["made"] is not None:
-            yield from _lines(of_model["made"], f"{indent}  ")
+            yield from explained(of_model["made"], f"{indent}  ")

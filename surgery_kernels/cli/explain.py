@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..checkpoint.record import explain as lines_of
-from ..checkpoint.record import read_record
+from ..checkpoint.record import explained, record_of
 from .exits import errors_as_exit_codes
 from .options import as_json, print_json
 
@@ -16,8 +15,8 @@ from .options import as_json, print_json
 def explain(out: str, as_json: bool) -> None:
     """Say what the result OUT of a merge was made from and how, and what that was made from, as far as it is known."""
     with errors_as_exit_codes():
-        lines = lines_of(out)
+        record = record_of(out)
         if as_json:
-            print_json(read_record(out) or {})
+            print_json(record)
         else:
-            click.echo("\n".join(lines))
+            click.echo("\n".join([out, *explained(record)]))

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..checkpoint.steps import Step
 from ..merging.progress import counting_bar
 from ..merging.scope import Scope
 from ..ops import arguments
+from ..ops.gram import gram
 from ..recipes import load_recipe
 from .numbers import Numbers, Spectrum, measure, spectrum, total
 from .places import kind_of, layer_of
@@ -62,6 +63,11 @@ class Inspection:
     differences: list[Difference]  # tensors that only one has, of other shapes and dtypes
     notices: list[str]
 
+    @property
+    def labels(self) -> list[str]:
+        """Of the experts, for where there is little room."""
+        return [f"{t + 1} {short(name)}" for t, name in enumerate(self.experts)]
+
     @cached_property
     def whole(self) -> Numbers:
         return total(tensor.numbers for tensor in self.tensors)
@@ -70,7 +76,7 @@ class Inspection:
     def result(self) -> ResultNumbers | None:
         """Of a merge, all that was merged."""
         found = [tensor.result for tensor in self.tensors if tensor.result is not None]
-        return sum(found[1:], found[0]) if found else None
+        return total(found) if found else None
 
     @cached_property
     def by_layer(self) -> dict[int, Numbers]:
@@ -89,6 +95,11 @@ class Inspection:
         for tensor in self.tensors:
             groups[place(tensor)].append(tensor.numbers)
         return {of: total(numbers) for of, numbers in groups.items()}
+
+
+def short(name: str) -> str:
+    """The last part of a path or an id."""
+    return PurePath(name).name or name
 
 
 def inspect_models(
@@ -147,8 +158,16 @@ class Observer:
             list(plan.notices),
         )
 
-    def see(self, step: Step, base: Tensor, experts: Sequence[Tensor], result: ResultNumbers | None = None) -> None:
-        numbers, quantiles = measure(base, experts, self._density)
+    def see(
+        self,
+        step: Step,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        products: Tensor | None = None,
+        result: ResultNumbers | None = None,
+    ) -> None:
+        """Takes a tensor of all models; what is known of it already need not be computed again."""
+        numbers, quantiles = measure(base, experts, self._density, products)
         matrices = self._spectra and base.dim() > 1 and base.numel() > 0
         found = [spectrum(base, expert) for expert in experts] if matrices else []
         dtype = str(step.dtype).removeprefix("torch.")
@@ -157,8 +176,10 @@ class Observer:
     def see_merged(self, step: Step, scope: Scope, written: Tensor) -> None:
         """A tensor that was merged, as `checkpoint.run` tells of it; one without a base is passed over."""
         if scope.base:
-            base, experts = scope.base[0], scope.experts[0]
-            self.see(step, base, experts, measure_result(base, experts, scope.out[0], written))
+            base, experts, merged = scope.base[0], scope.experts[0], scope.out[0]
+            stored = written.to(merged)  # itself, where nothing is cast
+            products = gram(base, [*experts, stored], nonfinite="drop")
+            self.see(step, base, experts, products[:-1, :-1], measure_result(base, merged, stored, products))
 
 
 def read(plan: Plan, observer: Observer, progress: bool | None) -> None:

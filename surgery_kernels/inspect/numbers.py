@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,15 @@ from torch import Tensor
 from ..ops.census import Census, census
 from ..ops.gram import gram
 from ..ops.trim import keep_count
+
+SHARES = {  # the columns of tables, and what they mean
+    "conflict": "of the entries that any expert changes, those that one raises and another lowers",
+    "lost": "share of the magnitude of all changes that goes against the direction which has more of it",
+    "kept": "share of all entries that TIES keeps of any expert at the density, tensor by tensor",
+    "shared": "of these, those that it keeps of more than one",
+    "clashing": "of these, those kept in both directions, of which the election drops some",
+}
+Sum = TypeVar("Sum")  # what can be added up
 
 QUANTILES = (0.5, 0.99, 1.0)  # of the magnitudes of an expert's changes in a tensor
 
@@ -27,8 +38,7 @@ class Numbers:
     census: Census
 
     def __add__(self, other: Numbers) -> Numbers:
-        added = {of.name: getattr(self.census, of.name) + getattr(other.census, of.name) for of in fields(Census)}
-        return Numbers(self.numel + other.numel, self.products + other.products, Census(**added))
+        return Numbers(self.numel + other.numel, self.products + other.products, self.census + other.census)
 
     @property
     def num_tasks(self) -> int:
@@ -82,6 +92,12 @@ class Numbers:
         return share(self.census.kept_conflicts.item(), self.census.kept_by_any.item())
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Those that tables have of every place, under SHARES."""
+        values = (self.conflict, self.lost, self.kept_by_any, self.kept_by_two, self.kept_conflict)
+        return dict(zip(SHARES, values, strict=True))
+
+    @property
     def against(self) -> list[list[float]]:
         """Of every pair, the share of entries changed by both in which they go in two directions."""
         pairs = zip(self.census.against.tolist(), self.census.both.tolist(), strict=True)
@@ -117,8 +133,13 @@ class Spectrum:
 LEADING = 8
 
 
-def measure(base: Tensor, experts: Sequence[Tensor], density: float) -> tuple[Numbers, list[list[float]]]:
-    """The numbers of one tensor, and its QUANTILES [num_tasks][quantile]. Three passes over it, one read from disk."""
+def measure(
+    base: Tensor, experts: Sequence[Tensor], density: float, products: Tensor | None = None
+) -> tuple[Numbers, list[list[float]]]:
+    """The numbers of one tensor, and its QUANTILES [num_tasks][quantile]. Three passes over it, one read from disk.
+
+    products: Of the task vectors, where they are known: a pass less.
+    """
     numel, n = base.numel(), len(experts)
     if numel == 0:
         zero = torch.zeros(n, n, dtype=torch.float64)
@@ -129,7 +150,8 @@ def measure(base: Tensor, experts: Sequence[Tensor], density: float) -> tuple[Nu
     )
     limits = thresholds.double().view(n, len(ranks))
     counted = census(base, experts, thresholds=limits[:, 0].tolist())
-    return Numbers(numel, gram(base, experts, nonfinite="drop"), counted), limits[:, 1:].tolist()
+    products = gram(base, experts, nonfinite="drop") if products is None else products
+    return Numbers(numel, products, counted), limits[:, 1:].tolist()
 
 
 def spectrum(base: Tensor, expert: Tensor) -> Spectrum:
@@ -145,9 +167,9 @@ def spectrum(base: Tensor, expert: Tensor) -> Spectrum:
     return Spectrum(square / squares[0].item(), min(1.0, squares[:LEADING].sum().item() / square))
 
 
-def total(numbers: Iterable[Numbers]) -> Numbers:
-    first, *more = numbers
-    return sum(more, first)
+def total(numbers: Iterable[Sum]) -> Sum:
+    """Of one or more."""
+    return functools.reduce(operator.add, numbers)
 
 
 def share(part: float, whole: float) -> float:

@@ -11,20 +11,13 @@ from string import Template
 
 from . import svg
 from .findings import conflicting_layers, findings
-from .inspection import Inspection
-from .numbers import Numbers, share
+from .inspection import Inspection, short
+from .numbers import SHARES, Numbers, share
 from .result import ResultNumbers
-from .terminal import LAYERS_SHOWN, in_few, short
+from .terminal import LAYERS_SHOWN, in_few
 
 BINS = 20
 TENSORS_SHOWN = 25
-SHARES = {  # columns of the tables, and what they mean
-    "conflict": "of the entries that any expert changes, those that one raises and another lowers",
-    "lost": "share of the magnitude of all changes that goes against the direction which has more of it",
-    "kept": "share of all entries that TIES keeps of any expert at the density, tensor by tensor",
-    "shared": "of these, those that it keeps of more than one",
-    "clashing": "of these, those kept in both directions, of which the election drops some",
-}
 
 
 def write_page(of: Inspection, path: Path) -> None:
@@ -42,7 +35,7 @@ def page(of: Inspection) -> str:
 
 
 def sections(of: Inspection) -> Iterable[str]:
-    labels = [f"{t + 1} {short(name)}" for t, name in enumerate(of.experts)]
+    labels = of.labels
     yield f'<ul class="findings">{"".join(f"<li>{escape(found.sentence)}</li>" for found in findings(of))}</ul>'
     size = f"{len(of.tensors)} tensors, {of.whole.numel / 1e6:.1f} million parameters"
     yield f'<p class="note">{size}. Base: {escape(of.base)}</p>'
@@ -128,10 +121,8 @@ def _experts(of: Inspection) -> str:
 def _result(of: Inspection, result: ResultNumbers) -> str:
     kept = zip(of.whole.census.kept.tolist(), of.whole.census.changed.tolist(), strict=True)
     rows = [
-        [f"{t + 1} {short(name)}", f"{distance:.4g}", f"{cosine:.3f}", f"{1 - share(*counts):.1%}"]
-        for t, (name, distance, cosine, counts) in enumerate(
-            zip(of.experts, result.distances, result.cosines, kept, strict=True)
-        )
+        [label, f"{distance:.4g}", f"{cosine:.3f}", f"{1 - share(*counts):.1%}"]
+        for label, distance, cosine, counts in zip(of.labels, result.distances, result.cosines, kept, strict=True)
     ]
     facts = [
         f"change of the result: {result.length:.4g}",
@@ -156,8 +147,7 @@ def _tensors(of: Inspection) -> str:
 
 
 def _shares(numbers: Numbers) -> list[str]:
-    shares = (numbers.conflict, numbers.lost, numbers.kept_by_any, numbers.kept_by_two, numbers.kept_conflict)
-    return [f"{value:.1%}" for value in shares]
+    return [f"{value:.1%}" for value in numbers.shares.values()]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

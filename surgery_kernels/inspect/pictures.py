@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from .inspection import Inspection
-from .terminal import short
 
 
 def write_pictures(of: Inspection, folder: Path) -> list[Path]:
@@ -20,7 +19,7 @@ def write_pictures(of: Inspection, folder: Path) -> list[Path]:
     except ModuleNotFoundError:
         raise ImportError("matplotlib must be installed for pictures: pip install matplotlib") from None
     folder.mkdir(parents=True, exist_ok=True)
-    labels = [f"{t + 1} {short(name)}" for t, name in enumerate(of.experts)]
+    labels = of.labels
     layers = list(of.by_layer)
     written = []
 

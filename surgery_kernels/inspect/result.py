@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -24,9 +23,8 @@ class ResultNumbers:
     rounding: float  # square of the length of what the cast to the written dtype changed
 
     def __add__(self, other: ResultNumbers) -> ResultNumbers:
-        added = {of.name: getattr(self.census, of.name) + getattr(other.census, of.name) for of in fields(Census)}
         products, rounding = self.products + other.products, self.rounding + other.rounding
-        return ResultNumbers(self.numel + other.numel, products, Census(**added), rounding)
+        return ResultNumbers(self.numel + other.numel, products, self.census + other.census, rounding)
 
     @property
     def length(self) -> float:
@@ -63,10 +61,7 @@ class ResultNumbers:
         }
 
 
-def measure_result(base: Tensor, experts: Sequence[Tensor], merged: Tensor, written: Tensor) -> ResultNumbers:
-    """`merged` is what the method gave, like the inputs; `written` the same in the dtype of the file."""
-    stored = written.to(merged.dtype)
-    products = gram(base, [*experts, stored], nonfinite="drop")
-    changed = merged.dtype != written.dtype
-    rounding = gram(merged, [stored], nonfinite="drop").item() if changed else 0.0
+def measure_result(base: Tensor, merged: Tensor, stored: Tensor, products: Tensor) -> ResultNumbers:
+    """`merged` is what the method gave, `stored` what the file holds of it, both like the base."""
+    rounding = 0.0 if stored is merged else gram(merged, [stored], nonfinite="drop").item()
     return ResultNumbers(base.numel(), products, census(base, [stored]), rounding)

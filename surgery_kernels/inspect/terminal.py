@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import PurePath
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from .findings import findings
 from .inspection import Inspection
-from .numbers import Numbers
+from .numbers import SHARES, Numbers, total
 
 WORDS = (
     "change: length of all task vectors. conflict: of changed entries, those that one expert raises and another "
@@ -37,9 +36,9 @@ def _parts(of: Inspection) -> Iterable[RenderableType]:
     yield _experts(of)
     if len(of.experts) > 1:
         yield _pairs(of)
-    yield _places("kind", [(kind, numbers) for kind, numbers in of.by_kind.items()], of)
+    yield _places("kind", list(of.by_kind.items()))
     if of.by_layer:
-        yield _places("layer", in_few(of.by_layer, LAYERS_SHOWN), of)
+        yield _places("layer", in_few(of.by_layer, LAYERS_SHOWN))
     yield Text(f"\n{WORDS.format(density=of.density)}\n")
     for found in findings(of):
         yield Text(f"- {found.sentence}")
@@ -74,17 +73,14 @@ def _pairs(of: Inspection) -> Table:
     return table
 
 
-def _places(what: str, rows: list[tuple[str, Numbers]], of: Inspection) -> Table:
-    columns = (what, "parameters", "change", "of the base", "conflict", "lost", "kept", "shared", "clashing")
-    table = _table("", *columns)
+def _places(what: str, rows: list[tuple[str, Numbers]]) -> Table:
+    table = _table("", what, "parameters", "change", "of the base", *SHARES)
     for name, numbers in rows:
         length = numbers.products.trace().clamp_min(0).sqrt().item()
         base = numbers.census.base_square.sqrt().item()
-        shares = (numbers.conflict, numbers.lost, numbers.kept_by_any, numbers.kept_by_two, numbers.kept_conflict)
         relative = f"{length / base:.3%}" if base else "-"
-        table.add_row(
-            name, f"{numbers.numel / 1e6:.2f}M", f"{length:.4g}", relative, *(f"{value:.1%}" for value in shares)
-        )
+        shares = (f"{value:.1%}" for value in numbers.shares.values())
+        table.add_row(name, f"{numbers.numel / 1e6:.2f}M", f"{length:.4g}", relative, *shares)
     return table
 
 
@@ -94,12 +90,7 @@ def in_few(by_layer: dict[int, Numbers], most: int) -> list[tuple[str, Numbers]]
     step = -(-len(layers) // most)
     rows = []
     for i in range(0, len(layers), step):
-        first, *more = layers[i : i + step]
-        name = f"{first}-{more[-1]}" if more else str(first)
-        rows.append((name, sum((by_layer[layer] for layer in more), by_layer[first])))
+        together = layers[i : i + step]
+        name = f"{together[0]}-{together[-1]}" if len(together) > 1 else str(together[0])
+        rows.append((name, total(by_layer[layer] for layer in together)))
     return rows
-
-
-def short(name: str) -> str:
-    """The last part of a path or an id, for where there is little room."""
-    return PurePath(name).name or name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Census:
     mass: Tensor  # [num_tasks], sum of abs(expert - base)
     lesser: Tensor  # [], sum over entries of the mass of the direction that has less of it
     base_square: Tensor  # [], sum of the finite entries of the base, squared
+
+    def __add__(self, other: Census) -> Census:
+        """That of both tensors together."""
+        return Census(*(getattr(self, of.name) + getattr(other, of.name) for of in fields(self)))
 
 
 def census(base: Tensor, experts: Experts, *, thresholds: PerExpert | None = None) -> Census:

@@ -19,19 +19,9 @@ from surgery_kernels.inspect.numbers import QUANTILES, measure, spectrum, total
 from surgery_kernels.inspect.places import kind_of, layer_of
 from surgery_kernels.ops.trim import keep_count
 from tests.checkpoints import save_lora, save_safetensors
-from tests.fighting_models import EXPERTS, LAYERS, SHAPES, fighting_models
+from tests.fighting_models import EXPERTS, LAYERS, SHAPES
 
 pytestmark = pytest.mark.any_isa
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return fighting_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def inspection(folders: dict[str, str]) -> Inspection:
-    return inspect_models([folders[name] for name in EXPERTS], folders["base"])
 
 
 def test_numbers(folders: dict[str, str], inspection: Inspection) -> None:

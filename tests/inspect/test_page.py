@@ -21,21 +21,11 @@ from surgery_kernels.inspect.page import page
 from surgery_kernels.inspect.pictures import write_pictures
 from surgery_kernels.inspect.svg import bars, heat_map
 from surgery_kernels.inspect.terminal import in_few, show
-from tests.fighting_models import EXPERTS, SHAPES, fighting_models
+from tests.fighting_models import EXPERTS, SHAPES
 
 pytestmark = pytest.mark.any_isa
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return fighting_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def inspection(folders: dict[str, str]) -> Inspection:
-    return inspect_models([folders[name] for name in EXPERTS], folders["base"])
 
 
 def run(*arguments: object) -> Result:
