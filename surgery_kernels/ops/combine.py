@@ -102,7 +102,7 @@ def combine(
         raise ValueError("coefficients must have no groups with mask_logits, got both")
     if seed is not None or mask_logits is None:
         seed = check_seed(seed)
-    compute = torch.promote_types(base.dtype, torch.float32)
+    compute = arguments.compute_dtype(base)
     base, coefficients = base.detach(), coefficients.to(compute)
     if mask_logits is not None:
         if mask_logits.shape != base.shape:
@@ -129,10 +129,6 @@ def _check_constants(base: Tensor, task_vectors: Experts) -> None:
             raise ValueError(f"{name} must not require a gradient, got one that does: detach it")
 
 
-def _compute(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 @torch.library.register_fake("surgery_kernels::combine")
 def _(base: Tensor, *_: object) -> Tensor:
     return base.new_empty(base.shape)
@@ -140,7 +136,7 @@ def _(base: Tensor, *_: object) -> Tensor:
 
 @torch.library.register_fake("surgery_kernels::combine_backward")
 def _(grad: Tensor, task_vectors: Sequence[Tensor], block_offsets: Tensor) -> Tensor:
-    return grad.new_empty((len(task_vectors), block_offsets.shape[0] - 1), dtype=_compute(grad))
+    return grad.new_empty((len(task_vectors), block_offsets.shape[0] - 1), dtype=arguments.compute_dtype(grad))
 
 
 @torch.library.register_fake("surgery_kernels::combine_grouped")
@@ -150,7 +146,9 @@ def _(base: Tensor, *_: object) -> Tensor:
 
 @torch.library.register_fake("surgery_kernels::combine_grouped_backward")
 def _(grad: Tensor, task_vectors: Sequence[Tensor], block_offsets: Tensor, num_groups: int, seed: int) -> Tensor:
-    return grad.new_empty((len(task_vectors), block_offsets.shape[0] - 1, num_groups), dtype=_compute(grad))
+    return grad.new_empty(
+        (len(task_vectors), block_offsets.shape[0] - 1, num_groups), dtype=arguments.compute_dtype(grad)
+    )
 
 
 @torch.library.register_fake("surgery_kernels::combine_masked")
@@ -162,7 +160,7 @@ def _(
 
 @torch.library.register_fake("surgery_kernels::combine_masked_backward")
 def _(grad: Tensor, task_vectors: Sequence[Tensor], coefficients: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    compute = _compute(grad)
+    compute = arguments.compute_dtype(grad)
     return grad.new_empty(coefficients.shape, dtype=compute), grad.new_empty(grad.shape, dtype=compute)
 
 

@@ -206,13 +206,13 @@ def _check_importance(importance: Experts, experts: Sequence[Tensor]) -> list[Te
     given = list(importance.unbind(0)) if isinstance(importance, Tensor) else list(importance)
     if len(given) != len(experts):
         raise ValueError(f"importance must be one tensor per expert ({len(experts)}), got {len(given)}")
-    first = experts[0]
+    first, compute = experts[0], arguments.compute_dtype(experts[0])
     for t, tensor in enumerate(given):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"importance[{t}] must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (first.dtype, compute_dtype(first)) or tensor.dtype != given[0].dtype:
+        if tensor.dtype not in (first.dtype, compute) or tensor.dtype != given[0].dtype:
             raise ValueError(
-                f"importance[{t}] must have the dtype of experts[0], {first.dtype}, or {compute_dtype(first)} as all "
+                f"importance[{t}] must have the dtype of experts[0], {first.dtype}, or {compute} as all "
                 f"others, got {tensor.dtype}"
             )
         if tensor.shape != first.shape:
@@ -224,10 +224,6 @@ def _check_importance(importance: Experts, experts: Sequence[Tensor]) -> list[Te
                 f"importance[{t}] must be on the device of experts[0], {first.device}, got {tensor.device}"
             )
     return [arguments.detached(tensor) for tensor in given]
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _result(out: Tensor | None, first: Tensor) -> Tensor:
@@ -245,4 +241,4 @@ def _(*_: object, **__: object) -> None:
 
 @torch.library.register_fake("surgery_kernels::weighted_merge_limits")
 def _(base: Sequence[Tensor], experts: Sequence[Tensor], clipping: Tensor, *_: object, **__: object) -> Tensor:
-    return experts[0].new_empty((clipping.shape[0], 2), dtype=compute_dtype(experts[0]))
+    return experts[0].new_empty((clipping.shape[0], 2), dtype=arguments.compute_dtype(experts[0]))

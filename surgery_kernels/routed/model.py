@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from os import PathLike
@@ -30,7 +31,7 @@ VERSION = 1
 Routed = TypeVar("Routed", bound="RoutedModel")
 
 
-class RoutedModel(nn.Module):
+class RoutedModel(nn.Module, ABC):
     """A copy of a model with experts in some of its layers; called as the model is. One call at a time."""
 
     kind: ClassVar[str]
@@ -56,9 +57,9 @@ class RoutedModel(nn.Module):
         """Names of the tensors in which experts differ, but which are the same for every input."""
         return tuple(self.configuration["unrouted"])
 
+    @abstractmethod
     def _put_layers(self) -> None:
         """Layers with experts in the place of those that the configuration names, not filled yet."""
-        raise NotImplementedError
 
     def linear(self, name: str) -> nn.Linear:
         layer = self.model.get_submodule(name)
@@ -211,11 +212,15 @@ def rank_of(rank: int | float | None, *shape: int) -> int:
     return full if rank is None else min(full, rank)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """As it is computed with."""
+    return tensor.to(arguments.compute_dtype(tensor))
+
+
 def factors_of(vector: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The leading directions of a matrix [out, in]: orthonormal rows [rank, in], and [out, rank] so that their product
     is nearest to it; zero where it has fewer."""
-    wide = vector.to(torch.promote_types(vector.dtype, torch.float32))
-    leading = Leading.of(wide, rank)
+    leading = Leading.of(wide(vector), rank)
     missing = rank - len(leading.values)
     right, left = leading.right, leading.left * leading.values
     return nn.functional.pad(right, (0, 0, 0, missing)), nn.functional.pad(left, (0, missing))

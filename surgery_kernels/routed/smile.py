@@ -23,6 +23,7 @@ from .model import (
     parameters_of,
     rank_of,
     states_of,
+    wide,
 )
 
 GATES = ("change", "weight")
@@ -53,7 +54,7 @@ class SmileLinear(RoutedLayer):
     def fill(self, name: str, base: StateDict, states: Mapping[str, StateDict], gate_of: str) -> None:
         weight = f"{name}.weight"
         for t, state in enumerate(states.values()):
-            change = _wide(state[weight]) - _wide(base[weight])
+            change = wide(state[weight]) - wide(base[weight])
             rank, gate_rank = self.down.shape[1], self.gate.shape[1]
             right, left = factors_of(change, max(rank, gate_rank) if gate_of == "change" else rank)
             self.down[t], self.up[t] = right[:rank], left[:, :rank]
@@ -68,7 +69,7 @@ class SmileLinear(RoutedLayer):
             index = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
             return one_expert_each(rows, flat, self.down, self.up, self.shift, index).reshape(out.shape)
         projected = nn.functional.linear(rows, self.gate.flatten(0, 1)).unflatten(-1, self.gate.shape[:2])
-        scores = torch.linalg.vector_norm(_wide(projected), dim=-1)  # [rows, num_tasks]
+        scores = torch.linalg.vector_norm(wide(projected), dim=-1)  # [rows, num_tasks]
         if self.top_k == 1:
             corrected = one_expert_each(rows, flat, self.down, self.up, self.shift, scores.argmax(dim=-1))
             return corrected.reshape(out.shape)
@@ -171,7 +172,3 @@ def smile(
             if name in average and name not in routed:
                 tensor.copy_(average[name])
     return model.train(base.training)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

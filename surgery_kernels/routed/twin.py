@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,89 +27,94 @@ from .model import (
     parameters_of,
     rank_of,
     states_of,
+    wide,
 )
 from .routers import FeatureRouter
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class TwinLinear(RoutedLayer):
+class TwinLayer(RoutedLayer):
+    """``shared(x) + sum_t weights[sample, t] * own_t(x)``: what experts have beside a layer that they share."""
+
+    def __init__(self, shared: Any, num_tasks: int, route: Route) -> None:
+        super().__init__()
+        self.shared, self.route = shared, route
+        self.shift = None if shared.bias is None else _empty(shared, num_tasks, *shared.bias.shape)
+
+    def fill(self, changes: list[dict[str, Tensor]]) -> None:
+        for t, change in enumerate(changes):
+            self._keep(t, change["weight"])
+            if self.shift is not None:
+                self.shift[t] = change["bias"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.shared(x)
+        return out if self.route.weights is None else out + self._own(x, self.route.weights).to(out)
+
+    @abstractmethod
+    def _keep(self, task: int, change: Tensor) -> None:
+        """Of the weight of an expert."""
+
+    @abstractmethod
+    def _own(self, x: Tensor, weights: Tensor) -> Tensor:
+        """What is added for weights [batch or 1, num_tasks], in the order of `x`."""
+
+
+class TwinLinear(TwinLayer):
     """``W x + b + sum_t weights[sample, t] (up_t down_t x + shift_t)``: W and b are shared."""
 
     def __init__(self, linear: nn.Linear, num_tasks: int, rank: int, route: Route, token_major: bool) -> None:
-        super().__init__()
-        self.shared, self.route, self.token_major = linear, route, token_major
+        super().__init__(linear, num_tasks, route)
+        self.token_major = token_major
         self.in_features, self.out_features = linear.in_features, linear.out_features
         out, width = linear.weight.shape
         self.down, self.up = _empty(linear, num_tasks, rank, width), _empty(linear, num_tasks, out, rank)
-        self.shift = None if linear.bias is None else _empty(linear, num_tasks, out)
 
-    def fill(self, changes: list[dict[str, Tensor]]) -> None:
-        for t, change in enumerate(changes):
-            self.down[t], self.up[t] = factors_of(change["weight"], self.down.shape[1])
-            if self.shift is not None:
-                self.shift[t] = change["bias"]
+    def _keep(self, task: int, change: Tensor) -> None:
+        self.down[task], self.up[task] = factors_of(change, self.down.shape[1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.shared(x)
-        if self.route.weights is None:
-            return out
+    def _own(self, x: Tensor, weights: Tensor) -> Tensor:
         tokens, as_before = self.route.by_sample(x, self.token_major)
-        experts = weighed_experts(tokens, self.down, self.up, self.shift, self.route.weights[:, None])
-        return out + as_before(experts).to(out)
+        return as_before(weighed_experts(tokens, self.down, self.up, self.shift, weights[:, None]))
 
 
-class TwinNorm(RoutedLayer):
+class TwinNorm(TwinLayer):
     """A layer normalisation with the weight and bias of each sample."""
 
     def __init__(self, norm: nn.LayerNorm, num_tasks: int, route: Route, token_major: bool) -> None:
-        super().__init__()
-        self.shared, self.route, self.token_major = norm, route, token_major
+        super().__init__(norm, num_tasks, route)
+        self.token_major = token_major
         self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
         self.scale = _empty(norm, num_tasks, *norm.weight.shape)
-        self.shift = None if norm.bias is None else _empty(norm, num_tasks, *norm.bias.shape)
 
-    def fill(self, changes: list[dict[str, Tensor]]) -> None:
-        for t, change in enumerate(changes):
-            self.scale[t] = change["weight"]
-            if self.shift is not None:
-                self.shift[t] = change["bias"]
+    def _keep(self, task: int, change: Tensor) -> None:
+        self.scale[task] = change
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.shared(x)
-        if self.route.weights is None:
-            return out
+    def _own(self, x: Tensor, weights: Tensor) -> Tensor:
         normalised = nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
         tokens, as_before = self.route.by_sample(normalised, self.token_major)
-        weights = self.route.weights.to(tokens.dtype)[:, None]
+        weights = weights.to(tokens.dtype)[:, None]
         added = tokens * (weights @ self.scale.to(tokens.dtype))
         if self.shift is not None:
             added = added + weights @ self.shift.to(tokens.dtype)
-        return out + as_before(added).to(out)
+        return as_before(added)
 
 
-class TwinConvolution(RoutedLayer):
+class TwinConvolution(TwinLayer):
     """A convolution with the kernel and bias of each sample, by one convolution with the kernels of all experts."""
 
     def __init__(self, convolution: Any, num_tasks: int, route: Route) -> None:
-        super().__init__()
-        self.shared, self.route = convolution, route
+        super().__init__(convolution, num_tasks, route)
         self.kernels = _empty(convolution, num_tasks, *convolution.weight.shape)
-        self.shift = None if convolution.bias is None else _empty(convolution, num_tasks, len(convolution.bias))
 
-    def fill(self, changes: list[dict[str, Tensor]]) -> None:
-        for t, change in enumerate(changes):
-            self.kernels[t] = change["weight"]
-            if self.shift is not None:
-                self.shift[t] = change["bias"]
+    def _keep(self, task: int, change: Tensor) -> None:
+        self.kernels[task] = change
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.shared(x)
-        if self.route.weights is None:
-            return out
+    def _own(self, x: Tensor, weights: Tensor) -> Tensor:
         bias = None if self.shift is None else self.shift.flatten()
         of_all = self.shared._conv_forward(x, self.kernels.flatten(0, 1), bias).unflatten(1, self.kernels.shape[:2])
-        return out + torch.einsum("bt,bt...->b...", self.route.weights.to(of_all.dtype), of_all).to(out)
+        return torch.einsum("bt,bt...->b...", weights.to(of_all.dtype), of_all)
 
 
 class TwinMerging(RoutedModel):
@@ -141,7 +147,7 @@ class TwinMerging(RoutedModel):
             layer = self.model.get_submodule(name)
             if isinstance(layer, nn.Linear):
                 rank = rank_of(self.configuration["rank"], *layer.weight.shape)
-                routed: RoutedLayer = TwinLinear(layer, len(self.tasks), rank, self.route, self.token_major(name))
+                routed: TwinLayer = TwinLinear(layer, len(self.tasks), rank, self.route, self.token_major(name))
             elif isinstance(layer, nn.LayerNorm):
                 routed = TwinNorm(layer, len(self.tasks), self.route, self.token_major(name))
             else:
@@ -243,8 +249,8 @@ def twin_merging(
         changes = []
         for state in states.values():
             pairs = {part: (state[f"{name}.{part}"], shared[f"{name}.{part}"]) for part in parts}
-            changes.append({part: _wide(x) - _wide(y) for part, (x, y) in pairs.items()})
-        assert isinstance(layer, (TwinLinear, TwinNorm, TwinConvolution))
+            changes.append({part: wide(x) - wide(y) for part, (x, y) in pairs.items()})
+        assert isinstance(layer, TwinLayer)
         layer.fill(changes)
         layer.shared.load_state_dict({part: shared[f"{name}.{part}"] for part in parts})
     for name, tensor in model.model.state_dict().items():
@@ -261,7 +267,3 @@ def _is_known(layer: nn.Module) -> bool:
 
 def _empty(like: Any, *shape: int) -> nn.Parameter:
     return nn.Parameter(like.weight.new_empty(shape), requires_grad=False)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

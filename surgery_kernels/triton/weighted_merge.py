@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import arguments, looks
-from ..ops.weighted_merge import INTER, compute_dtype
+from ..ops.weighted_merge import INTER
 from .addresses import BASE, CHUNK, EXPERTS, OUT, TYPES, Group, Scope, divide, load, locate, store, upload, whole_blocks
 from .finite import INFINITY_STORED, FiniteCheck, is_finite, is_finite_key, key_of
 from .weighted_merge_limits import limits_of
@@ -186,7 +186,7 @@ def _check_importance(importance: Sequence[Tensor], scope: Scope) -> None:
             raise RuntimeError("importance must be on the device of the experts, got another")
         if given.shape != expert.shape:
             raise RuntimeError("importance must have the shape of the experts, got another")
-        if given.dtype not in (expert.dtype, compute_dtype(expert)) or given.dtype != first.dtype:
+        if given.dtype not in (expert.dtype, arguments.compute_dtype(expert)) or given.dtype != first.dtype:
             raise RuntimeError(
                 "importance must have the dtype of the experts or the one that is computed in, got another"
             )

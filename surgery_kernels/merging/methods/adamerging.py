@@ -16,7 +16,7 @@ from ...ops.ties_merge import ties_split
 from ..method import ABOVE_0, AT_LEAST_0, SHARE_ABOVE_0, Method, Range, per_model, shared
 from ..scope import Scope
 from .flat import FlatModels
-from .learned import Learned, Objective, check_callable, gradient_of, loss_of
+from .learned import Learned, Objective, check_callable, descend, loss_of
 
 GRANULARITIES = ("layer", "task")
 SCHEDULES = ("constant", "cosine")
@@ -119,18 +119,17 @@ class AdaMerging(Method):
         return given.detach().to(device, torch.float32, copy=True)
 
     def _learn(self, raw: Tensor, merged: Callable[[], dict[str, Tensor]]) -> Tensor:
-        assert self.objective is not None
+        objective = self.objective
+        assert objective is not None
         optimizer = self._optimizer(raw)
-        losses = torch.zeros(self.steps, dtype=torch.float64)
-        for step in range(self.steps):
-            loss = loss_of(self.objective, merged(), step)
-            raw.grad = gradient_of(loss, raw)
+
+        def before_step(step: int) -> None:
+            assert raw.grad is not None
             self._limit(raw.grad)
             for group in optimizer.param_groups:
                 group["lr"] = self._rate(step)
-            optimizer.step()
-            losses[step] = loss.detach()
-        return losses
+
+        return descend(optimizer, raw, self.steps, lambda step: loss_of(objective, merged(), step), before_step)
 
     def _rate(self, step: int) -> float:
         return self.lr

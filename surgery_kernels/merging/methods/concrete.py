@@ -14,7 +14,7 @@ from ..method import ABOVE_0, AT_LEAST_0, FINITE, Method, Range, shared
 from ..scope import Scope
 from .adamerging import GRANULARITIES
 from .flat import FlatModels
-from .learned import Learned, Objective, check_callable, gradient_of, loss_of
+from .learned import Learned, Objective, check_callable, descend, gradient_of, loss_of
 
 MASKS = ("continuous", "discrete", "probabilities", "hard")
 
@@ -198,14 +198,11 @@ class ConcreteAdaMerging(ConcreteTaskArithmetic):
         return given.detach().to(start.device, copy=True)
 
     def _adamerging(self, masked: Masked, coefficients: Tensor) -> Tensor:
+        def loss_of_step(step: int) -> Tensor:
+            return self._loss(masked, coefficients, 2 * self.steps + step)
+
         optimizer = torch.optim.Adam([coefficients], lr=self.adamerging_lr)
-        losses = torch.zeros(self.adamerging_steps, dtype=torch.float64)
-        for step in range(self.adamerging_steps):
-            loss = self._loss(masked, coefficients, 2 * self.steps + step)
-            coefficients.grad = gradient_of(loss, coefficients)
-            optimizer.step()
-            losses[step] = loss.detach()
-        return losses
+        return descend(optimizer, coefficients, self.adamerging_steps, loss_of_step)
 
 
 class Masked:
@@ -228,14 +225,7 @@ class Masked:
     def learn(self, lr: float, steps: int, loss_of_step: Callable[[int], Tensor]) -> Tensor:
         """The losses before each step of Adam on the logits."""
         optimizer = torch.optim.Adam([self.logits], lr=lr, fused=self.logits.numel() > 0)
-        losses = torch.zeros(steps, dtype=torch.float64)
-        for step in range(steps):
-            loss = loss_of_step(step)
-            self.logits.grad = gradient_of(loss, self.logits)
-            optimizer.step()
-            losses[step] = loss.detach()
-        self.logits.grad = None
-        return losses
+        return descend(optimizer, self.logits, steps, loss_of_step)
 
     @torch.no_grad()
     def fix(self, draw: Draw) -> None:

@@ -72,6 +72,28 @@ def gradient_of(loss: Tensor, leaf: Tensor) -> Tensor:
     return torch.autograd.grad(loss, leaf)[0]
 
 
+def descend(
+    optimizer: torch.optim.Optimizer,
+    leaf: Tensor,
+    steps: int,
+    loss_of_step: Callable[[int], Tensor],
+    before_step: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Moves `leaf` against the gradients of the losses, and gives the losses: float64 [steps].
+
+    before_step: May change the gradient in ``leaf.grad``, and the optimizer's rate.
+    """
+    losses = torch.zeros(steps, dtype=torch.float64)
+    for step in range(steps):
+        loss = loss_of_step(step)
+        leaf.grad = gradient_of(loss, leaf)
+        before_step(step)
+        optimizer.step()
+        losses[step] = loss.detach()
+    leaf.grad = None
+    return losses
+
+
 def check_callable(argument: str, value: object, *, optional: bool = False) -> None:
     if not (callable(value) or (optional and value is None)):
         raise TypeError(f"{argument} must be callable{' or None' if optional else ''}, got {type(value).__name__}")
